@@ -1,0 +1,156 @@
+"""RunConfig, the tree behind `medim-ray pretrain`, and the groups that have no component to own them.
+
+Components (crop, encoder, text, masking, objective) own their `Config`; here they are only put together and checked
+against each other. Components never see RunConfig.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from medim_ray.config.loader import component, option
+from medim_ray.data.plan import StreamPlan
+from medim_ray.data.transforms import CROPS
+from medim_ray.masking import MASKINGS
+from medim_ray.models.text import TextEncoder
+from medim_ray.models.vit import ImageEncoder
+from medim_ray.objectives import OBJECTIVES
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunGroup:
+    """Where a run lives and which cluster it joins; never part of the run's identity."""
+
+    dir: str = option("", "folder or fsspec URL of the run; required by `pretrain`")
+    ray_address: str = option("", "Ray cluster to join, e.g. auto or ray://host:10001; empty: start Ray here")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimizer steps of a run and how they are spread over workers. Schedules are functions of the step."""
+
+    steps: int = option(100, "optimizer steps of the whole run")
+    stop_after: int | None = option(
+        None, "commit a checkpoint after this step and end with success; the same command goes on", hashed=False, fixed=False
+    )
+    num_workers: int = option(1, "Ray Train workers (data-parallel ranks)", fixed=False)
+    zero: int = option(0, "DeepSpeed ZeRO stage, 0 to 3")
+    global_batch: int = option(8, "images per optimizer step, over all workers and accumulation steps")
+    micro_batch: int | None = option(None, "images per forward and worker; null: global_batch / num_workers")
+    precision: Literal["fp32", "bf16"] = option("fp32", "number format of parameters and activations on the device")
+    lr: float = option(1e-3, "peak learning rate")
+    min_lr: float = option(1e-6, "learning rate at the last step")
+    warmup_ratio: float = option(0.1, "share of the steps with linear warm-up")
+    weight_decay: float = option(0.05, "AdamW weight decay; none on biases, norms and other one-dimensional parameters")
+    betas: tuple[float, float] = option((0.9, 0.95), "AdamW moments")
+    clip_norm: float = option(1.0, "global gradient norm; 0: no clipping")
+    checkpoint_every: int = option(50, "steps between checkpoints; one is always committed at the end", hashed=False, fixed=False)
+    keep_last: int = option(2, "newest checkpoints that are kept", hashed=False, fixed=False)
+    use_gpu: bool = option(False, "one GPU per worker", hashed=False, fixed=False)
+    cpus_per_worker: float = option(1.0, "logical CPUs of Ray per worker", hashed=False, fixed=False)
+    max_failures: int = option(3, "worker or node failures after which the run ends with the error", hashed=False, fixed=False)
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "num_workers", "global_batch", "checkpoint_every", "keep_last"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+        if self.zero not in (0, 1, 2, 3):
+            raise ValueError(f"zero={self.zero}: ZeRO stages are 0, 1, 2 and 3")
+        if self.stop_after is not None and self.stop_after < 1:
+            raise ValueError(f"stop_after={self.stop_after}: must be at least 1, or null for no stop")
+        if self.global_batch % self.num_workers:
+            raise ValueError(
+                f"global_batch={self.global_batch} is not divisible by num_workers={self.num_workers}: "
+                f"every worker takes the same share; use global_batch={_up(self.global_batch, self.num_workers)}"
+            )
+        share = self.global_batch // self.num_workers
+        if self.micro_batch is not None and (self.micro_batch < 1 or share % self.micro_batch):
+            raise ValueError(
+                f"micro_batch={self.micro_batch} does not divide the {share} images of a worker "
+                f"(global_batch={self.global_batch} / num_workers={self.num_workers}): use a divisor of {share}"
+            )
+        if not 0.0 <= self.warmup_ratio <= 1.0:
+            raise ValueError(f"warmup_ratio={self.warmup_ratio}: a share of the steps, between 0 and 1")
+
+    @property
+    def local_micro_batch(self) -> int:
+        """Images per forward and worker."""
+        return self.micro_batch or self.global_batch // self.num_workers
+
+    @property
+    def accumulation(self) -> int:
+        """Forwards per optimizer step and worker."""
+        return self.global_batch // (self.num_workers * self.local_micro_batch)
+
+    @property
+    def last_step(self) -> int:
+        """The step at which this process ends: `stop_after`, or the end of the run."""
+        return self.steps if self.stop_after is None else min(self.steps, self.stop_after)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackConfig:
+    """Views of metrics.jsonl; losing them loses nothing."""
+
+    aim: bool = option(True, "write to Aim; metrics.jsonl is written either way")
+    aim_repo: str = option("", "Aim repository (folder or aim://host:port); empty: next to the run folder, in .aim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Frozen-feature probes."""
+
+    labels: tuple[str, ...] = option((), "label columns of the shards; empty: view and every 0/1 label", hashed=False)
+    num_bootstrap: int = option(1000, "bootstrap draws over patients behind each 95 % interval", hashed=False)
+    num_folds: int = option(5, "patient-grouped folds where fewer than 1,000 images carry the label", hashed=False)
+    seed: int = option(0, "seed of folds and bootstrap", hashed=False)
+
+    def __post_init__(self) -> None:
+        if self.num_folds < 2 or self.num_bootstrap < 1:
+            raise ValueError(f"num_folds={self.num_folds}, num_bootstrap={self.num_bootstrap}: at least 2 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything one pretraining run is a function of."""
+
+    seed: int = option(42, "seed of weights, epoch order, crops and masks")
+    data: StreamPlan.Config = field(default_factory=StreamPlan.Config)
+    crop: Any = component(CROPS, "pad_crop", "how a stored image becomes the views of a sample")
+    encoder: ImageEncoder.Config = field(default_factory=ImageEncoder.Config)
+    text: TextEncoder.Config = field(default_factory=TextEncoder.Config)
+    masking: Any = component(MASKINGS, "uniform", "what is hidden from the encoder or from its features")
+    objective: Any = component(OBJECTIVES, "mae", "the loss")
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunGroup = field(default_factory=RunGroup, metadata={"hashed": False, "fixed": False})
+    track: TrackConfig = field(default_factory=TrackConfig, metadata={"hashed": False, "fixed": False})
+    probe: ProbeConfig = field(default_factory=ProbeConfig, metadata={"hashed": False, "fixed": False})
+
+    def __post_init__(self) -> None:
+        granules = self.granules_per_step
+        if granules % self.train.num_workers:
+            raise ValueError(
+                f"data.granules_per_step={granules} is not divisible by train.num_workers={self.train.num_workers}: "
+                f"granules are dealt in turn; use data.granules_per_step={_up(granules, self.train.num_workers)}"
+            )
+        if self.train.global_batch % granules:
+            raise ValueError(
+                f"train.global_batch={self.train.global_batch} is not divisible by data.granules_per_step={granules}: "
+                f"a global batch is a whole number of granules; use train.global_batch="
+                f"{_up(self.train.global_batch, granules)}"
+            )
+
+    @property
+    def granules_per_step(self) -> int:
+        """Granules a global batch; by default the largest of 4, 2, 1 that divides it, or one a worker."""
+        if self.data.granules_per_step is not None:
+            return self.data.granules_per_step
+        for num in (4, 2, 1):
+            if self.train.global_batch % num == 0 and num % self.train.num_workers == 0:
+                return num
+        return self.train.num_workers
+
+
+def _up(value: int, divisor: int) -> int:
+    return -(-value // divisor) * divisor

@@ -1,0 +1,54 @@
+"""The stream of a run as ONE Ray Data execution: block numbers -> decoding actors -> ranks. Imports ray; masks nothing itself.
+
+Order: every block holds the same number of rows, `preserve_order` keeps blocks in the plan's order, and streaming_split
+deals block k to rank k mod n. The consumer puts the granules of a window back into steps (collate.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.data import ActorPoolStrategy, Dataset, ExecutionOptions
+
+from medim_ray.data.plan import StreamPlan
+from medim_ray.data.reader import BlockReader
+
+ReaderFactory = Callable[[], BlockReader]
+
+
+class _DecodeActor:
+    """One process of the decoding pool: builds its reader once, then turns block numbers into columns."""
+
+    def __init__(self, make_reader: ReaderFactory, plan: StreamPlan, first_step: int) -> None:
+        self._reader, self._plan, self._first_step = make_reader(), plan, first_step
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        (index,) = batch["id"]
+        return self._reader(self._plan.block(int(index), self._first_step))
+
+
+def train_stream(
+    plan: StreamPlan, make_reader: ReaderFactory, first_step: int, last_step: int, num_actors: int
+) -> Dataset:
+    """Blocks of the steps [first_step, last_step), to be split over the ranks by Ray Train.
+
+    Each output block is one block of the plan, `plan.window_steps * plan.granule` rows.
+    """
+    num_blocks = plan.num_blocks(first_step, last_step)
+    return ray.data.range(num_blocks, override_num_blocks=num_blocks).map_batches(
+        _DecodeActor,
+        fn_constructor_args=(make_reader, plan, first_step),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ActorPoolStrategy(size=num_actors),
+        num_cpus=0.25,
+    )
+
+
+def execution_options() -> ExecutionOptions:
+    """Blocks reach the ranks in the order of the plan."""
+    return ExecutionOptions(preserve_order=True)

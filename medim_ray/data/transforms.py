@@ -1,0 +1,216 @@
+"""How a stored radiograph becomes the views of a sample: boxes are drawn for a whole granule, pixels stay uint8 gray.
+
+Geometry runs on the CPU in Ray Data; the photometric part (brightness, contrast, blur) travels as three numbers a crop
+and is applied on the device by `photometric`. MedIM: longest side to 240, zero pad, random crop 224, jitter and blur.
+DINOv2: 2 global and n local crops of random area and aspect.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medim_ray.draws import Draws
+from medim_ray.registry import Registry
+
+
+@dataclass(frozen=True)
+class View:
+    """One crop family: `num_crops` square crops of `size` pixels a sample; `blur_radius` bounds their blur kernel."""
+
+    name: str
+    num_crops: int
+    size: int
+    blur_radius: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropPlan:
+    """Crops of one view for B samples.
+
+    boxes_BK4: (top, left, bottom, right) in fractions of the stored image; may reach outside it (zero padding).
+    flips_BK: mirrored left to right. jitter_BK3: brightness factor, contrast factor, blur sigma in pixels (0: none).
+    """
+
+    boxes_BK4: NDArray[np.float32]
+    flips_BK: NDArray[np.bool_]
+    jitter_BK3: NDArray[np.float32]
+
+
+class Crop(Protocol):
+    """A recipe of views. Constructed as `cls(config, image_size)`, registered in CROPS."""
+
+    views: tuple[View, ...]
+
+    def plan(self, shapes_B2: NDArray[np.int64], draws: Draws | None) -> Mapping[str, CropPlan]:
+        """Crops by view name for images of (height, width) `shapes_B2`; draws None: the centre, nothing random."""
+        ...
+
+
+CROPS: Registry[Any] = Registry("crop")
+
+
+def _check_shares(**shares: float) -> None:
+    for key, value in shares.items():
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{key}={value}: must lie between 0 and 1")
+
+
+def _jitter(draws: Draws, purpose: str, num: int, strength: float, blur_prob: float, blur_max: float) -> NDArray[np.float32]:
+    """[B, num, 3] brightness and contrast factors in 1 +- strength and a blur sigma, 0 with 1 - blur_prob."""
+    factors = 1.0 + strength * (2.0 * draws.uniform(f"{purpose}/jitter", 2 * num) - 1.0)
+    blur = draws.uniform(f"{purpose}/blur", 2 * num)
+    sigma = np.where(blur[:, :num] < blur_prob, 0.1 + (blur_max - 0.1) * blur[:, num:], 0.0)
+    return np.concatenate([factors.reshape(-1, num, 2), sigma[:, :, None]], axis=2).astype(np.float32)
+
+
+@CROPS.register("pad_crop")
+class PadCrop:
+    """MedIM: the whole image, its longest side a little larger than the crop, zero padded to a square, crop at random."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        name: str = "pad_crop"
+        resize_ratio: float = field(
+            default=240 / 224, metadata={"help": "longest side after resizing over the crop's side (paper: 240/224)"}
+        )
+        jitter: float = field(default=0.2, metadata={"help": "brightness and contrast vary by up to this share"})
+        blur_prob: float = field(default=0.5, metadata={"help": "share of crops that are blurred"})
+        blur_max: float = field(default=1.0, metadata={"help": "largest sigma of the blur, in pixels of the crop"})
+
+        def __post_init__(self) -> None:
+            _check_shares(jitter=self.jitter, blur_prob=self.blur_prob)
+            if self.resize_ratio < 1.0:
+                raise ValueError(f"resize_ratio={self.resize_ratio}: the crop must fit, use a ratio of at least 1")
+
+    def __init__(self, config: Config, image_size: int) -> None:
+        self.config = config
+        self.views = (View("image", 1, image_size, math.ceil(3 * config.blur_max)),)
+
+    def plan(self, shapes_B2: NDArray[np.int64], draws: Draws | None) -> Mapping[str, CropPlan]:
+        num = len(shapes_B2)
+        ratio = self.config.resize_ratio if draws is not None else 1.0
+        # In units of the longest side the crop has side 1/ratio and moves over the padded unit square.
+        extent_B2 = shapes_B2 / shapes_B2.max(axis=1, keepdims=True)
+        place_B2 = draws.uniform("crop/place", 2) if draws is not None else np.full((num, 2), 0.5)
+        start_B2 = place_B2 * (1.0 - 1.0 / ratio) - (1.0 - extent_B2) / 2.0
+        boxes_B4 = np.concatenate([start_B2, start_B2 + 1.0 / ratio], axis=1) / np.tile(extent_B2, 2)
+        if draws is None:
+            jitter = np.tile(np.array([1.0, 1.0, 0.0], dtype=np.float32), (num, 1, 1))
+        else:
+            jitter = _jitter(draws, "crop", 1, self.config.jitter, self.config.blur_prob, self.config.blur_max)
+        boxes = boxes_B4[:, None, :].astype(np.float32)
+        return {"image": CropPlan(boxes_BK4=boxes, flips_BK=np.zeros((num, 1), bool), jitter_BK3=jitter)}
+
+
+@CROPS.register("multi_crop")
+class MultiCrop:
+    """DINOv2: 2 global and `num_local` local crops of random area and aspect; the defaults are for radiographs
+    (larger global area, light blur, no flip, since side matters)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        name: str = "multi_crop"
+        num_local: int = field(default=8, metadata={"help": "local crops a sample"})
+        local_size: int = field(default=98, metadata={"help": "side of a local crop in pixels"})
+        global_area: tuple[float, float] = field(default=(0.5, 1.0), metadata={"help": "area of a global crop over the image's"})
+        local_area: tuple[float, float] = field(default=(0.05, 0.5), metadata={"help": "area of a local crop over the image's"})
+        flip_prob: float = field(default=0.0, metadata={"help": "share of crops mirrored left to right"})
+        jitter: float = field(default=0.2, metadata={"help": "brightness and contrast vary by up to this share"})
+        blur_prob: float = field(default=0.3, metadata={"help": "share of crops that are blurred"})
+        blur_max: float = field(default=1.0, metadata={"help": "largest sigma of the blur, in pixels of the crop"})
+
+        def __post_init__(self) -> None:
+            _check_shares(flip_prob=self.flip_prob, jitter=self.jitter, blur_prob=self.blur_prob)
+            if self.num_local < 0 or self.local_size < 1:
+                raise ValueError(f"num_local={self.num_local}, local_size={self.local_size}: at least 0 and 1")
+            for key in ("global_area", "local_area"):
+                low, high = getattr(self, key)
+                if not 0.0 < low <= high <= 1.0:
+                    raise ValueError(f"{key}=[{low}, {high}]: needs 0 < low <= high <= 1")
+
+    def __init__(self, config: Config, image_size: int) -> None:
+        self.config = config
+        radius = math.ceil(3 * config.blur_max)
+        views = (View("global", 2, image_size, radius), View("local", config.num_local, config.local_size, radius))
+        self.views = tuple(view for view in views if view.num_crops)
+
+    def plan(self, shapes_B2: NDArray[np.int64], draws: Draws | None) -> Mapping[str, CropPlan]:
+        areas = {"global": self.config.global_area, "local": self.config.local_area}
+        return {v.name: self._plan_view(v, areas[v.name], shapes_B2, draws) for v in self.views}
+
+    def _plan_view(
+        self, view: View, area: tuple[float, float], shapes_B2: NDArray[np.int64], draws: Draws | None
+    ) -> CropPlan:
+        num, crops = len(shapes_B2), view.num_crops
+        if draws is None:
+            boxes = np.tile(np.array([0.0, 0.0, 1.0, 1.0], dtype=np.float32), (num, crops, 1))
+            jitter = np.tile(np.array([1.0, 1.0, 0.0], dtype=np.float32), (num, crops, 1))
+            return CropPlan(boxes_BK4=boxes, flips_BK=np.zeros((num, crops), bool), jitter_BK3=jitter)
+        purpose = f"crop/{view.name}"
+        area_BK = area[0] + (area[1] - area[0]) * draws.uniform(f"{purpose}/area", crops)
+        aspect_BK = np.exp(math.log(4 / 3) * (2.0 * draws.uniform(f"{purpose}/aspect", crops) - 1.0))  # height / width, pixels
+        shape_ratio_B1 = (shapes_B2[:, 0] / shapes_B2[:, 1])[:, None]
+        height_BK = np.minimum(np.sqrt(area_BK * aspect_BK / shape_ratio_B1), 1.0)
+        width_BK = np.minimum(np.sqrt(area_BK / aspect_BK * shape_ratio_B1), 1.0)
+        place = draws.uniform(f"{purpose}/place", 2 * crops)
+        top_BK, left_BK = place[:, :crops] * (1.0 - height_BK), place[:, crops:] * (1.0 - width_BK)
+        boxes = np.stack([top_BK, left_BK, top_BK + height_BK, left_BK + width_BK], axis=2).astype(np.float32)
+        flips = draws.uniform(f"{purpose}/flip", crops) < self.config.flip_prob
+        c = self.config
+        return CropPlan(
+            boxes_BK4=boxes, flips_BK=flips, jitter_BK3=_jitter(draws, purpose, crops, c.jitter, c.blur_prob, c.blur_max)
+        )
+
+
+def cut(image_HW: NDArray[np.uint8], box_4: NDArray[np.float32], size: int, flip: bool = False) -> NDArray[np.uint8]:
+    """The box of an image (fractions, may reach outside: zeros there), resized to [size, size] uint8.
+
+    Area averaging where it shrinks, bicubic where it enlarges.
+    """
+    height, width = image_HW.shape
+    top, bottom = float(box_4[0]) * height, float(box_4[2]) * height
+    left, right = float(box_4[1]) * width, float(box_4[3]) * width
+    inside_top, inside_bottom = max(round(top), 0), min(round(bottom), height)
+    inside_left, inside_right = max(round(left), 0), min(round(right), width)
+    scale_y, scale_x = size / (bottom - top), size / (right - left)
+    y0, y1 = round((inside_top - top) * scale_y), round((inside_bottom - top) * scale_y)
+    x0, x1 = round((inside_left - left) * scale_x), round((inside_right - left) * scale_x)
+    y0, y1, x0, x1 = max(y0, 0), min(y1, size), max(x0, 0), min(x1, size)
+    method = cv2.INTER_AREA if scale_y * scale_x < 1.0 else cv2.INTER_CUBIC
+    piece = cv2.resize(image_HW[inside_top:inside_bottom, inside_left:inside_right], (x1 - x0, y1 - y0), interpolation=method)
+    if (y1 - y0, x1 - x0) != (size, size):
+        padded = np.zeros((size, size), dtype=np.uint8)
+        padded[y0:y1, x0:x1] = piece
+        piece = padded
+    return np.ascontiguousarray(piece[:, ::-1]) if flip else piece
+
+
+def photometric(images_B1HW: Tensor, jitter_B3: Tensor, blur_radius: int) -> Tensor:
+    """Brightness, contrast and blur on the device: float images in [0, 1], factors as in CropPlan.jitter_BK3.
+
+    The kernel's radius is the view's, not the batch's, so that an image does not depend on its neighbours.
+    """
+    brightness, contrast, sigma = (jitter_B3[:, i, None, None, None] for i in range(3))
+    images = images_B1HW * brightness
+    mean = images.mean(dim=(2, 3), keepdim=True)
+    images = ((images - mean) * contrast + mean).clamp(0.0, 1.0)
+    blurred = jitter_B3[:, 2] > 0
+    if not bool(blurred.any()):
+        return images
+    offsets = torch.arange(-blur_radius, blur_radius + 1, device=images.device, dtype=images.dtype)
+    kernel_BK = torch.exp(-0.5 * (offsets / sigma[:, 0, 0].clamp(min=1e-3)) ** 2)
+    kernel_BK = kernel_BK / kernel_BK.sum(dim=1, keepdim=True)
+    stacked = F.pad(images.transpose(0, 1), (blur_radius,) * 4, mode="replicate")
+    rows = F.conv2d(stacked, kernel_BK[:, None, :, None], groups=len(images))
+    both = F.conv2d(rows, kernel_BK[:, None, None, :], groups=len(images)).transpose(0, 1)
+    return torch.where(blurred[:, None, None, None], both, images)
