@@ -10,7 +10,7 @@ import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -26,9 +26,8 @@ from medim_ray.types import Grid
 _HEAD_KEYS = ("head.", "head_dist.", "fc.", "fc_norm.", "attn_pool.", "mask_token", "dist_token")
 
 
-@dataclass(frozen=True)
-class Features:
-    """What an encoder returns.
+class Features(NamedTuple):
+    """What an encoder returns (a named tuple, because the hooks of ZeRO-3 walk tuples and not dataclasses).
 
     global_BD: CLS token after the final norm, or the mean of the patches where there is no CLS token.
     patches_BND: patch features after the final norm, row by row; [B, K, D] in the order of `visible_BK` where given.
@@ -128,7 +127,7 @@ class _TokenViT(VisionTransformer):
     """timm's ViT with a forward that masks tokens.
 
     Everything happens inside this module's own forward because it owns positions and CLS: ZeRO-3 gathers a module's
-    direct parameters only there. It returns a tuple, which ZeRO-3's hooks can walk (a dataclass they cannot).
+    direct parameters only there.
     """
 
     def forward(
@@ -195,7 +194,7 @@ class _MapResNet(ResNet):
         mask_token_D: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         assert visible_BK is None and hidden_BN is None, "a ResNet has no tokens; objectives check takes_tokens"
-        x_BCHW = x_BCHW.to(memory_format=torch.channels_last)
+        x_BCHW = x_BCHW.to(next(self.parameters()).dtype, memory_format=torch.channels_last)
         patches_BND = self.forward_features(x_BCHW).flatten(2).transpose(1, 2)
         return patches_BND.mean(dim=1), patches_BND, None
 
@@ -229,22 +228,22 @@ def _create(config: ImageEncoder.Config, pretrained: bool = False) -> Any:
         raise ValueError(f"encoder.name={config.name!r} is no timm model; near: {', '.join(near) or 'none'}")
     sizes = {
         "patch_size": config.patch_size,
-        "embed_dim": config.width,
+        "width": config.width,
         "depth": config.depth,
         "num_heads": config.num_heads,
     }
-    sizes = {key: value for key, value in sizes.items() if value is not None}
+    sizes = {option: value for option, value in sizes.items() if value is not None}
     common = {"num_classes": 0, "drop_path_rate": config.drop_path, "pretrained": pretrained}
     entry = timm.model_entrypoint(config.name).__module__
     if entry.endswith(".resnet"):
-        if sizes:
-            raise ValueError(
-                f"encoder.{next(iter(sizes))}: {config.name} is a ResNet, its sizes are fixed; leave it out"
-            )
+        for option, value in sizes.items():
+            raise ValueError(f"encoder.{option}={value}: {config.name} has fixed sizes; leave {option} out")
         model = timm.create_model(config.name, **common)
         # timm builds by name and offers no place for a subclass; ours adds methods only, no state.
         model.__class__ = _MapResNet
         return model
+    if "width" in sizes:
+        sizes["embed_dim"] = sizes.pop("width")
     model = None
     if entry.endswith((".vision_transformer", ".deit")):
         model = timm.create_model(
@@ -279,9 +278,7 @@ def _load(model: nn.Module, init: str) -> None:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # torch, pickle and safetensors raise half a dozen classes for an unreadable file
-        raise ValueError(
-            f"encoder.init={init!r}: {path} is no readable checkpoint ({error}); use .safetensors"
-        ) from error
+        raise ValueError(f"encoder.init={init!r}: {path} is unreadable ({error}); use a .safetensors file") from error
     for wrapper in ("model", "state_dict", "teacher"):
         state = state.get(wrapper, state)
     if isinstance(model, VisionTransformer):

@@ -1,0 +1,170 @@
+"""ImageEncoder: equal to timm where timm can do it, and right where it cannot (visible patches, mask token, CLS)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch.nn import functional as F
+
+from medim_ray.models.vit import ImageEncoder, MaskToken
+from medim_ray.types import Grid
+
+TINY = {"image_size": 64, "width": 48, "depth": 2, "num_heads": 3}
+
+
+def tiny(**options: object) -> ImageEncoder:
+    torch.manual_seed(0)
+    return ImageEncoder(ImageEncoder.Config(**{**TINY, **options})).eval()  # type: ignore[arg-type]
+
+
+def images(num: int = 2, size: int = 64) -> torch.Tensor:
+    return torch.rand(num, 1, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "deit_tiny_patch16_224"])
+def test_features_equal_timms_own(name: str) -> None:
+    size = 56 if "patch14" in name else 64
+    encoder = tiny(name=name, image_size=size, mean=0.3, std=0.2)
+    x_BCHW = ((images(size=size) - 0.3) / 0.2).expand(-1, 3, -1, -1)
+    reference_BLD = VisionTransformer.forward_features(encoder.backbone, x_BCHW)
+    features = encoder(images(size=size))
+    torch.testing.assert_close(features.global_BD, reference_BLD[:, 0])
+    torch.testing.assert_close(features.patches_BND, reference_BLD[:, encoder.num_prefix_tokens :])
+    assert features.cls_attention_BN is None
+    assert features.patches_BND.shape[1] == encoder.grid.num_patches == 16
+
+
+def test_state_dict_is_timms() -> None:
+    reference = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=112)
+    encoder = ImageEncoder(ImageEncoder.Config(image_size=112))
+    assert encoder.backbone.state_dict().keys() == reference.state_dict().keys()
+
+
+def test_all_patches_visible_is_the_full_image_and_order_is_kept() -> None:
+    encoder = tiny()
+    full = encoder(images())
+    order_BK = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(s)) for s in (0, 1)])
+    shuffled = encoder(images(), visible_BK=order_BK)
+    torch.testing.assert_close(shuffled.global_BD, full.global_BD)
+    expected_BND = full.patches_BND.gather(1, order_BK[:, :, None].expand(-1, -1, 48))
+    torch.testing.assert_close(shuffled.patches_BND, expected_BND)
+
+
+def test_hidden_pixels_reach_nothing_with_visible_patches() -> None:
+    encoder, visible_BK = tiny(), torch.tensor([[0, 1, 5]]).expand(2, -1)
+    x_BCHW = images()
+    other_BCHW = x_BCHW.clone()
+    other_BCHW[:, :, 32:] = 0.9  # patches 8 to 15
+    changed_BCHW = x_BCHW.clone()
+    changed_BCHW[:, :, :16, :16] = 0.9  # patch 0
+    features, same, changed = (encoder(x, visible_BK=visible_BK) for x in (x_BCHW, other_BCHW, changed_BCHW))
+    assert features.patches_BND.shape == (2, 3, 48)
+    torch.testing.assert_close(same.global_BD, features.global_BD, rtol=0, atol=0)
+    assert not torch.allclose(changed.global_BD, features.global_BD)
+
+
+def test_mask_token_replaces_before_positions() -> None:
+    encoder = tiny()
+    token = MaskToken(48)
+    hidden_BN = torch.zeros(2, 16, dtype=torch.bool)
+    hidden_BN[:, 8:] = True
+    other_BCHW = images()
+    other_BCHW[:, :, 32:] = 0.9
+    a = encoder(images(), hidden_BN=hidden_BN, mask_token_D=token())
+    b = encoder(other_BCHW, hidden_BN=hidden_BN, mask_token_D=token())
+    torch.testing.assert_close(a.patches_BND, b.patches_BND, rtol=0, atol=0)
+    # Positions come after the token, so hidden patches still differ from each other.
+    assert (a.patches_BND[0, 8] - a.patches_BND[0, 9]).abs().max() > 1e-3
+    a.patches_BND.sum().backward()
+    assert token.token_D.grad is not None and token.token_D.grad.abs().sum() > 0
+
+
+def test_cls_attention_is_that_of_the_last_block() -> None:
+    encoder = tiny()
+    features = encoder(images(), need_cls_attention=True)
+    plain = encoder(images())
+    torch.testing.assert_close(features.patches_BND, plain.patches_BND, rtol=0, atol=0)
+
+    backbone = encoder.backbone
+    x_BLD = backbone._pos_embed(backbone.patch_embed(((images() - 0.5) / 0.5).expand(-1, 3, -1, -1)))
+    x_BLD = backbone.blocks[0](x_BLD)
+    qkv_3BHLd = (
+        backbone.blocks[1].attn.qkv(backbone.blocks[1].norm1(x_BLD)).view(2, 17, 3, 3, 16).permute(2, 0, 3, 1, 4)
+    )
+    weights_BHLL = (qkv_3BHLd[0] @ qkv_3BHLd[1].transpose(-2, -1) / 4.0).softmax(-1)
+    torch.testing.assert_close(features.cls_attention_BN, weights_BHLL.mean(1)[:, 0, 1:])
+
+
+def test_another_size_interpolates_positions_as_dinov2() -> None:
+    encoder = tiny(mean=0.0, std=1.0)
+    assert encoder(images(size=96)).patches_BND.shape == (2, 36, 48)
+    table_1DHW = encoder.backbone.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    expected_1DHW = F.interpolate(table_1DHW, scale_factor=(6.1 / 4, 6.1 / 4), mode="bicubic", antialias=False)
+    _, positions_1ND = encoder.backbone._positions(6, 6)
+    torch.testing.assert_close(positions_1ND, expected_1DHW.flatten(2).transpose(1, 2))
+
+
+def test_resnet_gives_its_last_map() -> None:
+    torch.manual_seed(0)
+    encoder = ImageEncoder(ImageEncoder.Config(name="resnet18", image_size=64)).eval()
+    features = encoder(images(), need_cls_attention=True)
+    reference_BDHW = encoder.backbone.forward_features(((images() - 0.5) / 0.5).expand(-1, 3, -1, -1))
+    assert encoder.grid == Grid(2, 2) and encoder.width == 512 and not encoder.takes_tokens
+    torch.testing.assert_close(features.patches_BND, reference_BDHW.flatten(2).transpose(1, 2))
+    assert features.cls_attention_BN is None
+
+
+def test_grid_of_needs_no_weights() -> None:
+    assert ImageEncoder.grid_of(ImageEncoder.Config(name="vit_base_patch14_dinov2", image_size=518)) == Grid(37, 37)
+    assert ImageEncoder.grid_of(ImageEncoder.Config(name="resnet50", image_size=224)) == Grid(7, 7)
+
+
+def test_local_weights_load_and_positions_resize(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    saved = timm.create_model("vit_tiny_patch16_224", img_size=64, embed_dim=48, depth=2, num_heads=3, num_classes=5)
+    save_file(saved.state_dict(), tmp_path / "model.safetensors")
+    torch.save({"model": saved.state_dict()}, tmp_path / "w.pth")
+    for init in (str(tmp_path), str(tmp_path / "w.pth")):
+        encoder = tiny(init=init)
+        torch.testing.assert_close(encoder.backbone.blocks[1].mlp.fc1.weight, saved.blocks[1].mlp.fc1.weight)
+        torch.testing.assert_close(encoder.backbone.pos_embed, saved.pos_embed)
+    larger = tiny(init=str(tmp_path), image_size=96)
+    assert larger.backbone.pos_embed.shape == (1, 37, 48)
+    torch.testing.assert_close(larger.backbone.pos_embed[:, 0], saved.pos_embed[:, 0])
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    state = tiny().backbone.state_dict()
+    state.pop("blocks.1.norm1.weight")
+    save_file(state, tmp_path / "missing.safetensors")
+    with pytest.raises(ValueError, match=r"1 keys are missing \['blocks.1.norm1.weight'\]"):
+        tiny(init=str(tmp_path / "missing.safetensors"))
+    save_file(tiny(width=24).backbone.state_dict(), tmp_path / "narrow.safetensors")
+    with pytest.raises(ValueError, match=r"does not fit encoder.name"):
+        tiny(init=str(tmp_path / "narrow.safetensors"))
+    (tmp_path / "text.safetensors").write_text("no weights")
+    with pytest.raises(ValueError, match="unreadable"):
+        tiny(init=str(tmp_path / "text.safetensors"))
+    with pytest.raises(ValueError, match="is no file"):
+        tiny(init=str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 100}, r"image_size=100: must be a multiple of the patch size 16 .* use 96 or 112"),
+        ({"name": "vit_tny_patch16_224"}, "vit_tiny_patch16_224"),
+        ({"name": "swin_tiny_patch4_window7_224"}, "VisionTransformer with learned positions"),
+        ({"name": "resnet18"}, "fixed sizes"),
+        ({"std": 0.0}, "std"),
+        ({"drop_path": 1.0}, "drop_path"),
+    ],
+)
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)
