@@ -1,0 +1,76 @@
+"""Question: how much faster are block masks of a whole granule than a per-patch Python loop, the reference's kind?
+
+Run: OMP_NUM_THREADS=1 python -m benchmarks.block_masks. Pairs alternate in one process; printed are medians and ratios.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+
+import numpy as np
+
+from medim_ray.draws import Draws
+from medim_ray.masking.block import ASPECT, MIN_BLOCK, NUM_TRIES, block_masks
+from medim_ray.types import Grid
+
+GRID, RATIO, NUM_PAIRS = Grid(37, 37), 0.3, 9
+GRANULES = (8, 16, 32, 64, 128, 256)  # samples; two crops each
+
+
+def loop_mask(count: int, grid: Grid, rng: random.Random) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
+    """One mask by the same law, one try and one patch at a time."""
+    mask = np.zeros((grid.height, grid.width), dtype=bool)
+    missing = count
+    while missing > 0:
+        new = 0
+        for _ in range(NUM_TRIES):
+            area = rng.uniform(MIN_BLOCK, missing)
+            aspect = math.exp(rng.uniform(math.log(ASPECT), -math.log(ASPECT)))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if height >= grid.height or width >= grid.width:
+                continue
+            top, left = rng.randint(0, grid.height - height), rng.randint(0, grid.width - width)
+            block = mask[top : top + height, left : left + width]
+            if not 0 < height * width - block.sum() <= missing:
+                continue
+            for row in range(top, top + height):
+                for column in range(left, left + width):
+                    if not mask[row, column]:
+                        mask[row, column] = True
+                        new += 1
+            break
+        if new == 0:
+            break
+        missing -= new
+    return mask
+
+
+def main() -> None:
+    count = int(GRID.num_patches * RATIO)
+    rng = random.Random(0)
+    print(
+        f"grid {GRID.height}x{GRID.width}, ratio {RATIO}: {count} patches; microseconds a mask, medians of {NUM_PAIRS}"
+    )
+    print(f"{'samples':>8} {'loop':>8} {'granule':>8} {'ratio':>7}")
+    for num in GRANULES:
+        counts = np.full((num, 2), count, dtype=np.int64)
+        loop_us, ours_us = [], []
+        for pair in range(NUM_PAIRS):
+            draws = Draws.of(pair, np.zeros(num, dtype=np.int64), [f"image{i}" for i in range(num)])
+            start = time.perf_counter()
+            for _ in range(64):
+                loop_mask(count, GRID, rng)
+            middle = time.perf_counter()
+            block_masks(counts, GRID, draws, "mask/block")
+            end = time.perf_counter()
+            loop_us.append((middle - start) / 64 * 1e6)
+            ours_us.append((end - middle) / (2 * num) * 1e6)
+        ratio = statistics.median(a / b for a, b in zip(loop_us, ours_us, strict=True))
+        print(f"{num:8d} {statistics.median(loop_us):8.0f} {statistics.median(ours_us):8.1f} {ratio:7.1f}")
+
+
+if __name__ == "__main__":
+    main()
