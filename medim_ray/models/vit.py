@@ -20,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medim_ray.models.norms import BatchNorm
 from medim_ray.types import Grid
 
 # Parts of a published classifier, or of a self-supervised head, that an encoder without a head has no place for.
@@ -238,7 +239,7 @@ def _create(config: ImageEncoder.Config, pretrained: bool = False) -> Any:
     if entry.endswith(".resnet"):
         for option, value in sizes.items():
             raise ValueError(f"encoder.{option}={value}: {config.name} has fixed sizes; leave {option} out")
-        model = timm.create_model(config.name, **common)
+        model = timm.create_model(config.name, norm_layer=BatchNorm, **common)
         # timm builds by name and offers no place for a subclass; ours adds methods only, no state.
         model.__class__ = _MapResNet
         return model
