@@ -23,102 +23,90 @@ class Cue(IntEnum):
     PAST_AFTER = 7  # history of
     PAST_BEFORE = 8
     NORMAL = 9  # "normal": the words next to it, else those before it
-    LIKELY_AFTER = 10  # "compatible with": said with confidence, counts as present
-    DIFFERENTIAL = 11  # "versus": both neighbours are uncertain
+    DIFFERENTIAL = 10  # "versus": both neighbours are uncertain
 
 
 _CUES = {
     Cue.IGNORE: """
         no change; no significant change; no interval change; no significant interval change; without change;
-        not only; no longer than; no significantly changed; not significantly changed; not changed; no;
-        further; no increase; no change in; without significant change; without interval change; no prior;
-        comparison; no previous; no comparisons; none available; not well; not fully; not completely; no more;
-        than; no appreciable change; no substantial change; no evidence of change; not necessarily; negative;
-        chest; no xxxx change; no significant xxxx change; no large change; normal variant
+        not only; not significantly changed; not changed; no further; no increase; without significant change;
+        no xxxx change; without interval change; no prior; no comparison; no previous; not well; not fully;
+        not completely; no more than; no appreciable change; no substantial change; no evidence of change; not
+        necessarily; no significant xxxx change; no large change; normal variant; non calcified; non displaced
         """,
     Cue.END: """
-        but; however; although; though; except; except for; apart from; aside from; otherwise; with the;
-        exception of; other than; nevertheless; yet; whereas; while; there is; there are; there has; there;
+        but; however; although; though; except; except for; apart from; aside from; otherwise; with the
+        exception of; other than; nevertheless; yet; whereas; while; there is; there are; there has; there
         have; there was; there were; there continues; there remains; which is; demonstrate; demonstrates;
-        shows; show; reveals; reveal; but there; and there; are noted; is noted; is also; are also; also;
-        noted; again noted is; note is made of; note made of; in addition; additionally; instead; still
+        shows; show; reveals; reveal; are noted; is noted; is also; are also; also noted; again noted is; note
+        is made of; note made of; in addition; additionally; instead; still
         """,
     Cue.ABSENT_AFTER: """
-        no; not; without; without evidence of; no evidence of; no evidence for; no definite; evidence of;
-        negative for; free of; clear of; absence of; absent; denies; denied; deny; devoid of; lack of; lacks;
-        resolution of; interval resolution of; complete resolution of; resolved; rather than; as opposed to;
-        neither; nor; none; never; ruled out for; rule out for; removal of; interval removal; of; fail to;
-        fails to; no longer; no sign of; no signs of; never had; not a; no obvious; suspicious; free from;
-        failure to; less likely; unlikely; unlikely to be; unlikely to represent; visible; cleared of;
-        clearing of; interval clearing of; nonvisualization of; not due to; no focal; acute; no convincing
+        no; not; without; without evidence of; no evidence of; no evidence for; no definite; no definite
+        evidence of; negative for; free of; free from; clear of; absence of; absent; denies; denied; deny;
+        devoid of; lack of; lacks; resolution of; interval resolution of; complete resolution of; resolved;
+        rather than; as opposed to; neither; nor; none; never; ruled out for; removal of; interval removal of;
+        fail to; fails to; failure to; no longer; no sign of; no signs of; not a; no obvious; no suspicious;
+        less likely; unlikely; unlikely to be; unlikely to represent; no visible; cleared of; clearing of;
+        interval clearing of; nonvisualization of; not due to; no focal; no acute; no convincing
         """,
     Cue.ABSENT_BEFORE: """
-        not seen; not identified; not visualized; not visible; not appreciated; not evident; not present; not;
+        not seen; not identified; not visualized; not visible; not appreciated; not evident; not present; not
         demonstrated; not detected; not noted; is absent; are absent; not apparent; not found; not observed;
-        not definitely seen; not clearly seen; not enlarged; not increased; not definitely identified;
-        suspected; not clearly identified; not suggested; not significantly increased; is ruled out; are
-        ruled; out; is excluded; are excluded; has resolved; have resolved; resolved; is resolved; has been
-        removed; have been removed; removed; no longer seen; no longer visualized; no longer present; no
-        longer; identified; no longer visible; no longer evident; cleared; has cleared; have cleared; is
-        unlikely; unlikely; are unlikely; less likely; is doubtful; no longer demonstrated; no longer
-        appreciated; recognized; nonspecific
+        not definitely seen; not clearly seen; not definitely identified; not clearly identified; not
+        suspected; not suggested; is ruled out; are ruled out; is excluded; are excluded; has resolved; have
+        resolved; resolved; is resolved; has been removed; have been removed; removed; no longer seen; no
+        longer visualized; no longer present; no longer identified; no longer visible; no longer evident; no
+        longer demonstrated; no longer appreciated; cleared; has cleared; have cleared; unlikely; is unlikely;
+        are unlikely; less likely; is doubtful
         """,
     Cue.UNCERTAIN_AFTER: """
-        may; may be; may represent; may reflect; might; could; could be; could represent; could reflect;
-        possible; possibly; potentially; potential; question; questionable; question of; suspicious for;
-        suspicion for; suspicion of; suspected; suspect; concerning for; concern for; concern of; worrisome;
-        for; rule out; r o; cannot exclude; can not exclude; cannot rule out; cannot be excluded; not exclude;
-        not excluded; does not exclude; do not exclude; not entirely exclude; not rule out; differential;
-        differential diagnosis; differential includes; differential considerations; considerations include;
-        consider; considered; consideration; equivocal; suggestion of; evaluate for; evaluation for;
-        evaluation of; assess for; to exclude; exclude; perhaps; presumably; presumed; presumptive; raises;
-        raising; indeterminate; might be; might represent; either; can be seen; can be; should be; if; to;
-        evaluate; correlation for; correlate for; screen for; looking for; concern; whether; suggested;
-        attributable to; differential for; to rule out
+        may; may be; may represent; may reflect; might; might be; might represent; could; could be; could
+        represent; could reflect; possible; possibly; potentially; potential; question; questionable; question
+        of; suspicious for; suspicion for; suspicion of; suspected; suspect; concerning for; concern; concern
+        for; concern of; worrisome for; rule out; to rule out; r o; cannot exclude; can not exclude; cannot
+        rule out; cannot be excluded; not exclude; not excluded; does not exclude; do not exclude; not
+        entirely exclude; not rule out; differential; differential diagnosis; differential includes;
+        differential considerations; differential for; considerations include; consider; considered;
+        consideration; equivocal; suggestion of; evaluate for; to evaluate; evaluation for; evaluation of;
+        assess for; exclude; to exclude; perhaps; presumably; presumed; presumptive; raises; raising;
+        indeterminate; either; can be; can be seen; should be; if; correlate for; correlation for; screen for;
+        looking for; whether; suggested; attributable to
         """,
     Cue.UNCERTAIN_BEFORE: """
-        not excluded; not be excluded; cannot be excluded; can not be excluded; not entirely excluded; not;
-        completely excluded; not be entirely excluded; cannot be entirely excluded; is possible; are possible;
-        is suspected; are suspected; is considered; is questioned; would be difficult to exclude; not be
-        ruled; out; cannot be ruled out; is a possibility; is a consideration; may be present; could be
-        present; in; the differential; possible; is not excluded; are not excluded; suspected; not entirely be
-        excluded; be; considered
+        not excluded; is not excluded; are not excluded; not be excluded; cannot be excluded; can not be
+        excluded; not entirely excluded; not completely excluded; not be entirely excluded; not entirely be
+        excluded; cannot be entirely excluded; not be ruled out; cannot be ruled out; would be difficult to
+        exclude; is possible; are possible; possible; suspected; is suspected; are suspected; is considered;
+        be considered; is questioned; is a possibility; is a consideration; may be present; could be present;
+        in the differential
         """,
     Cue.DIFFERENTIAL: """
-        versus; vs; as opposed; or possibly; or alternatively; and or
-        """,
-    Cue.LIKELY_AFTER: """
-        compatible with; consistent with; most likely; likely; probable; probably; suggestive of; suggesting;
-        suggest; suggests; indicating; indicative of; favor; favors; favoring; favored; representing;
-        represents; represent; reflecting; reflects; reflect; most compatible with; most consistent with;
-        related to; relates to; secondary to; due to; in keeping with; evidence of; diagnostic of;
-        characteristic of; thought to represent; felt to represent; appears to represent; appear to represent;
-        corresponds to; corresponding to; indicate; indicates; likely due to; most suggestive of; attributed;
-        to
+        versus; vs; or possibly; or alternatively; and or
         """,
     Cue.KNOWN: """
         unchanged; stable; again; again seen; again noted; again demonstrated; again identified; persistent;
-        persists; remains; remain; chronic appearing; known; redemonstrated; redemonstration of; from; not
-        significantly changed; no significant change in; no change in; as before; previously seen; previously
-        noted; previously described; previously identified; previously demonstrated; continued; continues;
-        residual; similar to prior; similar appearance; unchanged appearance; stable appearance; stable from
-        prior; grossly unchanged; essentially unchanged; relatively unchanged; not changed; unchanged in
-        appearance; preexisting; pre existing; old; similar; longstanding; long standing
+        persists; remains; remain; known; redemonstrated; redemonstration of; unchanged from; no significant
+        change in; no change in; as before; previously seen; previously noted; previously described;
+        previously identified; previously demonstrated; continued; continues; residual; similar; similar to
+        prior; similar appearance; unchanged appearance; stable appearance; stable from prior; grossly
+        unchanged; essentially unchanged; relatively unchanged; unchanged in appearance; preexisting; pre
+        existing; old; longstanding; long standing
         """,
     Cue.PAST_AFTER: """
         history of; hx of; h o; status post; s p; prior history of; past history of; past medical history of;
-        with history of; personal history of; family history of; known history of; history; previous history;
-        of
+        with history of; personal history of; family history of; known history of; previous history of;
+        history
         """,
     Cue.PAST_BEFORE: """
         in the past; by history; on the prior; on the previous; on prior study; on previous study; seen
-        previously; in the interval has resolved
+        previously
         """,
     Cue.NORMAL: """
-        normal; within normal limits; within normal; unremarkable; clear; intact; normal in; is within normal;
-        limits; within limits of normal; not remarkable; nonenlarged; midline; preserved; maintained; well;
-        expanded; physiologic; not unusual; wnl; normal limits; upper limits of normal; upper limits normal;
-        normal for age; within normal limit; no abnormality; negative
+        normal; within normal limits; within normal limit; within normal; is within normal limits; normal
+        limits; within limits of normal; upper limits of normal; upper limits normal; normal in; normal for
+        age; unremarkable; clear; intact; not remarkable; nonenlarged; midline; preserved; maintained; well
+        expanded; physiologic; wnl; not unusual; no abnormality; negative
         """,
 }
 # (phrase, cue); a phrase may stand under several cues.
