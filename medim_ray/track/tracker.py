@@ -1,0 +1,102 @@
+"""One actor that shows a run: it keeps the newest record for the progress line and writes Aim. It may drop, never block.
+
+The training loop does not import aim and does not wait for this actor: rank 0 sends records and forgets them; where the
+actor falls behind, records are dropped here and counted. metrics.jsonl stays complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+_LOG = logging.getLogger(__name__)
+_MAX_PENDING = 64
+_RUN_FILE = "aim_run"
+
+
+class Tracker:
+    """The actor. `run_file` remembers the Aim run of a run folder, so that a resumed run goes on in it."""
+
+    def __init__(self, aim_repo: str, run_dir: str, params: dict[str, Any]) -> None:
+        self._latest: dict[str, Any] | None = None
+        self._dropped = 0
+        self._run: Any = None
+        self._last_step = -1
+        if aim_repo:
+            try:
+                self._open(aim_repo, run_dir, params)
+            except Exception as error:  # Aim is a view: whatever fails in it must not end a run
+                _LOG.warning("Aim repository %s can't be used, metrics.jsonl is still written: %s", aim_repo, error)
+
+    def _open(self, aim_repo: str, run_dir: str, params: dict[str, Any]) -> None:
+        import aim
+
+        if "://" not in aim_repo:
+            Path(aim_repo).mkdir(parents=True, exist_ok=True)
+            aim.Repo.from_path(aim_repo, init=True)
+        file = Path(run_dir) / _RUN_FILE
+        known = file.read_text().strip() if "://" not in run_dir and file.is_file() else None
+        self._run = aim.Run(
+            run_hash=known,
+            repo=aim_repo,
+            force_resume=known is not None,
+            system_tracking_interval=None,
+            capture_terminal_logs=False,
+            log_system_params=False,
+        )
+        self._run["config"] = params
+        if "://" not in run_dir:
+            file.write_text(f"{self._run.hash}\n")
+
+    def log(self, record: dict[str, Any], dropped: int) -> None:
+        """A record of metrics.jsonl, and how many the sender has dropped so far."""
+        self._latest, self._dropped = record, dropped
+        if self._run is None or record["step"] <= self._last_step:
+            return
+        self._last_step = record["step"]
+        for name, value in record.items():
+            if isinstance(value, int | float) and name not in ("step", "epoch"):
+                with contextlib.suppress(Exception):
+                    self._run.track(value, name=name, step=record["step"], epoch=record["epoch"])
+
+
+    def latest(self) -> dict[str, Any] | None:
+        """The newest record, for the progress line."""
+        return self._latest
+
+    def close(self) -> int:
+        """Flushes Aim; the number of dropped records."""
+        if self._run is not None:
+            with contextlib.suppress(Exception):
+                self._run.close()
+        return self._dropped
+
+
+def start_tracker(aim_repo: str, run_dir: str, params: dict[str, Any]) -> Any:
+    """A handle of a new Tracker actor on this node; it is restarted if it dies."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Tracker)
+    return actor.remote(aim_repo, run_dir, params)
+
+
+class TrackerClient:
+    """Rank 0's side: sends without waiting, drops where more than `_MAX_PENDING` records are under way."""
+
+    def __init__(self, tracker: Any) -> None:
+        self._tracker = tracker
+        self._pending: list[Any] = []
+        self._dropped = 0
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Fire and forget."""
+        if self._pending:
+            _, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
+        if len(self._pending) >= _MAX_PENDING:
+            self._dropped += 1
+            return
+        self._pending.append(self._tracker.log.remote(record, self._dropped))

@@ -1,0 +1,117 @@
+"""From a RunConfig to the pieces of a run: plan, reader, objective. The same calls serve training, probes and exports.
+
+Pieces are built where they are needed (driver, decoding actor, worker) from the configuration alone; nothing is shipped.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medim_ray.config.loader import from_tree, to_tree
+from medim_ray.config.schema import RunConfig
+from medim_ray.data.plan import RowGroup, StreamPlan
+from medim_ray.data.reader import BlockReader, ReportEncoder
+from medim_ray.data.shards import TOKENIZER, ShardSet
+from medim_ray.data.transforms import CROPS, Crop
+from medim_ray.masking import MASKINGS
+from medim_ray.masking.base import Masking
+from medim_ray.models.text import TextEncoder, load_tokenizer
+from medim_ray.models.vit import ImageEncoder
+from medim_ray.objectives import OBJECTIVES
+from medim_ray.objectives.base import Objective, Parts
+
+
+def stream_plan(config: RunConfig, shards: ShardSet) -> StreamPlan:
+    """The plan of the run over the shards' training split."""
+    files = shards.files(config.data.split)
+    groups = [RowGroup(f, i, rows) for f, file in enumerate(files) for i, rows in enumerate(file.row_groups)]
+    if not groups:
+        raise ValueError(f"data.split={config.data.split!r}: {config.data.shards} has no rows in it")
+    return StreamPlan(
+        groups,
+        seed=config.seed,
+        global_batch=config.train.global_batch,
+        granules_per_step=config.granules_per_step,
+        shuffle_window=config.data.shuffle_window,
+        window_steps=config.data.window_steps,
+    )
+
+
+def build_crop(config: RunConfig) -> Crop:
+    """The views of a sample."""
+    crop: Crop = CROPS[config.crop.name](config.crop, config.encoder.image_size)
+    return crop
+
+
+def build_masking(config: RunConfig) -> Masking:
+    """The masking strategy; ValueError where it needs reports and the objective has no text encoder."""
+    masking: Masking = MASKINGS[config.masking.name](config.masking)
+    if masking.needs_attention and not OBJECTIVES[config.objective.name].needs_text:
+        raise ValueError(
+            f"masking.name={config.masking.name} needs the attention of a text encoder, which "
+            f"objective.name={config.objective.name} lacks: use masking.name=uniform or objective.name=medim"
+        )
+    return masking
+
+
+def needs_text(config: RunConfig) -> bool:
+    """Reports are tokenised and tagged where the objective or the masking reads them."""
+    return bool(OBJECTIVES[config.objective.name].needs_text or build_masking(config).needs_text)
+
+
+def open_tokenizer(config: RunConfig, shards: ShardSet) -> Any:
+    """The tokenizer of the run: the one stored with the shards, or the text encoder's own."""
+    folder = f"{shards.root}/{TOKENIZER}"
+    if not shards.fs.exists(folder):
+        return load_tokenizer(config.text, "")
+    with tempfile.TemporaryDirectory(prefix="medim-ray-") as local:
+        for file in shards.fs.ls(folder, detail=False):
+            shards.fs.get_file(file, str(Path(local) / Path(file).name))
+        return load_tokenizer(config.text, local)
+
+
+def make_reader(tree: dict[str, Any]) -> BlockReader:
+    """The reader of a decoding actor, from the plain tree of a RunConfig."""
+    config = from_tree(RunConfig, tree)
+    shards = ShardSet.open(config.data.shards)
+    reports = None
+    if needs_text(config):
+        reports = ReportEncoder(open_tokenizer(config, shards), config.text.num_tokens)
+    return BlockReader(
+        stream_plan(config, shards),
+        [shards.path(file) for file in shards.files(config.data.split)],
+        shards.arrow_fs(),
+        build_crop(config),
+        build_masking(config),
+        ImageEncoder.grid_of(config.encoder),
+        reports,
+    )
+
+
+def reader_factory(config: RunConfig) -> Callable[[], BlockReader]:
+    """`make_reader` for this configuration, cheap to send to an actor."""
+    return partial(make_reader, to_tree(config))
+
+
+def build_objective(config: RunConfig, shards: ShardSet) -> Objective:
+    """The objective with its encoders, initialised from `seed`; call it once a process."""
+    torch.manual_seed(config.seed)
+    cls = OBJECTIVES[config.objective.name]
+    text = None
+    if cls.needs_text:
+        text = TextEncoder(config.text, vocab_size=len(open_tokenizer(config, shards)))
+    parts = Parts(
+        encoder=ImageEncoder(config.encoder),
+        text=text,
+        masking=build_masking(config),
+        num_steps=config.train.steps,
+        global_batch=config.train.global_batch,
+    )
+    objective: Objective = cls(config.objective, parts)
+    return objective

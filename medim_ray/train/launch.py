@@ -1,0 +1,231 @@
+"""`medim-ray pretrain`: checks, Ray, the trainer, the progress line. What the workers do is in worker.py and loop.py.
+
+The same command starts, resumes and ends a run: what there is to do follows from the newest committed checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import pyarrow.fs as pafs
+import ray
+import ray.train
+from ray.data import Dataset
+from ray.train import DataConfig, FailureConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from medim_ray.config.loader import from_tree, leaves, to_tree
+from medim_ray.config.schema import RunConfig
+from medim_ray.data.pipeline import execution_options, train_stream
+from medim_ray.data.shards import ShardSet
+from medim_ray.train.build import build_masking, needs_text, open_tokenizer, reader_factory, stream_plan
+from medim_ray.train.checkpoint import CheckpointStore
+from medim_ray.train.runs import read_config, write_config
+from medim_ray.train.worker import train_worker
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """step: optimizer steps that are committed; finished: the run has reached train.steps."""
+
+    run_dir: str
+    step: int
+    finished: bool
+
+
+def launch(config: RunConfig, console: Console | None = None) -> RunResult:
+    """Trains to the end of the run or to `train.stop_after`, from wherever its newest checkpoint is.
+
+    ValueError for what the user can mend; RuntimeError, with the workers' error, where training failed.
+    """
+    console = console or Console(stderr=True)
+    store = check(config)
+    newest = store.newest(lambda text: console.print(f"[yellow]{text}"))
+    done = newest.step if newest is not None else 0
+    if done >= config.train.last_step:
+        console.print(f"{config.run.dir} is at step {done} of {config.train.steps}: nothing to do")
+        return RunResult(config.run.dir, done, done >= config.train.steps)
+    if newest is not None:
+        console.print(f"resuming {config.run.dir} from {newest.name} (step {done} of {config.train.steps})")
+    write_config(config)
+    with ray_session(config.run.ray_address, _cpus(config)):
+        _fit(config, done, console)
+    newest = store.newest()
+    step = newest.step if newest is not None else 0
+    return RunResult(config.run.dir, step, step >= config.train.steps)
+
+
+def check(config: RunConfig) -> CheckpointStore:
+    """Everything that can be known before a cluster is asked for anything; ValueError with the fix."""
+    if not config.run.dir:
+        raise ValueError("run.dir is empty: give the folder or URL of the run, e.g. run.dir=runs/first")
+    if not config.data.shards:
+        raise ValueError("data.shards is empty: give what `medim-ray prepare` wrote, e.g. data.shards=shards/cxr")
+    shards = ShardSet.open(config.data.shards)
+    stream_plan(config, shards)
+    build_masking(config)
+    if needs_text(config):
+        open_tokenizer(config, shards)
+    old = read_config(config.run.dir)
+    if old is not None:
+        changed = _changed(old, config)
+        if changed:
+            raise ValueError(
+                f"{config.run.dir} holds another run: {'; '.join(changed)}. Choose another run.dir, or go back to "
+                f"these values to resume"
+            )
+    return CheckpointStore(config.run.dir)
+
+
+def _changed(old: RunConfig, new: RunConfig) -> list[str]:
+    """Options that may not change in a resumed run and do."""
+    before = {key: value for key, value, meta in leaves(old) if meta.get("fixed", True)}
+    after = {key: value for key, value, meta in leaves(new) if meta.get("fixed", True)}
+    keys = sorted(key for key in before | after if before.get(key) != after.get(key))
+    return [f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in keys]
+
+
+def _cpus(config: RunConfig) -> int:
+    """Logical CPUs for a Ray that is started here: the workers, the decoding actors, the trial of a sweep."""
+    return max(os.cpu_count() or 1, int(config.train.num_workers * config.train.cpus_per_worker) + 1)
+
+
+@contextlib.contextmanager
+def ray_session(address: str, num_cpus: int) -> Iterator[None]:
+    """Joins the cluster at `address`, or starts Ray here with `num_cpus` logical CPUs; leaves a running session alone."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if address:
+        ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+    else:
+        ray.init(
+            num_cpus=num_cpus,
+            object_store_memory=512 << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="WARNING",
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _fit(config: RunConfig, done: int, console: Console) -> None:
+    from medim_ray.track.tracker import start_tracker
+
+    tree = to_tree(config)
+    repo = config.track.aim_repo or os.path.dirname(os.path.abspath(config.run.dir)) if config.track.aim else ""
+    tracker = start_tracker(repo, config.run.dir, tree)
+    fs, root = fsspec.core.url_to_fs(config.run.dir)
+    env = {"OMP_NUM_THREADS": str(max(1, int(config.train.cpus_per_worker)))}
+    if not config.train.use_gpu:
+        env["DS_ACCELERATOR"] = "cpu"
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"config": tree, "tracker": tracker},
+        torch_config=TorchConfig(backend=None if config.train.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.train.num_workers,
+            use_gpu=config.train.use_gpu,
+            resources_per_worker={"CPU": config.train.cpus_per_worker, **({"GPU": 1} if config.train.use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            # Ray's own record is per launch: what a run has done is told by its checkpoints alone.
+            name=f"launch-{uuid.uuid4().hex[:8]}",
+            storage_path=f"{root.rstrip('/')}/ray",
+            storage_filesystem=pafs.PyFileSystem(pafs.FSSpecHandler(fs)),
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            worker_runtime_env={"env_vars": env},
+        ),
+        datasets={"train": StreamFactory(tree)},
+        dataset_config=DataConfig(execution_options=execution_options()),
+    )
+    try:
+        with progress(config, done, tracker, console):
+            trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise RuntimeError(f"training failed: {error}") from error
+    finally:
+        dropped = ray.get(tracker.close.remote())
+        if dropped:
+            console.print(f"{dropped} records did not reach Aim; metrics.jsonl is complete")
+        ray.kill(tracker)
+
+
+class StreamFactory:
+    """Called by Ray Train at every start of the worker group: the stream from the newest checkpoint on."""
+
+    def __init__(self, tree: dict[str, Any]) -> None:
+        self._tree = tree
+
+    def __call__(self) -> Dataset:
+        config = from_tree(RunConfig, self._tree)
+        newest = CheckpointStore(config.run.dir).newest()
+        first_step = newest.step if newest is not None else 0
+        plan = stream_plan(config, ShardSet.open(config.data.shards))
+        return train_stream(
+            plan, reader_factory(config), first_step, config.train.last_step, config.data.num_actors
+        )
+
+
+@contextlib.contextmanager
+def progress(config: RunConfig, done: int, tracker: Any, console: Console) -> Iterator[None]:
+    """A line with step, loss terms, rate, data-wait share and time left, fed by the tracker."""
+    bar = Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[terms]}"),
+        TimeRemainingColumn(),
+        console=console,
+        refresh_per_second=2,
+    )
+    task = bar.add_task("pretrain", total=config.train.last_step, completed=done, terms="starting workers")
+    stop = threading.Event()
+
+    def poll() -> None:
+        while not stop.wait(0.5):
+            with contextlib.suppress(ray.exceptions.RayError):
+                record = ray.get(tracker.latest.remote(), timeout=5)
+                if record is not None:
+                    bar.update(task, completed=record["step"] + 1, terms=describe(record))
+
+    thread = threading.Thread(target=poll, daemon=True)
+    with bar:
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            with contextlib.suppress(ray.exceptions.RayError):
+                record = ray.get(tracker.latest.remote(), timeout=5)
+                if record is not None:
+                    bar.update(task, completed=record["step"] + 1, terms=describe(record))
+
+
+def describe(record: dict[str, Any]) -> str:
+    """The numbers of a record that fit on a line."""
+    hidden = {"step", "epoch", "lr", "grad_norm", "samples_per_s", "step_s", "data_wait_ratio"}
+    terms = [f"{k} {v:.4g}" for k, v in record.items() if k not in hidden and isinstance(v, float) and "/" not in k]
+    return " ".join(
+        [*terms[:6], f"{record['samples_per_s']:.1f} samples/s", f"wait {record['data_wait_ratio']:.0%}"]
+    )
+
+
+def summary(result: RunResult) -> str:
+    """One JSON line for scripts."""
+    return json.dumps({"run": result.run_dir, "step": result.step, "finished": result.finished})

@@ -1,0 +1,76 @@
+"""metrics.jsonl, the truth of a run: one JSON object a step, written by rank 0. Plots and trackers are views of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsFile:
+    """Appends records to RUN/metrics.jsonl. On object storage the file is rewritten at each `sync`."""
+
+    def __init__(self, run_dir: str, first_step: int) -> None:
+        """Keeps the records of the steps before `first_step`; later ones belong to an attempt that was rolled back."""
+        self._fs, root = fsspec.core.url_to_fs(run_dir)
+        self._target = f"{root.rstrip('/')}/{METRICS}"
+        self._fs.makedirs(root, exist_ok=True)
+        kept = [line for line in read_lines(run_dir) if json.loads(line)["step"] < first_step]
+        protocol = self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)
+        self._is_local = "file" in protocol
+        path = Path(self._target) if self._is_local else Path(tempfile.mkdtemp(prefix="medim-ray-")) / METRICS
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.replace(path)
+        self._path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line, flushed."""
+        self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Makes what was written visible at the run's location."""
+        if not self._is_local:
+            self._fs.put_file(str(self._path), self._target)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: non-finite numbers are written by name."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_lines(run_dir: str) -> list[str]:
+    """The complete lines of RUN/metrics.jsonl; a line cut by a kill is left out."""
+    fs, root = fsspec.core.url_to_fs(run_dir)
+    path = f"{root.rstrip('/')}/{METRICS}"
+    fs.invalidate_cache()
+    if not fs.exists(path):
+        return []
+    text = fs.cat_file(path).decode()
+    return [line for line in text.split("\n")[:-1] if line]
+
+
+def read_metrics(run_dir: str) -> list[dict[str, Any]]:
+    """The records of RUN/metrics.jsonl in the order of the steps."""
+    return [json.loads(line) for line in read_lines(run_dir)]
+
+
+def mean_over_ranks(logs: list[dict[str, Tensor]], device: torch.device) -> dict[str, float]:
+    """Mean of each scalar over the micro-batches and all ranks; every rank must log the same names."""
+    names = sorted(logs[0])
+    values = torch.stack([torch.stack([log[name].detach().float().to(device) for name in names]) for log in logs])
+    mean = values.mean(dim=0)
+    dist.all_reduce(mean)
+    mean /= dist.get_world_size()
+    return dict(zip(names, mean.tolist(), strict=True))

@@ -1,0 +1,83 @@
+"""A run folder, read and written: its configuration, and its objective with trained or untrained weights. No Ray here.
+
+    RUN/config.yaml   RUN/metrics.jsonl   RUN/checkpoints/step-SSSSSSSS-A/{rank-RRRRR.safetensors, manifest.json}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import fsspec
+import yaml
+from torch import nn
+
+from medim_ray.config.loader import from_tree, run_hash, to_yaml
+from medim_ray.config.schema import RunConfig
+from medim_ray.data.shards import ShardSet
+from medim_ray.objectives.base import Objective
+from medim_ray.train.build import build_objective
+from medim_ray.train.checkpoint import CheckpointStore, load_weights
+
+CONFIG = "config.yaml"
+
+
+def write_config(config: RunConfig) -> None:
+    """RUN/config.yaml, the resolved tree, headed by the run's hash and the versions that wrote it."""
+    packages = ("medim-ray", "ray", "torch", "deepspeed", "timm", "transformers")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    fs, root = fsspec.core.url_to_fs(config.run.dir)
+    fs.makedirs(root, exist_ok=True)
+    text = f"# run_hash {run_hash(config)}\n# {versions}\n{to_yaml(config)}"
+    fs.pipe_file(f"{root.rstrip('/')}/{CONFIG}", text.encode())
+
+
+def read_config(run_dir: str) -> RunConfig | None:
+    """The configuration of a run folder, or None where there is none."""
+    fs, root = fsspec.core.url_to_fs(run_dir)
+    path = f"{root.rstrip('/')}/{CONFIG}"
+    if not fs.exists(path):
+        return None
+    return from_tree(RunConfig, yaml.safe_load(fs.cat_file(path)), where=f"{run_dir}/{CONFIG}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """A run's objective in evaluation mode, on the CPU. step: optimizer steps behind the weights, 0 = untrained."""
+
+    config: RunConfig
+    shards: ShardSet
+    objective: Objective
+    step: int
+    checkpoint: str
+
+
+def open_config(run_dir: str) -> RunConfig:
+    """The configuration of a run folder; ValueError where there is no run."""
+    config = read_config(run_dir)
+    if config is None:
+        raise ValueError(f"{run_dir} is not a run folder (no {CONFIG} in it): give run=PATH of a `medim-ray pretrain`")
+    return config
+
+
+def load_run(run_dir: str, trained: bool = True) -> LoadedRun:
+    """The objective with the weights of the newest valid checkpoint, or with those the run began with.
+
+    ValueError where there is no run or, with `trained`, no checkpoint that can be used.
+    """
+    config = open_config(run_dir)
+    shards = ShardSet.open(config.data.shards)
+    objective = build_objective(config, shards)
+    assert isinstance(objective, nn.Module)
+    step, name = 0, ""
+    if trained:
+        problems: list[str] = []
+        store = CheckpointStore(run_dir)
+        newest = store.newest(problems.append)
+        if newest is None:
+            why = "; ".join(problems) or "none was committed"
+            raise ValueError(f"{run_dir} has no checkpoint that can be used: {why}. Run `medim-ray pretrain` on it")
+        objective.load_state_dict(load_weights(store, newest))
+        step, name = newest.step, newest.name
+    objective.eval()
+    return LoadedRun(config=config, shards=shards, objective=objective, step=step, checkpoint=name)
