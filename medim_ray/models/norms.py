@@ -7,10 +7,10 @@ SyncBatchNorm runs on GPUs only. No layer here knows an objective.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
-import torch.distributed.nn.functional as dist_fn
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from medim_ray.models.collectives import all_reduce_sum, num_ranks
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -38,25 +38,25 @@ class BatchNorm(nn.BatchNorm1d):
         assert mean is not None and var is not None
         mean_C, var_C = mean.float(), var.float()  # the buffers themselves where they are float32
         count = x.numel() // x.shape[1]
-        num_ranks = dist.get_world_size() if self.sync and dist.is_initialized() else 1
-        if self.training and num_ranks > 1:
-            return self._synced(x, count * num_ranks, num_ranks)
+        ranks = num_ranks() if self.sync else 1
+        if self.training and ranks > 1:
+            return self._synced(x, count * ranks, ranks)
         training = self.training and count > 1
         y = F.batch_norm(x, mean_C, var_C, weight, bias, training, self.momentum or 0.0, self.eps)
-        if training:
+        if training and mean_C is not mean:
             mean.copy_(mean_C)
             var.copy_(var_C)
         return y
 
-    def _synced(self, x: Tensor, count: int, num_ranks: int) -> Tensor:
+    def _synced(self, x: Tensor, count: int, ranks: int) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
         axes = [axis for axis in range(x.dim()) if axis != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         x32 = x.float()
         # Two reductions rather than E[x^2] - E[x]^2, which cancels.
-        mean_C = dist_fn.all_reduce(x32.mean(axes)) / num_ranks
+        mean_C = all_reduce_sum(x32.mean(axes)) / ranks
         centred = x32 - mean_C.view(shape)
-        var_C = dist_fn.all_reduce(centred.square().mean(axes)) / num_ranks
+        var_C = all_reduce_sum(centred.square().mean(axes)) / ranks
         with torch.no_grad():
             momentum = self.momentum or 0.0
             self.running_mean.lerp_(mean_C.detach().to(self.running_mean.dtype), momentum)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from medim_ray.models.collectives import all_gather_rows
 from medim_ray.models.norms import BatchNorm, build_norm
 
 
@@ -58,6 +59,8 @@ def _rank(rank: int, folder: str) -> None:
     layer = BatchNorm(4, sync=True)
     y = layer(x)
     (y.pow(3) * values(6, 4, 5)[rank * 3 : rank * 3 + 3]).sum().backward()
+    rows = all_gather_rows(values(2, 3) * (rank + 1))
+    assert torch.equal(rows, torch.cat([values(2, 3), values(2, 3) * 2]))
     torch.save((y.detach(), x.grad, layer.running_var), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
