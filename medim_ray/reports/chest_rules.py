@@ -7,21 +7,20 @@ __all__ = ["ABNORMAL_PHRASES", "STATE_RULES", "STATE_TERMS"]
 
 # Phrase -> heading that it indexes as a finding.
 ABNORMAL_PHRASES = """
-Lung | low lung volume; lung volumes are low; low volume; diminished lung volume; decreased lung volume; reduced lung
-    volume; small lung volume; shallow inspiration; poor inspiration; hypoinflation; hypoinflated; hypoaeration;
-    hypoventilation; hypoventilatory; hypoexpanded; hypoexpansion; underinflated; underinflation; low inspiratory
-    volume; poor inspiratory effort; shallow lung inflation; low inspiration; hyperexpansion; hyperexpanded;
-    hyperinflation; hyperinflated; hyperaeration; hyperaerated; overinflation; overinflated; overexpanded;
-    overexpansion; hyperdistention; hyperdistended; hyperventilation; air trapping; barrel chest; increased lung
-    volume; large lung volume; lung volumes are increased; lung volumes are diminished; lung volumes are decreased;
-    lung volumes are reduced; decreased lung inflation; increased retrosternal airspace; increased retrosternal air
-    space; enlarged retrosternal airspace; low lung inflation; lungs are low; increased ap diameter; increased lung
-    lucency; hyper expanded; hyper inflated; hyper expansion; hyper inflation; hypo inflated; hypo inflation;
-    hypoinspiration; hypoinflative; hyperinflative; expiratory; decreased inspiratory; poor inflation; shallow
-    inflation; crowding of the lung
+Lung | azygos lobe; azygos fissure; azygous lobe; azygous fissure; under expanded; under inflated; low lung volume;
+    lung volumes are low; low volume; diminished lung volume; decreased lung volume; reduced lung volume; small lung
+    volume; shallow inspiration; poor inspiration; hypoinflation; hypoinflated; hypoaeration; hypoventilation;
+    hypoventilatory; hypoexpanded; hypoexpansion; underinflated; underinflation; low inspiratory volume; poor
+    inspiratory effort; shallow lung inflation; low inspiration; hyperexpansion; hyperexpanded; hyperinflation;
+    hyperinflated; hyperaeration; hyperaerated; overinflation; overinflated; overexpanded; overexpansion;
+    hyperdistention; hyperdistended; hyperventilation; air trapping; barrel chest; increased lung volume; large lung
+    volume; lung volumes are increased; lung volumes are diminished; lung volumes are decreased; lung volumes are
+    reduced; decreased lung inflation; increased retrosternal airspace; increased retrosternal air space; enlarged
+    retrosternal airspace; low lung inflation; lungs are low; increased ap diameter; increased lung lucency; hyper
+    expanded; hyper inflated; hyper expansion; hyper inflation; hypo inflated; hypo inflation; hypoinspiration;
+    hypoinflative; hyperinflative; expiratory; decreased inspiratory; poor inflation; shallow inflation; crowding of
+    the lung
 Costophrenic Angle | blunted angle; blunting of the angle
-Shift | mediastinal shift; shift of the mediastinum; tracheal deviation; deviation of the trachea; tracheal shift;
-    cardiomediastinal shift; deviated trachea; midline shift; shifted; shift
 """
 
 # State -> words for it.
@@ -32,6 +31,8 @@ blunted | blunted; blunting; blunt
 obscured | obscured; obscuration; obscuring; obscures; effacement; effaced; silhouetting; indistinct; obliteration;
     obliterated
 tortuous | tortuous; tortuosity; ectatic; ectasia; unfolded; unfolding; uncoiled; uncoiling; elongated; elongation
+nodal | adenopathy; lymphadenopathy; enlarged lymph node; prominent lymph node
+tip | tip; distal tip
 dilated | dilated; dilatation; dilation
 enlarged | enlarged; enlargement; large; prominent; prominence; increased in size; fullness; widened; widening; full;
     mildly enlarged
@@ -50,10 +51,10 @@ Aorta, Thoracic | Aorta, Thoracic | tortuous; dilated; enlarged
 Cardiomegaly | Heart | enlarged
 Cardiac Shadow | Cardiac Shadow | enlarged
 Heart | Heart | obscured
-Mediastinum | Mediastinum | enlarged
-Lung | Hilum | enlarged
-Thoracic Vertebrae | Thoracic Vertebrae | degenerative
-Lumbar Vertebrae | Lumbar Vertebrae | degenerative
+Mediastinum | Mediastinum | enlarged; nodal
+Lung | Hilum; Interstitium | enlarged; nodal
+Thoracic Vertebrae | Thoracic Vertebrae; Thoracolumbar Spine; Thorax | degenerative
+Lumbar Vertebrae | Lumbar Vertebrae; Thoracolumbar Spine | degenerative
 Cervical Vertebrae | Cervical Vertebrae | degenerative
 Spine | Spine | degenerative
 Shoulder | Shoulder | degenerative
@@ -62,4 +63,6 @@ Heart Atria | Heart Atria | enlarged; dilated
 Heart Ventricles | Heart Ventricles | enlarged; dilated
 Lymph Nodes | Lymph Nodes | enlarged
 Thyroid Gland | Thyroid Gland | enlarged
+Pulmonary Congestion | Pulmonary Vessels; Blood Vessels; Pulmonary Veins | enlarged; obscured; dilated
+Catheters, Indwelling | Vena Cava, Superior | tip
 """

@@ -31,7 +31,6 @@ Arthritis | arthritis; arthritic change; arthritic; arthrosis; osteoarthritis; o
 Asthma | asthma
 Atherosclerosis | atherosclerosis; atherosclerotic; arteriosclerosis; arteriosclerotic; atheromatous; atheroma;
     atherosclerotic calcification; atherosclerotic vascular calcification; atheromatous calcification
-Azygos Lobe | azygos lobe; azygos fissure; azygous lobe; azygous fissure
 Blister | bulla; bleb; bullous disease; bullous change
 Bone Diseases, Metabolic | osteopenia; osteopenic; demineralization; demineralized; demineralisation; bone
     demineralization; decreased bone mineralization; decreased bone mineral density; decreased bone density; diffusely
@@ -41,9 +40,8 @@ Bronchiolitis | bronchiolitis
 Bronchitis | bronchitis; bronchitic; peribronchial cuffing; bronchial wall thickening; peribronchial thickening;
     bronchial cuffing
 Bullous Emphysema | bullous emphysema; bullous emphysematous; bullous emphysematous change
-Calcified Granuloma | calcified granuloma; calcified granulomata; calcified nodule; calcified nodular density;
-    calcified lung nodule; calcified pulmonary nodule; calcified lung granuloma; calcified pulmonary granuloma;
-    granulomatous calcification; calcified granulomatous nodule
+Calcified Granuloma | calcified granuloma; calcified granulomata; calcified lung granuloma; calcified pulmonary
+    granuloma; granulomatous calcification; calcified granulomatous nodule
 Calcinosis | calcification; calcified; calcific; calcinosis
 Cardiomegaly | cardiomegaly; enlarged heart; cardiac enlargement; heart enlargement; enlargement of the heart;
     enlarged heart size; cardiac hypertrophy
@@ -55,8 +53,8 @@ Cysts | cyst; cystic change; cystic lesion; cystic lucency
 Cystic Fibrosis | cystic fibrosis
 Deformity | deformity; deformed; wedging; wedge deformity; contour deformity; compression deformity; wedge
     compression; vertebral body compression; loss of vertebral body height; vertebral body height loss; loss of
-    height; height loss; compressed vertebral body
-Density | density; hyperdensity
+    height; height loss; compressed vertebral body; irregularity; contour irregularity; contour abnormality
+Density | density; hyperdensity; nodular density; hyperdense; dense; nodular like density
 Diaphragmatic Eventration | eventration; eventrated
 Dislocations | dislocation; dislocated; subluxation; subluxed; listhesis; anterolisthesis; retrolisthesis;
     spondylolisthesis
@@ -68,11 +66,11 @@ Fibrosis | fibrosis; fibrotic
 Foreign Bodies | foreign body; foreign bodies; bullet; shrapnel; bullet fragment; metallic fragment; metallic foreign
     body; bb; pellet; ballistic fragment; gunshot; radiopaque foreign body; metallic density; metallic object;
     metallic body
-Fractures, Bone | fracture; fractured; compression fracture; rib fracture; fracture fragment; fracture deformity
+Fractures, Bone | fracture; fractured; compression fracture; rib fracture; fracture fragment
 Funnel Chest | funnel chest; pectus excavatum; pectus deformity
 Granuloma | granuloma; granulomata; granulomatous nodule
-Granulomatous Disease | granulomatous disease; granulomatous process; granulomatous infection; granulomatous change;
-    granulomatous exposure; granulomatous sequela; granulomatous inflammation
+Granulomatous Disease | granulomatous disease; granulomatous infection; granulomatous change; granulomatous exposure;
+    granulomatous sequela; granulomatous inflammation; calcified granulomatous disease; calcified granulomatous change
 Heart Failure | heart failure; congestive heart failure; chf; cardiac failure; cardiac decompensation; congestive
     failure; decompensated heart; left ventricular failure
 Hemopneumothorax | hemopneumothorax
@@ -100,8 +98,9 @@ Mass | mass; mass lesion; masslike
 Neoplasm Metastasis | metastasis; metastatic disease; metastatic
 Neoplasms | neoplasm; malignancy; tumor; tumour; carcinoma; cancer; malignant; neoplastic; lymphoma
 Nipple Shadow | nipple shadow
-Nodule | nodule; nodular; nodularity; nodular opacity; nodular density; micronodule
-Opacity | opacity; opacification; opacified; opacifying
+Nodule | nodule; nodular; nodularity; micronodule
+Opacity | opacity; opacification; opacified; opacifying; nodular opacity; nodular opacification; nodular like opacity;
+    nodular airspace opacity; mass like opacity
 Osteophyte | osteophyte; osteophytosis; osteophytic; spurring; spur; bridging osteophyte; marginal osteophyte;
     osteophyte formation; syndesmophyte
 Osteoporosis | osteoporosis; osteoporotic
@@ -124,7 +123,8 @@ Pulmonary Atelectasis | atelectasis; atelectatic; atelectases; collapse; collaps
 Pulmonary Congestion | vascular congestion; pulmonary congestion; pulmonary vascular congestion; congestion; venous
     congestion; pulmonary venous congestion; vascular engorgement; cephalization; cephalisation; pulmonary vascular
     engorgement; central vascular congestion; vascular redistribution; congested; vascular cephalization; pulmonary
-    vascular redistribution
+    vascular redistribution; indistinct vascular margination; vascular prominence; prominence of the pulmonary
+    vasculature; prominent pulmonary vasculature; indistinct pulmonary vasculature; vascular fullness
 Pulmonary Disease, Chronic Obstructive | copd; chronic obstructive pulmonary disease; chronic obstructive lung
     disease; obstructive lung disease; obstructive pulmonary disease; obstructive airway disease; obstructive airways
     disease; obstructive disease; chronic airways disease; chronic obstructive disease
@@ -135,12 +135,14 @@ Pulmonary Emphysema | pulmonary emphysema; centrilobular emphysema; panlobular e
     change
 Pulmonary Fibrosis | pulmonary fibrosis; lung fibrosis; interstitial fibrosis; idiopathic pulmonary fibrosis; fibrotic
     lung disease; pulmonary fibrotic change; honeycombing; fibrosis of the lung; interstitial fibrotic change;
-    fibrotic interstitial lung disease
+    fibrotic interstitial lung disease; fibrosis in the lung; fibrosis in the bases; pulmonary parenchymal fibrosis
 Sarcoidosis | sarcoidosis; sarcoid
 Scleroses | sclerosis; sclerotic
 Scoliosis | scoliosis; scoliotic; dextroscoliosis; levoscoliosis; dextrocurvature; levocurvature; rotoscoliosis;
     scoliotic curvature; s shaped curvature; dextroconvex; levoconvex; thoracic curvature; convex curvature; curvature
-    of the thoracic spine; curvature of the spine; spinal curvature
+    of the thoracic spine; curvature of the spine; spinal curvature; curvature; curvature of the thoracolumbar spine
+Shift | mediastinal shift; shift of the mediastinum; tracheal deviation; deviation of the trachea; tracheal shift;
+    cardiomediastinal shift; deviated trachea; midline shift; shifted; shift; trachea is deviated; deviated
 Silicosis | silicosis; pneumoconiosis; asbestosis
 Situs Inversus | situs inversus; dextrocardia
 Spondylosis | spondylosis; spondylitic; spondylotic; spondylosis deformans; spondylitic change; spondylotic change;
@@ -156,24 +158,25 @@ Volume Loss | volume loss; loss of volume; lung volume loss; loss of lung volume
 [device]
 Breast Implants | breast implant; breast prosthesis; implant; breast prostheses; mammary implant; bilateral breast
     implant
-Cardiac Pacemaker, Artificial | pacemaker; cardiac pacemaker; pacer; pacing wire; pacing lead; dual lead pacemaker;
-    pacing device
 Catheters, Indwelling | catheter; picc; picc line; central line; central venous catheter; central venous line; venous
     catheter; port; portacath; port a cath; mediport; powerport; venous port; chest port; dialysis catheter; central
     catheter; jugular catheter; ij catheter; subclavian catheter; ij line; subclavian line; swan ganz; swan ganz
     catheter; venous line; infusion catheter; vascular catheter; cvl; cvc; cvp line; hickman; permcath; port catheter;
     peripherally inserted central catheter; infusion port; injection port; a port; porta cath; ij central venous
-    catheter; pic line
+    catheter; pic line; xxxx a xxxx; chest xxxx tip; sided chest xxxx; chest xxxx with tip; chest xxxx in; chest xxxx
+    is present; chest xxxx is noted; chest xxxx catheter
 Contrast Media | contrast material in; oral contrast; residual contrast; enteric contrast; barium; contrast in the;
     contrast is seen
-Defibrillators, Implantable | defibrillator; icd; aicd; implantable defibrillator
 Implanted Medical Device | pacemaker; cardiac pacemaker; pacer; pacing wire; pacing lead; pacing device;
     defibrillator; icd; aicd; generator; prosthesis; prostheses; prosthetic; arthroplasty; valve replacement;
     prosthetic valve; aortic valve replacement; mitral valve replacement; hardware; orthopedic hardware; surgical
     hardware; intramedullary rod; side plate; valve prosthesis; septal occluder; occluder; loop recorder; stimulator;
     spinal stimulator; nerve stimulator; device; metallic hardware; surgical plate; fixation plate; ivc filter;
-    annuloplasty; mechanical valve; artificial valve; shoulder replacement; rod
-Medical Device | medical device; external device; electronic device; monitoring device; stimulator device
+    annuloplasty; mechanical valve; artificial valve; shoulder replacement; rod; pacemaker icd; icd pacemaker;
+    pacemaker lead; defibrillator lead; bone anchor; anchor; vagal nerve stimulator; vagus nerve stimulator; screw;
+    dual lead pacemaker; pacemaker generator; pacemaker electrode; pacing electrode; cardiac device; cardiac monitor
+Medical Device | medical device; external device; electronic device; monitoring device; stimulator device; monitor
+    lead; cardiac monitor lead; external cardiac monitor lead; telemetry lead; ekg lead; ecg lead; overlying lead
 Spinal Fusion | spinal fusion; cervical fusion; spine fusion; vertebral fusion; fusion hardware; fusion plate;
     anterior fusion; fusion of the cervical spine; fusion of the lumbar spine; acdf; lumbar fusion; thoracic fusion;
     harrington rod; spinal rod; spinal hardware; cervical spine hardware; fusion; cervical plate; pedicle screw;
@@ -205,10 +208,13 @@ Thoracotomy | thoracotomy
 [quality]
 Technical Quality of Image Unsatisfactory | technical quality of image unsatisfactory; limited by; suboptimal
     inspiration; motion artifact; artifact; limited study; limited exam; limited examination; limited evaluation;
-    suboptimal study; underpenetrated; under penetrated; rotated; patient rotation; lordotic projection; suboptimal;
-    rotation of the patient; technically limited; portions of the lung excluded; excluded from the field of view;
-    limited by body habitus; limited by patient; suboptimal evaluation; not included on the; incompletely imaged;
-    overpenetrated; exposure; degraded; motion degraded; blurred; poor inspiration
+    suboptimal study; underpenetrated; under penetrated; rotated; patient rotation; suboptimal; rotation of the
+    patient; technically limited; portions of the lung excluded; excluded from the field of view; limited by body
+    habitus; limited by patient; suboptimal evaluation; not included on the; incompletely imaged; overpenetrated;
+    exposure; degraded; motion degraded; blurred; poor inspiration; limited quality; exam is limited; examination is
+    limited; study is limited; limited chest; limited radiograph; somewhat limited; slightly limited; limited
+    secondary; limited due; limited because; technical limitation; suboptimal quality; limited technique; limited
+    view; limited assessment
 
 [anatomy]
 Abdomen | abdomen; abdominal; upper abdomen
@@ -266,16 +272,18 @@ Ribs | rib; costal
 Scapula | scapula; scapular
 Shoulder | shoulder; glenohumeral joint; acromioclavicular joint; ac joint; glenohumeral; acromioclavicular; rotator
     cuff; glenoid; shoulder joint
-Spine | spine; spinal; vertebral column; vertebral; vertebra; dorsal spine; vertebral body; disc space; disc;
-    endplate; end plate; thoracolumbar spine; dorsolumbar spine; intervertebral disc; thoracolumbar; disk; disk space;
-    intervertebral disk
+Spine | spine; spinal; vertebral column; vertebral; vertebra; vertebral body; disc space; disc; endplate; end plate;
+    intervertebral disc; disk; disk space; intervertebral disk
 Sternum | sternum; sternal; manubrium
 Stomach | stomach; gastric; gastric bubble
 Subclavian Vein | subclavian vein; subclavian
 Sulcus | sulcus; sulci; posterior sulcus
 Thoracic Vertebrae | thoracic spine; thoracic vertebra; t spine; thoracic vertebrae; thoracic vertebral body; dorsal
     spine; mid thoracic spine; lower thoracic spine; thoracic spinal; midthoracic spine; thoracic vertebral; upper
-    thoracic spine; thoracic disc; thoracic endplate
+    thoracic spine; thoracic disc; thoracic endplate; midthoracic; midthoracic vertebral body; mid thoracic vertebra;
+    thoracic level; thoracic region
+Thoracolumbar Spine | thoracolumbar; thoracolumbar spine; thoracolumbar junction; dorsolumbar spine; thoracic and
+    lumbar spine; thoracic and lumbar
 Thoracic Wall | chest wall; thoracic wall
 Soft Tissue | soft tissue
 Thorax | thorax; thoracic; thoracic cage; chest; rib cage; intrathoracic; bony thorax

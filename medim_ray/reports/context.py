@@ -38,8 +38,7 @@ _CUES = {
         but; however; although; though; except; except for; apart from; aside from; otherwise; with the
         exception of; other than; nevertheless; yet; whereas; while; there is; there are; there has; there
         have; there was; there were; there continues; there remains; which is; demonstrate; demonstrates;
-        shows; show; reveals; reveal; are noted; is noted; is also; are also; also noted; again noted is; note
-        is made of; note made of; in addition; additionally; instead; still
+        shows; show; reveals; reveal; note is made of; note made of; additionally; instead
         """,
     Cue.ABSENT_AFTER: """
         no; not; without; without evidence of; no evidence of; no evidence for; no definite; no definite

@@ -23,7 +23,7 @@ _LEAF = ""  # key of the leaf inside a trie node; no token is empty
 # Headings and entry terms that are modifiers or everyday words in a report, whatever a vocabulary says.
 _STOP_WORDS = """
 acute age all area arm association back base body cat chronic disease diseases face female foot hand head
-health history injuries injury left leg level light line lines lower male mass men middle normal old other
+health history injuries injury left leg level light line lines lower male men middle normal old other
 pain patient patients position pressure region report reports right role sign signs size symptoms syndrome
 time tip upper view volume women wound
 """

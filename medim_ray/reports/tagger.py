@@ -5,13 +5,14 @@ Rules only, no weights: lexicon.py finds, context.py holds the cues, chest_rules
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from medim_ray.reports.chest_rules import STATE_RULES
 from medim_ray.reports.chest_terms import table_rows
 from medim_ray.reports.context import MODIFIERS, Cue
-from medim_ray.reports.lexicon import TOKEN, Lexicon, Match
+from medim_ray.reports.lexicon import TOKEN, Leaf, Lexicon, Match
 from medim_ray.reports.mesh import Heading, Vocabulary
 from medim_ray.reports.sections import Sentence, split_sentences
 
@@ -71,11 +72,11 @@ class Tagger:
         self.vocabulary = Vocabulary.default() if vocabulary is None else vocabulary
         self._lexicon = Lexicon(self.vocabulary)
         headings = self.vocabulary.headings
-        self._organ_of_state: dict[str, dict[str, Heading]] = {}
+        self._organ_of_state: dict[str, dict[str, list[Heading]]] = {}
         for name, (anatomies, states) in _state_rules():
             for state in states if name in headings else ():
                 for anatomy in anatomies:
-                    self._organ_of_state.setdefault(state, {})[anatomy] = headings[name]
+                    self._organ_of_state.setdefault(state, {}).setdefault(anatomy, []).append(headings[name])
 
     def tag(self, text: str) -> list[Mention]:
         """All mentions in order of their place. No str raises: empty, foreign and broken text has few or none."""
@@ -167,29 +168,39 @@ def _state_rules() -> list[tuple[str, tuple[list[str], list[str]]]]:
     return rules
 
 
-def _described(found: list[_Found], place: int, organs: dict[str, Heading]) -> list[Heading]:
-    """Headings of the anatomies that the state at `place` describes: those after it, else the nearest before."""
+def _described(found: list[_Found], place: int, organs: dict[str, list[Heading]]) -> list[Heading]:
+    """Headings of the anatomies that the state at `place` describes: those close after it, else the nearest before."""
     state = found[place]
     after: list[Heading] = []
+    distance = _STATE_REACH
     for item in found[place + 1 :]:
         if item.clause != state.clause or item.first - state.stop > _STATE_REACH:
             break
         if item.heading is None:
             continue
         if item.category != "anatomy":
-            if item.first - state.stop <= 1 and not after:
+            if state.state == "enlarged" and item.first - state.stop <= 1 and not after:
                 return []  # "enlarged nodule": the finding takes the state
-            break
+            continue
         if item.heading.name in organs:
-            after.append(organs[item.heading.name])
-    if after and found[place + 1].first - state.stop <= 3:
-        return list(dict.fromkeys(after))
+            distance = min(distance, item.first - state.stop)
+            after += organs[item.heading.name]
+    before: list[Heading] = []
     for item in reversed(found[:place]):
         if item.clause != state.clause or state.first - item.stop > _STATE_REACH:
             break
         if item.heading is not None and item.category == "anatomy" and item.heading.name in organs:
-            return [organs[item.heading.name]]
-    return list(dict.fromkeys(after))
+            before = organs[item.heading.name]
+            break
+    if state.state == "degenerative":
+        return _most_specific(after + before)
+    return list(dict.fromkeys(after if after and (distance <= 3 or not before) else before))
+
+
+def _most_specific(headings: list[Heading]) -> list[Heading]:
+    """ "Endplate" and "disc" say spine; a region of the spine nearby says more."""
+    regions = [heading for heading in headings if heading.name != "Spine"]
+    return list(dict.fromkeys(regions or headings))
 
 
 def _assert(matches: list[Match], tokens: list[str]) -> list[_Found]:
@@ -204,6 +215,9 @@ def _assert(matches: list[Match], tokens: list[str]) -> list[_Found]:
         has_comma = "," in between
         if ";" in between or ":" in between:
             absent = uncertain = past = False
+            segment, clause = len(found), clause + 1
+        if between and between[0] == "the" and found and found[-1].stop == previous and found[-1].category != "anatomy":
+            absent = uncertain = past = False  # a lost full stop: "no pneumothorax the lungs are"
             segment, clause = len(found), clause + 1
         if has_comma:
             known_until = normal_until = -1
@@ -245,25 +259,32 @@ def _assert(matches: list[Match], tokens: list[str]) -> list[_Found]:
             elif cue is Cue.NORMAL:
                 normal_until = stop + _NORMAL_REACH
                 for item in found[segment:]:
-                    if item.state or (item.heading is not None and item.heading.name in _DESCRIBABLE):
-                        item.absent = True
-        heading = leaf.indexed or leaf.heading
-        if heading is None and not leaf.state:
-            continue
-        is_anatomy = leaf.indexed is None and leaf.heading is not None and leaf.heading.category == "anatomy"
-        category = "finding" if leaf.indexed is not None or heading is None else heading.category
-        item = _Found(first, stop, heading, category, leaf.state if heading is None else "", clause)
-        if not is_anatomy:
-            item.absent = absent
-            if first < normal_until and (item.state or (heading is not None and heading.name in _DESCRIBABLE)):
-                item.absent = True
-            item.uncertain, item.past, item.known = uncertain, past, first < known_until
-        found.append(item)
+                    item.absent = item.absent or _is_describable(item)
+        for heading, category, state in _meanings(leaf):
+            item = _Found(first, stop, heading, category, state, clause)
+            if category != "anatomy":
+                item.absent = absent or (first < normal_until and _is_describable(item))
+                item.uncertain, item.past, item.known = uncertain, past, first < known_until
+            found.append(item)
     return found
+
+
+def _meanings(leaf: Leaf) -> Iterator[tuple[Heading | None, str, str]]:
+    """(heading, category, state) of each thing that a match stands for."""
+    if leaf.indexed is not None:
+        yield leaf.indexed, "finding", ""
+    elif leaf.heading is not None:
+        yield leaf.heading, leaf.heading.category, ""
+    if leaf.state:
+        yield None, "finding", leaf.state
 
 
 # Findings that can be normal: "vascular markings are normal".
 _DESCRIBABLE = frozenset(("Markings", "Density", "Epicardial Fat"))
+
+
+def _is_describable(item: _Found) -> bool:
+    return bool(item.state) or (item.heading is not None and item.heading.name in _DESCRIBABLE)
 
 
 def _assertion(item: _Found) -> str:
