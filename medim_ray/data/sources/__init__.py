@@ -1,0 +1,5 @@
+"""Sources of images and reports, one file a dataset family. Each import line makes one known in SOURCES."""
+
+from medim_ray.data.sources import csv as csv
+from medim_ray.data.sources import phantom as phantom
+from medim_ray.data.sources.base import SOURCES as SOURCES

@@ -1,0 +1,206 @@
+"""Image files of any kind to grayscale pixels, and grayscale pixels to the encoded bytes that shards hold.
+
+Decoding here is the careful one of `medim-ray prepare` (Pillow: palettes, alpha, EXIF, 16 bit, damaged files are
+found); shards are decoded by `decode`, which trusts them. DICOM is not read here.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import cv2
+import fsspec
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Gray = NDArray[np.uint8] | NDArray[np.uint16]
+
+
+class BadImageError(ValueError):
+    """One row's image can't be read; the message is the reason that quarantine.parquet states (no pixel, no text)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """An encoded grayscale image: `data` is a JPEG or PNG file of `height` x `width` pixels with `bits` 8 or 16."""
+
+    data: bytes
+    height: int
+    width: int
+    bits: int
+
+
+class ImageEncoder:
+    """Resizes (never enlarges) and encodes grayscale images of [H, W] uint8 or uint16."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        longest_side: int | None = field(
+            default=512,
+            metadata={
+                "help": "longest side in pixels, larger images are reduced (MedIM trains on 240, 512 leaves room for "
+                "crops); null: no limit"
+            },
+        )
+        shorter_side: int | None = field(
+            default=None,
+            metadata={"help": "shorter side in pixels, as RAD-DINO (518); needs longest_side=null; null: no limit"},
+        )
+        format: Literal["jpeg", "png"] = field(
+            default="jpeg", metadata={"help": "jpeg (8 bit, lossy) or png (lossless, 8 or 16 bit)"}
+        )
+        quality: int = field(default=95, metadata={"help": "JPEG quality, 1 to 100; png has none"})
+        bits: Literal[8, 16] = field(
+            default=8, metadata={"help": "16 keeps 16-bit files at 16 bit (png only); 8-bit files stay 8 bit"}
+        )
+
+        def __post_init__(self) -> None:
+            for key in ("longest_side", "shorter_side"):
+                value = getattr(self, key)
+                if value is not None and value < 32:
+                    raise ValueError(f"{key}={value}: at least 32 pixels, or null for no limit")
+            if self.longest_side is not None and self.shorter_side is not None:
+                raise ValueError(
+                    f"longest_side={self.longest_side} and shorter_side={self.shorter_side}: an image is reduced by "
+                    "one of the two; set the other to null"
+                )
+            if self.format not in ("jpeg", "png"):
+                raise ValueError(f"format={self.format!r}: use jpeg or png")
+            if not 1 <= self.quality <= 100:
+                raise ValueError(f"quality={self.quality}: JPEG quality is between 1 and 100")
+            if self.bits not in (8, 16):
+                raise ValueError(f"bits={self.bits}: use 8 or 16")
+            if self.bits == 16 and self.format != "png":
+                raise ValueError("bits=16 with format=jpeg: JPEG holds 8 bits; use format=png")
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def target_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the stored image; the aspect ratio is kept up to rounding."""
+        limit, side = self.config.longest_side, max(height, width)
+        if self.config.shorter_side is not None:
+            limit, side = self.config.shorter_side, min(height, width)
+        if limit is None or side <= limit:
+            return height, width
+        return max(1, round(height * limit / side)), max(1, round(width * limit / side))
+
+    def prepare(self, image_HW: Gray) -> Gray:
+        """The pixels that will be stored: depth as configured, reduced by area averaging."""
+        height, width = self.target_size(*image_HW.shape)
+        if (height, width) != image_HW.shape:
+            image_HW = cv2.resize(image_HW, (width, height), interpolation=cv2.INTER_AREA)
+        return image_HW if image_HW.dtype == np.uint8 else _stretch(image_HW, self.config.bits)
+
+    def encode(self, image_HW: Gray) -> Encoded:
+        """The file of pixels that `prepare` returned. The same pixels give the same bytes."""
+        if self.config.format == "jpeg":
+            ok, data = cv2.imencode(".jpg", image_HW, [cv2.IMWRITE_JPEG_QUALITY, self.config.quality])
+        else:
+            ok, data = cv2.imencode(".png", image_HW)
+        assert ok, "OpenCV could not encode a grayscale image"
+        height, width = image_HW.shape
+        return Encoded(data=data.tobytes(), height=height, width=width, bits=8 * image_HW.dtype.itemsize)
+
+    def encode_mask(self, mask_HW: NDArray[np.bool_]) -> bytes:
+        """A 1-bit PNG of a mask of the ORIGINAL image at the stored size (a pixel is on where half of it is)."""
+        height, width = self.target_size(*mask_HW.shape)
+        pixels_HW = mask_HW.astype(np.uint8) * 255
+        if (height, width) != mask_HW.shape:
+            pixels_HW = cv2.resize(pixels_HW, (width, height), interpolation=cv2.INTER_AREA)
+        ok, data = cv2.imencode(".png", (pixels_HW >= 128).astype(np.uint8) * 255, [cv2.IMWRITE_PNG_BILEVEL, 1])
+        assert ok, "OpenCV could not encode a mask"
+        encoded: bytes = data.tobytes()
+        return encoded
+
+
+def decode(data: bytes) -> Gray:
+    """[H, W] uint8 or uint16 of an image from a shard. ValueError where the bytes are no image."""
+    image_HW = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+    if image_HW is None or image_HW.ndim != 2:
+        raise ValueError(f"{len(data)} bytes are no grayscale image: run `medim-ray shards verify`")
+    return image_HW
+
+
+def decode_mask(data: bytes) -> NDArray[np.bool_]:
+    """[H, W] bool of a mask from a shard's `truth` column."""
+    return decode(data) > 0
+
+
+def read_gray(url: str) -> Gray:
+    """[H, W] uint8 or uint16 of an image file at any fsspec URL. BadImageError: it can't be read or is damaged."""
+    if not url:
+        raise BadImageError("no image path")
+    try:
+        with fsspec.open(url, "rb") as file:
+            data = file.read()
+    except FileNotFoundError:
+        raise BadImageError("file not found") from None
+    except PermissionError:
+        raise BadImageError("no permission to read the file") from None
+    except IsADirectoryError:
+        raise BadImageError("a folder, not a file") from None
+    except (OSError, ValueError) as error:  # a name too long or with NUL, a broken disk or link
+        raise BadImageError(f"file can't be read: {type(error).__name__}") from None
+    return decode_file(data)
+
+
+def decode_file(data: bytes) -> Gray:
+    """[H, W] uint8 or uint16 of an image file's bytes: upright (EXIF), luma of colour (ITU-R 601), alpha over black.
+
+    16 bits stay 16 bits as stored, without scaling. BadImageError: empty, no image, truncated, damaged, too large.
+    """
+    if not data:
+        raise BadImageError("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+            image.load()  # decodes every pixel: Pillow raises where the data ends too early
+            return _to_gray(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise BadImageError("not an image file") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise BadImageError(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+        if isinstance(error, BadImageError):
+            raise
+        reason = "truncated" if "truncated" in str(error) else "damaged"
+        raise BadImageError(f"{reason} image file") from None
+
+
+def _to_gray(image: Image.Image) -> Gray:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _wide_to_gray(np.asarray(image))
+    if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))  # outside the body a radiograph is black
+        image = Image.alpha_composite(black, image)
+    if image.mode not in ("1", "L"):
+        image = image.convert("RGB")  # palettes, CMYK, YCbCr, Lab, HSV
+    gray_HW: NDArray[np.uint8] = np.asarray(image.convert("L"))
+    return gray_HW
+
+
+def _wide_to_gray(values_HW: NDArray[Any]) -> NDArray[np.uint16]:
+    """Modes I and F: whole values that fit 16 bits are kept, others are scaled to fit."""
+    if not np.isfinite(values_HW).all():
+        raise BadImageError("pixels that are no finite numbers")
+    low, high = float(values_HW.min()), float(values_HW.max())
+    if low >= 0 and high <= 65535 and values_HW.dtype.kind in "iu":
+        return values_HW.astype(np.uint16)
+    scale = 65535.0 / (high - low) if high > low else 0.0
+    return np.rint((values_HW.astype(np.float64) - low) * scale).astype(np.uint16)
+
+
+def _stretch(image_HW: Gray, bits: int) -> Gray:
+    """Darkest to brightest pixel over the full range of 8 or 16 bits (RAD-DINO's min-max): 16-bit files rarely use
+    theirs, a 12-bit radiograph would be almost black. One value everywhere becomes 0."""
+    low, high = int(image_HW.min()), int(image_HW.max())
+    top = 255 if bits == 8 else 65535
+    scaled_HW = np.rint((image_HW.astype(np.float64) - low) * (top / max(high - low, 1)))
+    return scaled_HW.astype(np.uint8) if bits == 8 else scaled_HW.astype(np.uint16)

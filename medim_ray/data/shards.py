@@ -1,0 +1,321 @@
+"""The shard format: Parquet files of encoded grayscale images and reports, and manifest.json, which is written last.
+
+    OUT/<split>/NNNNN.parquet   OUT/quarantine.parquet   OUT/tokenizer/...   OUT/manifest.json
+A folder without a manifest is not a shard set. Nothing here knows Ray, sources or models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+QUARANTINE = "quarantine.parquet"
+TOKENIZER = "tokenizer"
+
+_TRUTH = pa.struct(
+    [
+        ("finding", pa.string()),
+        ("side", pa.string()),
+        ("zone", pa.string()),
+        ("sentence", pa.int32()),  # position in `sentences`, -1: no sentence states it
+        ("mask", pa.binary()),  # 1-bit PNG of the size of the image
+    ]
+)
+SECTIONS = ("findings", "impression", "indication", "comparison", "body")
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("patient_id", pa.string()),  # keyed hash
+        ("split", pa.string()),
+        ("source", pa.string()),
+        ("view", pa.string()),
+        ("image", pa.binary()),  # JPEG or PNG, one channel
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("bits", pa.int8()),  # 8 or 16
+        ("report", pa.string()),  # what a text encoder reads: findings and impression, or the body where neither is
+        ("sections", pa.struct([(name, pa.string()) for name in SECTIONS])),
+        ("sentences", pa.list_(pa.string())),  # of `report`, as medim_ray.reports.split_sentences finds them
+        ("labels", pa.map_(pa.string(), pa.string())),  # known labels only, sorted by name
+        ("truth", pa.list_(_TRUTH)),  # empty where unknown
+        ("flags", pa.list_(pa.string())),
+    ],
+    metadata={"medim_ray.schema_version": str(SCHEMA_VERSION)},
+)
+QUARANTINE_SCHEMA = pa.schema([("image_id", pa.string()), ("location", pa.string()), ("reason", pa.string())])
+
+# Images and masks are compressed already and never repeat; everything else does.
+_TEXT_COLUMNS = ["report", *(f"sections.{name}" for name in SECTIONS), "sentences.list.element", "image_id"]
+_NAME_COLUMNS = ["split", "source", "view", "patient_id", "labels.key_value.key", "labels.key_value.value"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFile:
+    """One Parquet file of a split. path: relative to the shard set; row_groups: rows of each row group."""
+
+    path: str
+    split: str
+    rows: int
+    row_groups: tuple[int, ...]
+    bytes: int
+    blake2b: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherFile:
+    """A file of the set that holds no samples: quarantine, tokenizer."""
+
+    path: str
+    bytes: int
+    blake2b: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a shard set holds. intensity: `mean` and `std` over all stored training pixels, on the scale [0, 1].
+
+    rows_in = rows_out + rows_quarantined; quarantine: rows by reason; labels: name -> value -> rows;
+    config_hash: options that shape the rows; input_hash: the rows of the source as listed (not the image files).
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    package_version: str
+    config_hash: str
+    input_hash: str
+    rows_in: int
+    rows_out: int
+    rows_quarantined: int
+    splits: dict[str, int]
+    sources: dict[str, int]
+    quarantine: dict[str, int]
+    flags: dict[str, int]
+    patients: dict[str, int]
+    labels: dict[str, dict[str, int]]
+    intensity: dict[str, float]
+    files: tuple[ShardFile, ...]
+    other_files: tuple[OtherFile, ...] = field(default=())
+
+    def to_json(self) -> str:
+        """Text of manifest.json; `checksum` covers every other key."""
+        tree = dataclasses.asdict(self)
+        tree["checksum"] = _checksum(tree)
+        return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, url: str) -> Manifest:
+        """ValueError, naming `url`: no JSON, another schema version, keys missing, or a checksum that doesn't fit."""
+        try:
+            tree = json.loads(text)
+            version = int(tree["schema_version"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{url} is damaged, it is no manifest: run `medim-ray prepare` again") from None
+        if version != SCHEMA_VERSION:
+            fix = "update medim-ray" if version > SCHEMA_VERSION else "run `medim-ray prepare` again into a new folder"
+            raise ValueError(f"{url}: shards of schema version {version}, this medim-ray reads {SCHEMA_VERSION}: {fix}")
+        if tree.pop("checksum", None) != _checksum(tree):
+            raise ValueError(
+                f"{url}: the checksum does not fit, the manifest was changed or damaged after it was written"
+            )
+        tree["files"] = tuple(ShardFile(**{**f, "row_groups": tuple(f["row_groups"])}) for f in tree["files"])
+        tree["other_files"] = tuple(OtherFile(**f) for f in tree["other_files"])
+        return cls(**tree)
+
+
+def _checksum(tree: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class ShardSet:
+    """A finished shard set, opened by its manifest; reads small columns. Pixels are read by the training stream."""
+
+    def __init__(self, url: str, fs: fsspec.AbstractFileSystem, root: str, manifest: Manifest) -> None:
+        self.url, self.fs, self.root, self.manifest = url, fs, root, manifest
+
+    @classmethod
+    def open(cls, url: str) -> ShardSet:
+        """ValueError where there is no (readable) manifest or one of another schema version."""
+        fs, root = fsspec.core.url_to_fs(url)
+        try:
+            text = fs.cat_file(f"{root}/{MANIFEST}").decode(errors="replace")
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(
+                f"{url} is not a finished shard set (no {MANIFEST} in it): write one with "
+                f"`medim-ray prepare --config configs/sources/csv.yaml source.path=… out={url}`"
+            ) from None
+        return cls(url, fs, root, Manifest.from_json(text, f"{url}/{MANIFEST}"))
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Labels that at least one row has, sorted."""
+        return tuple(sorted(self.manifest.labels))
+
+    def files(self, split: str | None = None) -> tuple[ShardFile, ...]:
+        """Files of a split, or of all splits, in order."""
+        return tuple(f for f in self.manifest.files if split in (None, f.split))
+
+    def num_rows(self, split: str | None = None) -> int:
+        """Rows of a split, or of all splits."""
+        return sum(f.rows for f in self.files(split))
+
+    def path(self, file: ShardFile) -> str:
+        """Path of a file on `self.fs` (and on `self.arrow_fs()`)."""
+        return f"{self.root}/{file.path}"
+
+    def arrow_fs(self) -> pafs.FileSystem:
+        """The file system for PyArrow: its own for local folders, fsspec elsewhere."""
+        if "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,)):
+            return pafs.LocalFileSystem()
+        return pafs.PyFileSystem(pafs.FSSpecHandler(self.fs))
+
+    def read_rows(self, split: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
+        """The named columns (default: all but image and truth) of every row of a split, in the order of the shards."""
+        if columns is None:
+            columns = [name for name in SCHEMA.names if name not in ("image", "truth")]
+        unknown = [name for name in columns if name not in SCHEMA.names]
+        if unknown:
+            raise ValueError(f"columns {', '.join(unknown)} are not in shards; they have {', '.join(SCHEMA.names)}")
+        empty = pa.schema([SCHEMA.field(name) for name in columns]).empty_table()
+        arrow_fs = self.arrow_fs()
+        tables = [pq.read_table(self.path(f), columns=list(columns), filesystem=arrow_fs) for f in self.files(split)]
+        return pa.concat_tables([empty, *(t.select(list(columns)).replace_schema_metadata(None) for t in tables)])
+
+
+class HashingFile:
+    """A writable file that forgets nothing of what passed: `num_bytes` and BLAKE2b of everything written."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._hash = file, hashlib.blake2b(digest_size=32)
+        self.num_bytes, self.closed = 0, False
+
+    def write(self, data: Any) -> int:
+        """Pass on and count; returns the number of bytes."""
+        view = memoryview(data)
+        self._file.write(view)
+        self._hash.update(view)
+        self.num_bytes += view.nbytes
+        return view.nbytes
+
+    def flush(self) -> None:
+        """Nothing to do: the file below is closed by its owner."""
+
+    def close(self) -> None:
+        """Called by PyArrow; the file below is closed by its owner."""
+        self.closed = True
+
+    def readable(self) -> bool:
+        """Never."""
+        return False
+
+    def writable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Never."""
+        return False
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self.num_bytes
+
+    def hexdigest(self) -> str:
+        """BLAKE2b of everything written."""
+        return self._hash.hexdigest()
+
+
+def write_shard(
+    fs: fsspec.AbstractFileSystem, root: str, path: str, split: str, groups: Iterable[pa.Table]
+) -> ShardFile:
+    """Writes root/path, a row group for each table of `groups` that has rows; the same rows give the same bytes."""
+    fs.makedirs(f"{root}/{path}".rpartition("/")[0], exist_ok=True)
+    rows: list[int] = []
+    with fs.open(f"{root}/{path}", "wb") as raw:
+        out = HashingFile(raw)
+        with pq.ParquetWriter(
+            pa.PythonFile(out, mode="w"),
+            SCHEMA,
+            compression=dict.fromkeys([*_TEXT_COLUMNS, *_NAME_COLUMNS], "zstd"),
+            use_dictionary=_NAME_COLUMNS,
+            write_statistics=["image_id", "split"],  # statistics hold values: none of reports, labels or pixels
+            write_page_checksum=True,
+        ) as writer:
+            for table in groups:
+                if table.num_rows:
+                    writer.write_table(table.combine_chunks(), row_group_size=table.num_rows)
+                    rows.append(table.num_rows)
+    return ShardFile(
+        path=path, split=split, rows=sum(rows), row_groups=tuple(rows), bytes=out.num_bytes, blake2b=out.hexdigest()
+    )
+
+
+def write_table(fs: fsspec.AbstractFileSystem, root: str, path: str, table: pa.Table) -> OtherFile:
+    """Writes a small Parquet file of the set."""
+    with fs.open(f"{root}/{path}", "wb") as raw:
+        out = HashingFile(raw)
+        pq.write_table(table, pa.PythonFile(out, mode="w"), compression="zstd")
+    return OtherFile(path=path, bytes=out.num_bytes, blake2b=out.hexdigest())
+
+
+def describe_file(fs: fsspec.AbstractFileSystem, root: str, path: str) -> OtherFile:
+    """Size and checksum of a file that lies in the set."""
+    out = HashingFile(Nowhere())
+    with fs.open(f"{root}/{path}", "rb") as file:
+        while block := file.read(1 << 22):
+            out.write(block)
+    return OtherFile(path=path, bytes=out.num_bytes, blake2b=out.hexdigest())
+
+
+class Nowhere:
+    """Takes what is written and drops it."""
+
+    def write(self, data: Any) -> int:
+        """Number of bytes."""
+        return memoryview(data).nbytes
+
+
+def verify(url: str) -> list[str]:
+    """Every difference between the manifest and the files, one line each; [] where the set is whole.
+
+    Reads every byte. ValueError where there is no manifest; a manifest that was changed is a difference.
+    """
+    fs, root = fsspec.core.url_to_fs(url)
+    try:
+        shards = ShardSet.open(url)
+    except ValueError as error:
+        if not fs.exists(f"{root}/{MANIFEST}"):
+            raise
+        return [str(error)]
+    listed: list[ShardFile | OtherFile] = [*shards.manifest.files, *shards.manifest.other_files]
+    known = {file.path: file for file in listed}
+    differences = []
+    for path, expected in known.items():
+        try:
+            found = describe_file(fs, root, path)
+        except FileNotFoundError:
+            differences.append(f"{path}: missing")
+            continue
+        except OSError as error:
+            differences.append(f"{path}: can't be read ({type(error).__name__})")
+            continue
+        if found.bytes != expected.bytes:
+            differences.append(f"{path}: {found.bytes} bytes instead of {expected.bytes}")
+        elif found.blake2b != expected.blake2b:
+            differences.append(
+                f"{path}: content changed (BLAKE2b {found.blake2b[:12]} instead of {expected.blake2b[:12]})"
+            )
+    for full in sorted(fs.find(root)):
+        path = full[len(root.rstrip("/")) + 1 :]
+        if path.endswith(".parquet") and path not in known:
+            differences.append(f"{path}: not in the manifest")
+    return differences

@@ -1,0 +1,109 @@
+"""What a source is: a plan of its rows, made once on the driver, and the pixels of one row, read in any Ray task.
+
+Neither Ray nor torch is imported here: tasks load this module in every worker process.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from medim_ray.data.images import Gray
+from medim_ray.registry import Registry
+
+PLAN_COLUMNS = ("image_id", "patient_id", "location", "view", "report", "split", "labels")
+"""Columns of a plan: strings, '' where unknown (report: large_string), and `labels`, a struct of strings or null."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """A known lesion: its finding, side ("left", "right" or ""), zone, pixels, and the words of the sentence that
+    states it ('' where none does)."""
+
+    finding: str
+    side: str
+    zone: str
+    sentence: str
+    mask_HW: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One row, read: gray pixels [H, W] (uint8 or uint16), report, labels.
+
+    flags: what is odd about the row, kept in the shards.
+    """
+
+    image_HW: Gray
+    view: str
+    report: str
+    labels: Mapping[str, str]
+    truth: tuple[Truth, ...] = ()
+    flags: tuple[str, ...] = ()
+
+
+class Source(Protocol):
+    """A data set. Its class holds a frozen `Config` with a field `name`; it is constructed as `cls(config)`, pickled
+    into tasks, and registered in SOURCES."""
+
+    name: str  # kept in the shards' column `source`
+
+    def plan(self) -> pa.Table:
+        """One row an image, columns PLAN_COLUMNS. ValueError for faults of the whole job (missing column, no row)."""
+        ...
+
+    def sample(self, row: Mapping[str, Any]) -> Sample:
+        """The sample of one row of the plan. BadImageError where its image can't be read."""
+        ...
+
+
+SOURCES: Registry[Any] = Registry("source")
+
+
+def plan_table(
+    *,
+    image_id: Any,
+    patient_id: Any,
+    location: Any,
+    view: Any,
+    report: Any,
+    split: Any,
+    labels: Mapping[str, Any],
+) -> pa.Table:
+    """A plan from arrays or sequences of strings of equal length; `labels` holds one a label name."""
+
+    def column(values: Any, kind: pa.DataType) -> pa.Array:
+        array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+        return array.cast(kind) if isinstance(array, pa.Array) else pa.array(array, type=kind)
+
+    columns = [column(v, pa.string()) for v in (image_id, patient_id, location, view)]
+    columns += [column(report, pa.large_string()), column(split, pa.string())]
+    names = list(labels)
+    values = [column(labels[name], pa.string()) for name in names]
+    empty = pa.array([{}] * len(columns[0]), type=pa.struct([]))
+    columns.append(pa.StructArray.from_arrays(values, names=names) if names else empty)
+    return pa.table(columns, names=list(PLAN_COLUMNS))
+
+
+def absolute(url: str) -> str:
+    """A local path from the root of the file system (a task's working folder is not the driver's); URLs stay."""
+    return url if "://" in url or "::" in url else str(Path(url).expanduser().absolute())
+
+
+def missing_column(option: str, value: str, present: Sequence[str], where: str) -> ValueError:
+    """The error for a column that `where` has not: names the nearest one and those that are there."""
+    near = difflib.get_close_matches(value, present, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"{option}={value!r}: {where} has no such column.{hint} Its columns: {', '.join(present)}")
+
+
+def described(default: Any, text: str) -> Any:
+    """A dataclass field with its meaning."""
+    return field(default=default, metadata={"help": text})
