@@ -4,8 +4,8 @@ Shape legend (suffix of a tensor's name):
     B samples of a rank      S masks an image (1, or 2 for KDM + SDM)    N patches, row-major (N = grid_h * grid_w)
     C channels (1: gray)     H, W pixels                                 T tokens    W words (W = T - 1)    D width
 
-Glossary: a *granule* is a run of samples that is dealt to a rank as a whole; a *global batch* is a fixed run of granules;
-a *plan column* is made on the CPU in Ray Data, *resolved* into a mask on the device; a *view* is one crop family.
+Glossary: a *granule* is a run of samples dealt to a rank as a whole; a *global batch* is a fixed run of granules; a
+*plan column* is made on the CPU in Ray Data, *resolved* into a mask on the device; a *view* is one crop family.
 """
 
 from __future__ import annotations

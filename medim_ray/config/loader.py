@@ -23,19 +23,19 @@ from omegaconf.errors import OmegaConfBaseException
 C = TypeVar("C")
 
 
-def component(registry: Any, default: str, help: str, **metadata: Any) -> Any:
+def component(registry: Any, default: str, meaning: str, **metadata: Any) -> Any:
     """A dataclass field that holds the `Config` of one class of `registry`, chosen by its key `name`."""
-    meta = {"registry": registry, "default_name": default, "help": help, **metadata}
+    meta = {"registry": registry, "default_name": default, "help": meaning, **metadata}
     return dataclasses.field(default_factory=lambda: registry[default].Config(name=default), metadata=meta)
 
 
-def option(default: Any, help: str, *, hashed: bool = True, fixed: bool = True) -> Any:
+def option(default: Any, meaning: str, *, hashed: bool = True, fixed: bool = True) -> Any:
     """A dataclass field with its meaning.
 
     hashed: the value is part of run_hash (what the result is a function of).
     fixed: the value may not change when a run is resumed.
     """
-    meta = {"help": help, "hashed": hashed, "fixed": fixed}
+    meta = {"help": meaning, "hashed": hashed, "fixed": fixed}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
@@ -53,6 +53,14 @@ def load(root: type[C], file: str | Path | None = None, overrides: Sequence[str]
     if overrides:
         tree = _merge(root, tree, _parse_overrides(overrides), where="the command line")
     return from_tree(root, tree, where=str(file) if file else "the command line")
+
+
+def read_tree(file: str | Path) -> dict[str, Any]:
+    """The plain tree of a file with its parents merged in, keys unchecked."""
+    merged = OmegaConf.merge(*(OmegaConf.create(layer) for _, layer in _layers(Path(file), seen=())))
+    tree = OmegaConf.to_container(merged)
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
 
 
 def from_tree(root: type[C], tree: Mapping[str, Any], where: str = "config") -> C:
@@ -170,6 +178,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         node = tree
         *groups, leaf = key.split(".")
         for group in groups:
+            if isinstance(node.get(group), str):  # masking=block masking.ratio=0.5
+                node[group] = {"name": node[group]}
             node = node.setdefault(group, {})
             if not isinstance(node, dict):
                 raise ValueError(f"override {text!r}: {group!r} was given as a value before")
@@ -257,7 +267,8 @@ def _build(cls: type[C], values: Mapping[str, Any], prefix: str, where: str) -> 
     try:
         return cls(**arguments)
     except ValueError as error:
-        raise ValueError(f"{where}: {prefix[:-1] + ': ' if prefix else ''}{error}") from None
+        group = "" if not prefix or str(error).startswith(prefix) else f"{prefix[:-1]}: "
+        raise ValueError(f"{where}: {group}{error}") from None
 
 
 def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
@@ -280,7 +291,9 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
     elif origin in (tuple, list) and isinstance(value, list | tuple):
         if origin is tuple and args and args[-1] is not Ellipsis:
             if len(args) == len(value):
-                return tuple(_convert(v, a, f"{key}[{i}]", where) for i, (v, a) in enumerate(zip(value, args, strict=True)))
+                return tuple(
+                    _convert(v, a, f"{key}[{i}]", where) for i, (v, a) in enumerate(zip(value, args, strict=True))
+                )
         else:
             return origin(_convert(v, args[0], f"{key}[{i}]", where) for i, v in enumerate(value))
     elif origin is dict and isinstance(value, Mapping):

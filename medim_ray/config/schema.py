@@ -32,7 +32,10 @@ class TrainConfig:
 
     steps: int = option(100, "optimizer steps of the whole run")
     stop_after: int | None = option(
-        None, "commit a checkpoint after this step and end with success; the same command goes on", hashed=False, fixed=False
+        None,
+        "commit a checkpoint after this step and end with success; the same command goes on",
+        hashed=False,
+        fixed=False,
     )
     num_workers: int = option(1, "Ray Train workers (data-parallel ranks)", fixed=False)
     zero: int = option(0, "DeepSpeed ZeRO stage, 0 to 3")
@@ -45,11 +48,15 @@ class TrainConfig:
     weight_decay: float = option(0.05, "AdamW weight decay; none on biases, norms and other one-dimensional parameters")
     betas: tuple[float, float] = option((0.9, 0.95), "AdamW moments")
     clip_norm: float = option(1.0, "global gradient norm; 0: no clipping")
-    checkpoint_every: int = option(50, "steps between checkpoints; one is always committed at the end", hashed=False, fixed=False)
+    checkpoint_every: int = option(
+        50, "steps between checkpoints; one is always committed at the end", hashed=False, fixed=False
+    )
     keep_last: int = option(2, "newest checkpoints that are kept", hashed=False, fixed=False)
     use_gpu: bool = option(False, "one GPU per worker", hashed=False, fixed=False)
     cpus_per_worker: float = option(1.0, "logical CPUs of Ray per worker", hashed=False, fixed=False)
-    max_failures: int = option(3, "worker or node failures after which the run ends with the error", hashed=False, fixed=False)
+    max_failures: int = option(
+        3, "worker or node failures after which the run ends with the error", hashed=False, fixed=False
+    )
 
     def __post_init__(self) -> None:
         for key in ("steps", "num_workers", "global_batch", "checkpoint_every", "keep_last"):

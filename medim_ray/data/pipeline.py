@@ -1,4 +1,4 @@
-"""The stream of a run as ONE Ray Data execution: block numbers -> decoding actors -> ranks. Imports ray; masks nothing itself.
+"""The stream of a run as ONE Ray Data execution: block numbers -> decoding actors -> ranks. Imports ray.
 
 Order: every block holds the same number of rows, `preserve_order` keeps blocks in the plan's order, and streaming_split
 deals block k to rank k mod n. The consumer puts the granules of a window back into steps (collate.py).
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, Dataset, ExecutionOptions

@@ -2,8 +2,8 @@
 
 An epoch is a permutation that keeps reads sequential: whole row groups are shuffled, and rows are mixed inside a window
 of consecutive row groups. The permutation is cut into global batches, a global batch into granules. For transport,
-`window_steps` steps form a window, and *block* (window, slot) holds granule `slot` of each of its steps; blocks are dealt
-to rank `slot mod num_workers`, so every worker count sees the same samples in the same step (STACK.md).
+`window_steps` steps form a window, and *block* (window, slot) holds granule `slot` of each of its steps; blocks are
+dealt to rank `slot mod num_workers`, so every worker count sees the same samples in the same step.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class StreamPlan:
             default=16, metadata={"help": "row groups whose rows are mixed with each other in an epoch's order"}
         )
         window_steps: int = field(
-            default=4, metadata={"help": "optimizer steps carried by one block of the stream", "fixed": False, "hashed": False}
+            default=4,
+            metadata={"help": "optimizer steps carried by one block of the stream", "fixed": False, "hashed": False},
         )
         num_actors: int = field(
             default=1, metadata={"help": "decoding actors of Ray Data", "fixed": False, "hashed": False}

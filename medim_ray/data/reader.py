@@ -1,7 +1,7 @@
 """From a block of the plan to columns: read rows, decode, crop, encode the report, plan the masks. No Ray in here.
 
-One `BlockReader` lives in each decoding actor. It keeps Parquet files open, the row groups of the current shuffle window,
-and the encoded reports it has seen.
+One `BlockReader` lives in each decoding actor. It keeps Parquet files open, the row groups of the current shuffle
+window, and the encoded reports it has seen.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def decode_gray(encoded: bytes, image_id: str) -> NDArray[np.uint8]:
 class RowStore:
     """Random access to rows of Parquet files, a row group at a time; keeps the last `num_groups` groups it read."""
 
-    def __init__(self, files: Sequence[str], filesystem: pafs.FileSystem, columns: Sequence[str], num_groups: int) -> None:
+    def __init__(
+        self, files: Sequence[str], filesystem: pafs.FileSystem, columns: Sequence[str], num_groups: int
+    ) -> None:
         self._paths = list(files)
         self._filesystem = filesystem
         self._columns = list(columns)

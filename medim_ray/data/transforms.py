@@ -65,7 +65,9 @@ def _check_shares(**shares: float) -> None:
             raise ValueError(f"{key}={value}: must lie between 0 and 1")
 
 
-def _jitter(draws: Draws, purpose: str, num: int, strength: float, blur_prob: float, blur_max: float) -> NDArray[np.float32]:
+def _jitter(
+    draws: Draws, purpose: str, num: int, strength: float, blur_prob: float, blur_max: float
+) -> NDArray[np.float32]:
     """[B, num, 3] brightness and contrast factors in 1 +- strength and a blur sigma, 0 with 1 - blur_prob."""
     factors = 1.0 + strength * (2.0 * draws.uniform(f"{purpose}/jitter", 2 * num) - 1.0)
     blur = draws.uniform(f"{purpose}/blur", 2 * num)
@@ -75,7 +77,7 @@ def _jitter(draws: Draws, purpose: str, num: int, strength: float, blur_prob: fl
 
 @CROPS.register("pad_crop")
 class PadCrop:
-    """MedIM: the whole image, its longest side a little larger than the crop, zero padded to a square, crop at random."""
+    """MedIM: the whole image, longest side a little larger than the crop, zero padded to a square, cropped at random."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -122,8 +124,12 @@ class MultiCrop:
         name: str = "multi_crop"
         num_local: int = field(default=8, metadata={"help": "local crops a sample"})
         local_size: int = field(default=98, metadata={"help": "side of a local crop in pixels"})
-        global_area: tuple[float, float] = field(default=(0.5, 1.0), metadata={"help": "area of a global crop over the image's"})
-        local_area: tuple[float, float] = field(default=(0.05, 0.5), metadata={"help": "area of a local crop over the image's"})
+        global_area: tuple[float, float] = field(
+            default=(0.5, 1.0), metadata={"help": "area of a global crop over the image's"}
+        )
+        local_area: tuple[float, float] = field(
+            default=(0.05, 0.5), metadata={"help": "area of a local crop over the image's"}
+        )
         flip_prob: float = field(default=0.0, metadata={"help": "share of crops mirrored left to right"})
         jitter: float = field(default=0.2, metadata={"help": "brightness and contrast vary by up to this share"})
         blur_prob: float = field(default=0.3, metadata={"help": "share of crops that are blurred"})
@@ -158,7 +164,9 @@ class MultiCrop:
             return CropPlan(boxes_BK4=boxes, flips_BK=np.zeros((num, crops), bool), jitter_BK3=jitter)
         purpose = f"crop/{view.name}"
         area_BK = area[0] + (area[1] - area[0]) * draws.uniform(f"{purpose}/area", crops)
-        aspect_BK = np.exp(math.log(4 / 3) * (2.0 * draws.uniform(f"{purpose}/aspect", crops) - 1.0))  # height / width, pixels
+        aspect_BK = np.exp(
+            math.log(4 / 3) * (2.0 * draws.uniform(f"{purpose}/aspect", crops) - 1.0)
+        )  # height / width, pixels
         shape_ratio_B1 = (shapes_B2[:, 0] / shapes_B2[:, 1])[:, None]
         height_BK = np.minimum(np.sqrt(area_BK * aspect_BK / shape_ratio_B1), 1.0)
         width_BK = np.minimum(np.sqrt(area_BK / aspect_BK * shape_ratio_B1), 1.0)
@@ -168,7 +176,9 @@ class MultiCrop:
         flips = draws.uniform(f"{purpose}/flip", crops) < self.config.flip_prob
         c = self.config
         return CropPlan(
-            boxes_BK4=boxes, flips_BK=flips, jitter_BK3=_jitter(draws, purpose, crops, c.jitter, c.blur_prob, c.blur_max)
+            boxes_BK4=boxes,
+            flips_BK=flips,
+            jitter_BK3=_jitter(draws, purpose, crops, c.jitter, c.blur_prob, c.blur_max),
         )
 
 
@@ -187,7 +197,9 @@ def cut(image_HW: NDArray[np.uint8], box_4: NDArray[np.float32], size: int, flip
     x0, x1 = round((inside_left - left) * scale_x), round((inside_right - left) * scale_x)
     y0, y1, x0, x1 = max(y0, 0), min(y1, size), max(x0, 0), min(x1, size)
     method = cv2.INTER_AREA if scale_y * scale_x < 1.0 else cv2.INTER_CUBIC
-    piece = cv2.resize(image_HW[inside_top:inside_bottom, inside_left:inside_right], (x1 - x0, y1 - y0), interpolation=method)
+    piece = cv2.resize(
+        image_HW[inside_top:inside_bottom, inside_left:inside_right], (x1 - x0, y1 - y0), interpolation=method
+    )
     if (y1 - y0, x1 - x0) != (size, size):
         padded = np.zeros((size, size), dtype=np.uint8)
         padded[y0:y1, x0:x1] = piece

@@ -17,6 +17,26 @@ from medim_ray.types import Batch, StepOutput
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters that are stepped alike: the scheduled learning rate times `lr_ratio` (0 during the first
+    `frozen_steps` steps), the scheduled weight decay times `decay_ratio`."""
+
+    parameters: tuple[nn.Parameter, ...]
+    lr_ratio: float = 1.0
+    decay_ratio: float = 1.0
+    frozen_steps: int = 0
+
+
+def default_groups(module: nn.Module) -> list[ParameterGroup]:
+    """Two groups: no weight decay on parameters of one dimension (biases, norms, tokens), decay on the others."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    decayed = tuple(p for p in trainable if p.ndim > 1)
+    others = tuple(p for p in trainable if p.ndim <= 1)
+    groups = [ParameterGroup(parameters=decayed), ParameterGroup(parameters=others, decay_ratio=0.0)]
+    return [group for group in groups if group.parameters]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Parts:
     """What an objective is built from. text is None where objective.needs_text is False."""
 
@@ -38,6 +58,10 @@ class Objective(Protocol):
 
     def forward(self, batch: Batch) -> StepOutput:
         """The loss of one micro-batch; `batch.step` is the global optimizer step, counted from 0."""
+        ...
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The optimizer's groups, in an order that never changes; usually `default_groups(self)`."""
         ...
 
     def after_step(self, step: int) -> None:

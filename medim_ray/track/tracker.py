@@ -1,4 +1,4 @@
-"""One actor that shows a run: it keeps the newest record for the progress line and writes Aim. It may drop, never block.
+"""One actor that shows a run: it keeps the newest record for the progress line and writes Aim; it never blocks.
 
 The training loop does not import aim and does not wait for this actor: rank 0 sends records and forgets them; where the
 actor falls behind, records are dropped here and counted. metrics.jsonl stays complete.
@@ -63,7 +63,6 @@ class Tracker:
             if isinstance(value, int | float) and name not in ("step", "epoch"):
                 with contextlib.suppress(Exception):
                     self._run.track(value, name=name, step=record["step"], epoch=record["epoch"])
-
 
     def latest(self) -> dict[str, Any] | None:
         """The newest record, for the progress line."""

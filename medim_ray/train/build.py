@@ -1,6 +1,6 @@
 """From a RunConfig to the pieces of a run: plan, reader, objective. The same calls serve training, probes and exports.
 
-Pieces are built where they are needed (driver, decoding actor, worker) from the configuration alone; nothing is shipped.
+Pieces are built where they are needed (driver, decoding actor, worker) from the configuration; nothing is shipped.
 """
 
 from __future__ import annotations

@@ -220,7 +220,9 @@ def restore(store: CheckpointStore, checkpoint: Checkpoint, engine: Any) -> None
             held.add(fragment.name)
         known = {name for name, _ in engine.module.named_parameters()} | {n for n, _ in engine.module.named_buffers()}
         if unknown := sorted(set(saved.shapes) - known):
-            raise ValueError(f"checkpoint {checkpoint.name} holds tensors that the model lacks: {', '.join(unknown[:5])}")
+            raise ValueError(
+                f"checkpoint {checkpoint.name} holds tensors that the model lacks: {', '.join(unknown[:5])}"
+            )
     zero.adopt(engine, checkpoint.manifest["optimizer_step"])
 
 

@@ -12,6 +12,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -102,7 +103,7 @@ def _cpus(config: RunConfig) -> int:
 
 @contextlib.contextmanager
 def ray_session(address: str, num_cpus: int) -> Iterator[None]:
-    """Joins the cluster at `address`, or starts Ray here with `num_cpus` logical CPUs; leaves a running session alone."""
+    """Joins the cluster at `address`, or starts Ray here with `num_cpus` logical CPUs; keeps a running session."""
     if ray.is_initialized():
         yield
         return
@@ -123,11 +124,17 @@ def ray_session(address: str, num_cpus: int) -> Iterator[None]:
         ray.shutdown()
 
 
+def _aim_repo(config: RunConfig) -> str:
+    """Runs beside each other share one repository; a run on object storage has it in the working directory."""
+    beside = Path(config.run.dir).resolve().parent if "://" not in config.run.dir else Path.cwd()
+    return config.track.aim_repo or str(beside)
+
+
 def _fit(config: RunConfig, done: int, console: Console) -> None:
     from medim_ray.track.tracker import start_tracker
 
     tree = to_tree(config)
-    repo = config.track.aim_repo or os.path.dirname(os.path.abspath(config.run.dir)) if config.track.aim else ""
+    repo = _aim_repo(config) if config.track.aim else ""
     tracker = start_tracker(repo, config.run.dir, tree)
     fs, root = fsspec.core.url_to_fs(config.run.dir)
     env = {"OMP_NUM_THREADS": str(max(1, int(config.train.cpus_per_worker)))}
@@ -176,9 +183,7 @@ class StreamFactory:
         newest = CheckpointStore(config.run.dir).newest()
         first_step = newest.step if newest is not None else 0
         plan = stream_plan(config, ShardSet.open(config.data.shards))
-        return train_stream(
-            plan, reader_factory(config), first_step, config.train.last_step, config.data.num_actors
-        )
+        return train_stream(plan, reader_factory(config), first_step, config.train.last_step, config.data.num_actors)
 
 
 @contextlib.contextmanager
@@ -221,9 +226,7 @@ def describe(record: dict[str, Any]) -> str:
     """The numbers of a record that fit on a line."""
     hidden = {"step", "epoch", "lr", "grad_norm", "samples_per_s", "step_s", "data_wait_ratio"}
     terms = [f"{k} {v:.4g}" for k, v in record.items() if k not in hidden and isinstance(v, float) and "/" not in k]
-    return " ".join(
-        [*terms[:6], f"{record['samples_per_s']:.1f} samples/s", f"wait {record['data_wait_ratio']:.0%}"]
-    )
+    return " ".join([*terms[:6], f"{record['samples_per_s']:.1f} samples/s", f"wait {record['data_wait_ratio']:.0%}"])
 
 
 def summary(result: RunResult) -> str:

@@ -1,6 +1,6 @@
-"""The train loop: read this first. A step is a function of the plan and the state; everything else hangs behind five calls.
+"""The train loop: read this first. A step is a function of plan and state; everything else hangs behind five calls.
 
-Objectives, masks and ZeRO stages are not known here. Who builds the pieces: worker.py; who starts the workers: launch.py.
+Objectives, masks and ZeRO stages are not known here. worker.py builds the pieces, launch.py starts the workers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A run folder, read and written: its configuration, and its objective with trained or untrained weights. No Ray here.
 
-    RUN/config.yaml   RUN/metrics.jsonl   RUN/checkpoints/step-SSSSSSSS-A/{rank-RRRRR.safetensors, manifest.json}
+RUN/config.yaml   RUN/metrics.jsonl   RUN/checkpoints/step-SSSSSSSS-A/{rank-RRRRR.safetensors, manifest.json}
 """
 
 from __future__ import annotations

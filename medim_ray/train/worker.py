@@ -1,4 +1,4 @@
-"""What runs in each Ray Train worker: build the pieces, restore, hand them to the loop. The data stream starts elsewhere.
+"""What runs in each Ray Train worker: build the pieces, restore, hand them to the loop. The stream starts elsewhere.
 
 The controller builds the stream from the newest checkpoint at every start of the worker group (launch.py); the worker
 restores the same checkpoint, and the loop checks that both are at the same step.

@@ -1,7 +1,7 @@
 """DeepSpeed behind two questions: which configuration, and where each tensor of the training state lies on this rank.
 
-`zero_config` is a pure function. `fragments` gives live, flat views of parameters and optimizer moments by name at every
-ZeRO stage, so that a checkpoint knows neither stage nor world size (checkpoint.py).
+`zero_config` is a pure function. `fragments` gives live, flat views of parameters and optimizer moments by name at
+every ZeRO stage, so that a checkpoint knows neither stage nor world size (checkpoint.py).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def build_engine(module: nn.Module, train: TrainConfig) -> Any:
 class Fragment:
     """The part of one named tensor that this rank owns.
 
-    tensors: kind -> flat live view of `numel` elements, beginning at element `start` of the flattened full tensor; kinds
+    tensors: kind -> flat live view of `numel` elements, from element `start` of the flattened full tensor on; kinds
     are "param", the moments of AdamW for trainable parameters, and "buffer".
     """
 

@@ -1,0 +1,30 @@
+# The two commands: `make demo` runs the main job on an embedded corpus, `make test` passes the tests. Both make .venv.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+export RAY_DATA_DISABLE_PROGRESS_BARS ?= 1
+
+.PHONY: demo test test-chaos lint clean
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m medim_ray.demo
+
+test: .venv/installed
+	$(BIN)/pytest -m "not chaos"
+
+test-chaos: .venv/installed
+	$(BIN)/pytest -m chaos
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .hypothesis build *.egg-info demo

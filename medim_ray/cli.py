@@ -1,0 +1,193 @@
+"""The commands of `medim-ray`. A command's subject may be positional, switches are --options, and all that changes a
+result is `key=value`, parsed into the command's own typed root. Work is done elsewhere; imports are made when needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from medim_ray import __version__
+from medim_ray.config.loader import describe, load, run_hash, to_yaml
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Exit code 0: done; 1: the command says no or the work failed; 2: the input is at fault."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    command: Command = args.command
+    try:
+        return command(args)
+    except ValueError as error:
+        print(f"medim-ray: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"medim-ray: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="medim-ray", description="Pretrain chest X-ray encoders on a cluster.")
+    parser.add_argument("--version", action="version", version=f"medim-ray {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Command, meaning: str, *, config: bool = False, overrides: bool = True) -> Any:
+        sub = commands.add_parser(name, help=meaning, description=meaning)
+        sub.set_defaults(command=command)
+        if config:
+            sub.add_argument("--config", metavar="FILE", help="YAML file; may inherit from one parent")
+        if overrides:
+            sub.add_argument("overrides", nargs="*", metavar="key=value", help="dotted options, see `medim-ray config`")
+        return sub
+
+    add("prepare", _prepare, "images and reports, anywhere, into shards", config=True)
+    add("pretrain", _pretrain, "train an encoder on shards; the same command resumes it", config=True)
+    add("probe", _probe, "frozen-feature probes of a run: run=PATH probe.labels=[view,sex]")
+    add("masks", _masks, "a gallery of a run's masks: run=PATH num=16 out=masks.html")
+    add("export", _export, "a run's encoder for other software: run=PATH format=timm out=DIR")
+    add("report", _report, "RUN/report.html: curves, masks, probes, configuration", overrides=False).add_argument("run")
+    show = add("config", _config, "the resolved configuration and its hash", config=True)
+    show.add_argument("--fields", action="store_true", help="list every option with its type, default and meaning")
+    add("doctor", _doctor, "can this machine run medim-ray? one line a check", overrides=False)
+    shards = commands.add_parser("shards", help="look after shards").add_subparsers(required=True, metavar="ACTION")
+    verify = shards.add_parser("verify", help="compare every file with its checksum; exit code 1 on any difference")
+    verify.add_argument("out", metavar="OUT")
+    verify.set_defaults(command=_shards_verify)
+    _add_tag(add("tag", _tag, "MeSH headings and mentions of reports in a CSV file", overrides=False))
+    return parser
+
+
+def _add_tag(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("reports", metavar="REPORTS.csv")
+    sub.add_argument("--text-columns", default="findings,impression", help="columns joined to the report's text")
+    sub.add_argument("--id-column", default="uid")
+    sub.add_argument("--out", required=True, metavar="TAGS.csv")
+    sub.add_argument("--mentions", metavar="OUT.parquet", help="also every mention with span, assertion, side, zone")
+    sub.add_argument("--vocabulary", metavar="NLM", help="descriptor XML or mtrees file of the NLM, path or URL")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MasksRoot:
+    """Options of `medim-ray masks`."""
+
+    run: str = field(metadata={"help": "run folder"})
+    num: int = field(default=16, metadata={"help": "images in the gallery"})
+    out: str = field(default="masks.html", metadata={"help": "HTML file to write"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRoot:
+    """Options of `medim-ray export`."""
+
+    run: str = field(metadata={"help": "run folder"})
+    format: str = field(default="timm", metadata={"help": "timm"})
+    out: str = field(metadata={"help": "folder to write"})
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from medim_ray.data.ingest import PrepareConfig, prepare
+
+    print(prepare(load(PrepareConfig, args.config, args.overrides)).text())
+    return 0
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    from medim_ray.config.schema import RunConfig
+    from medim_ray.train.launch import launch, summary
+
+    print(summary(launch(load(RunConfig, args.config, args.overrides))))
+    return 0
+
+
+def _config(args: argparse.Namespace) -> int:
+    root = _root_of(args.config)
+    if args.fields:
+        for key, kind, default, meaning in describe(root):
+            print(f"{key}: {kind} = {default!r}  {meaning}")
+        return 0
+    config = load(root, args.config, args.overrides)
+    print(f"# run_hash {run_hash(config)}\n{to_yaml(config)}", end="")
+    return 0
+
+
+def _root_of(file: str | None) -> type[Any]:
+    """RunConfig, or PrepareConfig for a file that has a `source`."""
+    from medim_ray.config.loader import read_tree
+    from medim_ray.config.schema import RunConfig
+    from medim_ray.data.ingest import PrepareConfig
+
+    return PrepareConfig if file is not None and "source" in read_tree(file) else RunConfig
+
+
+def _probe(args: argparse.Namespace) -> int:
+    from medim_ray.probes.command import ProbeRoot, run_probe
+
+    root = load(ProbeRoot, None, args.overrides)
+    run_probe(root.run, root.probe)
+    return 0
+
+
+def _masks(args: argparse.Namespace) -> int:
+    from medim_ray.studies.gallery import write_gallery
+
+    root = load(MasksRoot, None, args.overrides)
+    print(write_gallery(root.run, num=root.num, out=root.out))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from medim_ray.models.export import export
+    from medim_ray.train.runs import load_run
+
+    root = load(ExportRoot, None, args.overrides)
+    print(export(load_run(root.run).objective.encoder, root.format, root.out))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from medim_ray.studies.report import write_report
+
+    print(write_report(args.run))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from medim_ray.submit.doctor import check_machine
+
+    return check_machine()
+
+
+def _shards_verify(args: argparse.Namespace) -> int:
+    from medim_ray.data.shards import ShardSet, verify
+
+    differences = verify(args.out)
+    for line in differences:
+        print(line)
+    if not differences:
+        print(f"{args.out}: {ShardSet.open(args.out).num_rows()} rows, every checksum holds")
+    return 1 if differences else 0
+
+
+def _tag(args: argparse.Namespace) -> int:
+    from medim_ray.reports.tag_command import run_tag
+
+    run_tag(
+        args.reports,
+        text_columns=args.text_columns.split(","),
+        id_column=args.id_column,
+        out=args.out,
+        mentions=args.mentions,
+        vocabulary=args.vocabulary,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

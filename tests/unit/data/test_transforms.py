@@ -1,0 +1,81 @@
+"""Crops: boxes are where they say, zero padding keeps the aspect, the photometric part leaves neighbours alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from medim_ray.data.transforms import CROPS, MultiCrop, PadCrop, cut, photometric
+from medim_ray.draws import Draws
+
+
+def draws(num: int) -> Draws:
+    return Draws.of(0, np.zeros(num, dtype=np.int64), [str(i) for i in range(num)])
+
+
+def gradient(height: int, width: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    return np.linspace(0, 255, width, dtype=np.float64)[None].repeat(height, 0).astype(np.uint8)
+
+
+def test_the_centre_crop_of_a_wide_image_is_the_whole_image_padded_above_and_below() -> None:
+    plan = PadCrop(PadCrop.Config(), 64).plan(np.array([[50, 100]]), None)["image"]
+    pixels = cut(np.full((50, 100), 200, dtype=np.uint8), plan.boxes_BK4[0, 0], 64)
+    assert (pixels[:16] == 0).all() and (pixels[48:] == 0).all() and (pixels[17:47] == 200).all()
+
+
+def test_random_pad_crops_keep_the_aspect_and_stay_on_the_padded_square() -> None:
+    shapes = np.tile(np.array([[300, 200]]), (200, 1))
+    boxes = PadCrop(PadCrop.Config(), 64).plan(shapes, draws(200))["image"].boxes_BK4[:, 0]
+    sides = (boxes[:, 2:] - boxes[:, :2]) * np.array([300, 200])
+    assert np.allclose(sides, 300 * 224 / 240, rtol=1e-5)
+    assert boxes[:, 0].min() >= 0 and boxes[:, 2].max() <= 1 + 1e-6
+    assert boxes[:, 1].min() >= -0.25 - 1e-6 and boxes[:, 3].max() <= 1.25 + 1e-6
+    assert boxes[:, 0].std() > 0.01
+
+
+def test_a_box_cuts_the_pixels_it_names() -> None:
+    image = gradient(80, 160)
+    pixels = cut(image, np.array([0.25, 0.5, 0.75, 0.75], dtype=np.float32), 40)
+    assert pixels.shape == (40, 40)
+    assert abs(int(pixels[20, 0]) - int(image[40, 80])) < 6 and abs(int(pixels[20, -1]) - int(image[40, 119])) < 6
+    flipped = cut(image, np.array([0.25, 0.5, 0.75, 0.75], dtype=np.float32), 40, flip=True)
+    assert np.array_equal(flipped, pixels[:, ::-1])
+
+
+def test_multi_crops_have_the_area_they_were_drawn_with() -> None:
+    config = MultiCrop.Config(num_local=6, local_size=32, global_area=(0.5, 1.0), local_area=(0.1, 0.3))
+    crop = MultiCrop(config, 64)
+    plans = crop.plan(np.tile(np.array([[240, 200]]), (300, 1)), draws(300))
+    assert [view.name for view in crop.views] == ["global", "local"]
+    for name, (low, high) in {"global": (0.5, 1.0), "local": (0.1, 0.3)}.items():
+        boxes = plans[name].boxes_BK4
+        area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+        assert area.max() <= high + 1e-5 and np.median(area) > low
+        assert boxes.min() >= 0 and boxes.max() <= 1 + 1e-6
+    assert not plans["global"].flips_BK.any()
+
+
+def test_photometric_does_not_depend_on_neighbours_and_blurs_where_asked() -> None:
+    images = torch.rand(3, 1, 20, 20, generator=torch.Generator().manual_seed(0))
+    jitter = torch.tensor([[1.0, 1.0, 0.0], [1.1, 0.9, 0.8], [0.9, 1.1, 1.0]])
+    together = photometric(images, jitter, blur_radius=3)
+    assert torch.allclose(together[0], images[0], atol=1e-6)
+    for i in range(3):
+        alone = photometric(images[i : i + 1], jitter[i : i + 1], blur_radius=3)
+        assert torch.allclose(alone[0], together[i], atol=1e-6)
+    assert together[2].diff(dim=-1).abs().mean() < images[2].diff(dim=-1).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("pad_crop", {"resize_ratio": 0.9}, "resize_ratio=0.9"),
+        ("pad_crop", {"jitter": 2.0}, "jitter=2.0"),
+        ("multi_crop", {"global_area": (0.9, 0.1)}, "global_area"),
+        ("multi_crop", {"num_local": -1}, "num_local=-1"),
+    ],
+)
+def test_bad_options_are_named(name: str, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CROPS[name].Config(**changes)
