@@ -1,0 +1,6 @@
+"""Masking strategies, registered by name in MASKINGS."""
+
+from medim_ray.masking import block as block
+from medim_ray.masking import report as report
+from medim_ray.masking import uniform as uniform
+from medim_ray.masking.base import MASKINGS as MASKINGS

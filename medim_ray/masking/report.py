@@ -1,0 +1,189 @@
+"""Report-guided masks: KDM hides what the MeSH words look at, SDM what the words of one sentence look at.
+
+The law is that of MedIM's code (PAPERS.md, MedIM, "Masking"): the relevance map is a sum of word-to-patch attention
+rows; patches above a threshold are "high"; `diversity` of the high ones and 1 - `diversity` of the others are hidden.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medim_ray.draws import Draws
+from medim_ray.masking.base import MASKINGS, Masks, Samples
+from medim_ray.types import ASSERTION, MESH_FLAG, SENTENCE_ID, WORD_IS_PAD, Grid
+
+ABSENT = 2  # code of types.ASSERTION
+MIN_SENTENCE_WORDS = 4  # SDM draws among sentences with more than three words where there are any
+
+WORDS = "mask/report/words_BSW"  # float32: weight of each word's attention row in the map of mask S
+NOISE = "mask/report/noise_BSN"  # float32 in [0, 1): which patches of a class are hidden
+SENTENCE = "mask/sdm/sentence_B"  # int16: the sentence SDM drew, -1 where there is none
+
+
+@MASKINGS.register("kdm", "sdm", "kdm+sdm")
+class ReportMasking:
+    """KDM, SDM or both (S = 2 masks an image).
+
+    on = "feature": the counts are the paper's (97 of 196 at ratio 0.5 and diversity 0.9 without ties).
+    on = "input": exactly int(ratio * N) in every row, so that an encoder can skip them: int(diversity * high) of the
+    high ones, the rest random ones of the others.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        name: Literal["kdm", "sdm", "kdm+sdm"] = "kdm+sdm"
+        ratio: float = field(default=0.5, metadata={"help": "share of the patches that counts as high"})
+        diversity: float = field(
+            default=0.9, metadata={"help": "share of the high patches, and 1 - share of the others, that is hidden"}
+        )
+        on: Literal["input", "feature"] = field(
+            default="feature",
+            metadata={"help": "feature: the encoder's output is zeroed (the paper); input: hidden patches are skipped"},
+        )
+        fallback: Literal["uniform", "paper", "none"] = field(
+            default="uniform",
+            metadata={
+                "help": "a report without a word to go by: 'uniform' hides int(ratio * N) random patches, 'paper' "
+                "(1 - diversity) of all, 'none' nothing"
+            },
+        )
+        negated_weight: float = field(
+            default=1.0, metadata={"help": "weight in KDM of words whose mention is asserted absent (the paper: 1)"}
+        )
+
+        def __post_init__(self) -> None:
+            if self.name not in ("kdm", "sdm", "kdm+sdm"):
+                raise ValueError(f"masking.name={self.name!r}: must be kdm, sdm or kdm+sdm")
+            if not 0.0 < self.ratio < 1.0:
+                raise ValueError(f"masking.ratio={self.ratio}: must lie between 0 and 1, the paper uses 0.5")
+            if not 0.0 <= self.diversity <= 1.0:
+                raise ValueError(f"masking.diversity={self.diversity}: must lie in [0, 1], the paper uses 0.9")
+            if self.on not in ("input", "feature"):
+                raise ValueError(f"masking.on={self.on!r}: must be 'input' or 'feature'")
+            if self.fallback not in ("uniform", "paper", "none"):
+                raise ValueError(f"masking.fallback={self.fallback!r}: must be 'uniform', 'paper' or 'none'")
+            if self.on == "input" and self.fallback != "uniform":
+                raise ValueError(
+                    f"masking.fallback={self.fallback!r}: with masking.on=input every row hides the same number; "
+                    "use fallback=uniform"
+                )
+            if self.negated_weight < 0:
+                raise ValueError(f"masking.negated_weight={self.negated_weight}: must be >= 0, the paper uses 1")
+
+    needs_text = True
+    needs_attention = True
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.on = config.on
+        self.names = tuple(config.name.split("+"))
+
+    def plan(self, samples: Samples, grid: Grid, draws: Draws) -> dict[str, NDArray[Any]]:
+        """Word weights, noise and the sentence drawn: columns WORDS, NOISE and, with SDM, SENTENCE."""
+        columns: dict[str, NDArray[Any]] = {}
+        words = []
+        for name in self.names:
+            if name == "kdm":
+                words.append(_mention_words(samples, self.config.negated_weight))
+            else:
+                columns[SENTENCE] = draw_sentences(samples, draws)
+                is_chosen_BW = samples.text[SENTENCE_ID] == columns[SENTENCE][:, None]
+                words.append((is_chosen_BW & ~samples.text[WORD_IS_PAD]).astype(np.float32))
+        noise = [draws.uniform(f"mask/{name}", grid.num_patches) for name in self.names]
+        columns[WORDS] = np.stack(words, axis=1)
+        columns[NOISE] = np.stack(noise, axis=1).astype(np.float32)
+        return columns
+
+    @torch.no_grad()
+    def resolve(self, columns: Mapping[str, Tensor], attention_BWN: Tensor | None) -> Masks:
+        """Maps from the attention [B, W, N], masks from maps and noise."""
+        assert attention_BWN is not None, f"masking {self.config.name} resolves word-to-patch attention"
+        words_BSW = columns[WORDS].float()
+        maps_BSN = words_BSW @ attention_BWN.float()
+        has_word_BS = (words_BSW > 0).any(dim=2)
+        hidden_BSN, fallback_BS = select_hidden(maps_BSN, columns[NOISE].float(), has_word_BS, self.config)
+        return Masks(
+            hidden_SBN=hidden_BSN.transpose(0, 1),
+            fallback_SB=fallback_BS.transpose(0, 1),
+            maps_SBN=maps_BSN.transpose(0, 1),
+        )
+
+
+def _mention_words(samples: Samples, negated_weight: float) -> NDArray[np.float32]:
+    """KDM's weight of each word: 1 in a mention, `negated_weight` in one asserted absent, 0 elsewhere."""
+    weights_BW = np.where(samples.text[ASSERTION] == ABSENT, np.float32(negated_weight), np.float32(1.0))
+    flagged_BW = samples.text[MESH_FLAG].astype(np.bool_) & ~samples.text[WORD_IS_PAD].astype(np.bool_)
+    return np.where(flagged_BW, weights_BW, np.float32(0.0))
+
+
+def draw_sentences(samples: Samples, draws: Draws) -> NDArray[np.int16]:
+    """One random sentence a report, [B]: among those with more than three words, any if there is none; -1 without
+    words."""
+    is_word_BW = ~samples.text[WORD_IS_PAD].astype(np.bool_)
+    ids_BW = np.where(is_word_BW, samples.text[SENTENCE_ID].astype(np.int64), -1)
+    num_sentences = int(ids_BW.max(initial=-1)) + 1
+    counts_BI = np.zeros((len(samples), num_sentences + 1), dtype=np.int64)
+    np.add.at(counts_BI, (np.arange(len(samples))[:, None], ids_BW), 1)  # -1 counts into the last column
+    counts_BI = counts_BI[:, :num_sentences]
+    is_long_BI = counts_BI >= MIN_SENTENCE_WORDS
+    eligible_BI = np.where(is_long_BI.any(axis=1, keepdims=True), is_long_BI, counts_BI > 0)
+    order_BI = np.cumsum(eligible_BI, axis=1)
+    num_eligible_B = eligible_BI.sum(axis=1)
+    pick_B = draws.integers("mask/sdm/sentence", 1, np.maximum(num_eligible_B, 1))[:, 0]
+    chosen_BI = eligible_BI & (order_BI == pick_B[:, None] + 1)
+    chosen_B = np.where(num_eligible_B > 0, chosen_BI.argmax(axis=1) if num_sentences else 0, -1)
+    return chosen_B.astype(np.int16)
+
+
+def high_patches(maps_XN: Tensor, ratio: float) -> Tensor:
+    """bool [..., N]: strictly above the value at descending index int(N * ratio) (the paper's law: ties are low)."""
+    num_patches = maps_XN.shape[-1]
+    # kthvalue counts from 1 and from the smallest; it is several times faster than topk.
+    threshold_X1 = maps_XN.kthvalue(num_patches - int(num_patches * ratio), dim=-1, keepdim=True).values
+    return maps_XN > threshold_X1
+
+
+@functools.cache
+def _shares(num_patches: int, diversity: float) -> Tensor:
+    """How many of n high patches and of the others are hidden, for n = 0 to N: [N + 1, 2].
+
+    In Python's float arithmetic, as the paper's code: of 98 and 98, 88 and 9 = int((1 - 0.9) * 98).
+    """
+    counts = [(int(diversity * n), int((1 - diversity) * (num_patches - n))) for n in range(num_patches + 1)]
+    return torch.tensor(counts)
+
+
+def select_hidden(
+    maps_XN: Tensor, noise_XN: Tensor, has_word_X: Tensor, config: ReportMasking.Config
+) -> tuple[Tensor, Tensor]:
+    """Hidden patches bool [..., N] and fallback rows bool [...], all rows at once.
+
+    Noise in [0, 1) orders the patches of a class. One sort puts the high ones first, so the first few of the high and
+    the first few of the low are two runs of sorted places. Rows without a word, or with a flat map, fall back.
+    """
+    num_patches = maps_XN.shape[-1]
+    count = int(num_patches * config.ratio)
+    high_XN = high_patches(maps_XN, config.ratio) & has_word_X[..., None]
+    num_high_X1 = high_XN.sum(dim=-1, keepdim=True)
+    fallback_X1 = num_high_X1 == 0
+    shares_N2 = _shares(num_patches, config.diversity).to(maps_XN.device)
+    take_high_X1, take_low_X1 = shares_N2[num_high_X1].unbind(-1)
+    if config.on == "input":
+        take_low_X1 = torch.minimum(count - take_high_X1, num_patches - num_high_X1)
+        take_high_X1 = count - take_low_X1
+    elif config.fallback != "paper":
+        in_fallback = count if config.fallback == "uniform" else 0
+        take_low_X1 = torch.where(fallback_X1, in_fallback, take_low_X1)
+    order_XN = (noise_XN + (~high_XN)).argsort(dim=-1, stable=True)
+    place_N = torch.arange(num_patches, device=maps_XN.device)
+    taken_XN = (place_N < take_high_X1) | ((place_N >= num_high_X1) & (place_N < num_high_X1 + take_low_X1))
+    hidden_XN = torch.zeros_like(high_XN).scatter_(-1, order_XN, taken_XN)
+    return hidden_XN, fallback_X1.squeeze(-1)
