@@ -21,6 +21,7 @@ Lung | azygos lobe; azygos fissure; azygous lobe; azygous fissure; under expande
     hypoinflative; hyperinflative; expiratory; decreased inspiratory; poor inflation; shallow inflation; crowding of
     the lung
 Costophrenic Angle | blunted angle; blunting of the angle
+Thoracic Vertebrae | thoracic degenerative change; thoracic degenerative disc disease; thoracic degenerative disease
 """
 
 # State -> words for it.
@@ -34,11 +35,14 @@ tortuous | tortuous; tortuosity; ectatic; ectasia; unfolded; unfolding; uncoiled
 nodal | adenopathy; lymphadenopathy; enlarged lymph node; prominent lymph node
 tip | tip; distal tip
 dilated | dilated; dilatation; dilation
-enlarged | enlarged; enlargement; large; prominent; prominence; increased in size; fullness; widened; widening; full;
-    mildly enlarged
+enlarged | enlarged; enlargement; prominent; prominence; increased in size; fullness; widened; widening; mildly
+    enlarged
 degenerative | degenerative; degeneration; degenerated; hypertrophic; degenerative change; degenerative disease;
     degenerative disc disease; degenerative endplate change; hypertrophic change; productive change; multilevel
     degenerative; discogenic
+borderline | borderline; borderline enlarged; borderline large
+lowered | low; lower; decreased; diminished; reduced; small; poor; shallow; slightly low; mildly low
+raised | increased; large; high
 """
 
 # Heading indexed | anatomy headings | states. Anatomy must stand in the same clause.
@@ -48,12 +52,12 @@ Costophrenic Angle | Costophrenic Angle | blunted; obscured
 Sulcus | Sulcus | blunted; obscured
 Aorta | Aorta | tortuous; dilated; enlarged
 Aorta, Thoracic | Aorta, Thoracic | tortuous; dilated; enlarged
-Cardiomegaly | Heart | enlarged
-Cardiac Shadow | Cardiac Shadow | enlarged
+Cardiomegaly | Heart | enlarged; borderline
+Cardiac Shadow | Cardiac Shadow | enlarged; borderline
 Heart | Heart | obscured
 Mediastinum | Mediastinum | enlarged; nodal
 Lung | Hilum; Interstitium | enlarged; nodal
-Thoracic Vertebrae | Thoracic Vertebrae; Thoracolumbar Spine; Thorax | degenerative
+Thoracic Vertebrae | Thoracic Vertebrae; Thoracolumbar Spine | degenerative
 Lumbar Vertebrae | Lumbar Vertebrae; Thoracolumbar Spine | degenerative
 Cervical Vertebrae | Cervical Vertebrae | degenerative
 Spine | Spine | degenerative
@@ -65,4 +69,5 @@ Lymph Nodes | Lymph Nodes | enlarged
 Thyroid Gland | Thyroid Gland | enlarged
 Pulmonary Congestion | Pulmonary Vessels; Blood Vessels; Pulmonary Veins | enlarged; obscured; dilated
 Catheters, Indwelling | Vena Cava, Superior | tip
+Lung | Lung Volume | lowered; raised
 """

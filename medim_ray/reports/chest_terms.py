@@ -34,7 +34,7 @@ Atherosclerosis | atherosclerosis; atherosclerotic; arteriosclerosis; arterioscl
 Blister | bulla; bleb; bullous disease; bullous change
 Bone Diseases, Metabolic | osteopenia; osteopenic; demineralization; demineralized; demineralisation; bone
     demineralization; decreased bone mineralization; decreased bone mineral density; decreased bone density; diffusely
-    decreased mineralization
+    decreased mineralization; bone density is decreased; bone mineralization is decreased
 Bronchiectasis | bronchiectasis; bronchiectatic; bronchial dilatation; dilated bronchi
 Bronchiolitis | bronchiolitis
 Bronchitis | bronchitis; bronchitic; peribronchial cuffing; bronchial wall thickening; peribronchial thickening;
@@ -44,25 +44,26 @@ Calcified Granuloma | calcified granuloma; calcified granulomata; calcified lung
     granuloma; granulomatous calcification; calcified granulomatous nodule
 Calcinosis | calcification; calcified; calcific; calcinosis
 Cardiomegaly | cardiomegaly; enlarged heart; cardiac enlargement; heart enlargement; enlargement of the heart;
-    enlarged heart size; cardiac hypertrophy
+    enlarged heart size; cardiac hypertrophy; heart is large; large heart; heart size is large; heart appears large;
+    biventricular enlargement; large cardiac silhouette
 Cavitation | cavitation; cavitary; cavity; cavitating
 Cholelithiasis | cholelithiasis; gallstone
-Cicatrix | scar; scarring; cicatrix; fibrotic scar; fibrotic scarring; parenchymal scar; scarlike; fibrotic change
+Cicatrix | scar; scarring; cicatrix; fibrotic scar; fibrotic scarring; parenchymal scar; scarlike
 Consolidation | consolidation; consolidative; consolidated
 Cysts | cyst; cystic change; cystic lesion; cystic lucency
 Cystic Fibrosis | cystic fibrosis
 Deformity | deformity; deformed; wedging; wedge deformity; contour deformity; compression deformity; wedge
     compression; vertebral body compression; loss of vertebral body height; vertebral body height loss; loss of
     height; height loss; compressed vertebral body; irregularity; contour irregularity; contour abnormality
-Density | density; hyperdensity; nodular density; hyperdense; dense; nodular like density
+Density | density; hyperdensity; nodular density; hyperdense; nodular like density
 Diaphragmatic Eventration | eventration; eventrated
 Dislocations | dislocation; dislocated; subluxation; subluxed; listhesis; anterolisthesis; retrolisthesis;
     spondylolisthesis
+Edema | soft tissue edema; subcutaneous edema; peripheral edema; leg edema; pedal edema
 Emphysema | emphysema; emphysematous; emphysematous change
 Epicardial Fat | epicardial fat; epicardial fat pad; pericardial fat; pericardial fat pad; cardiophrenic fat;
     cardiophrenic fat pad; fat pad; epicardial
 Expansile Bone Lesions | expansile bone lesion; expansile lesion; expansile rib lesion
-Fibrosis | fibrosis; fibrotic
 Foreign Bodies | foreign body; foreign bodies; bullet; shrapnel; bullet fragment; metallic fragment; metallic foreign
     body; bb; pellet; ballistic fragment; gunshot; radiopaque foreign body; metallic density; metallic object;
     metallic body
@@ -135,9 +136,10 @@ Pulmonary Emphysema | pulmonary emphysema; centrilobular emphysema; panlobular e
     change
 Pulmonary Fibrosis | pulmonary fibrosis; lung fibrosis; interstitial fibrosis; idiopathic pulmonary fibrosis; fibrotic
     lung disease; pulmonary fibrotic change; honeycombing; fibrosis of the lung; interstitial fibrotic change;
-    fibrotic interstitial lung disease; fibrosis in the lung; fibrosis in the bases; pulmonary parenchymal fibrosis
+    fibrotic interstitial lung disease; fibrosis in the lung; fibrosis in the bases; pulmonary parenchymal fibrosis;
+    fibrosis; fibrotic; fibrotic change; apical fibrosis; inflammatory and fibrotic change
 Sarcoidosis | sarcoidosis; sarcoid
-Scleroses | sclerosis; sclerotic
+Sclerosis | sclerosis; sclerotic
 Scoliosis | scoliosis; scoliotic; dextroscoliosis; levoscoliosis; dextrocurvature; levocurvature; rotoscoliosis;
     scoliotic curvature; s shaped curvature; dextroconvex; levoconvex; thoracic curvature; convex curvature; curvature
     of the thoracic spine; curvature of the spine; spinal curvature; curvature; curvature of the thoracolumbar spine
@@ -163,8 +165,9 @@ Catheters, Indwelling | catheter; picc; picc line; central line; central venous 
     catheter; jugular catheter; ij catheter; subclavian catheter; ij line; subclavian line; swan ganz; swan ganz
     catheter; venous line; infusion catheter; vascular catheter; cvl; cvc; cvp line; hickman; permcath; port catheter;
     peripherally inserted central catheter; infusion port; injection port; a port; porta cath; ij central venous
-    catheter; pic line; xxxx a xxxx; chest xxxx tip; sided chest xxxx; chest xxxx with tip; chest xxxx in; chest xxxx
-    is present; chest xxxx is noted; chest xxxx catheter
+    catheter; pic line; chest xxxx tip; sided chest xxxx; chest xxxx with tip; chest xxxx in; chest xxxx is present;
+    chest xxxx is noted; chest xxxx catheter; right xxxx a xxxx; left xxxx a xxxx; is a xxxx a xxxx; xxxx a xxxx tip;
+    xxxx a xxxx remains; xxxx a xxxx is; xxxx a xxxx terminating; xxxx a xxxx catheter; sided xxxx a xxxx
 Contrast Media | contrast material in; oral contrast; residual contrast; enteric contrast; barium; contrast in the;
     contrast is seen
 Implanted Medical Device | pacemaker; cardiac pacemaker; pacer; pacing wire; pacing lead; pacing device;
@@ -207,19 +210,20 @@ Thoracotomy | thoracotomy
 
 [quality]
 Technical Quality of Image Unsatisfactory | technical quality of image unsatisfactory; limited by; suboptimal
-    inspiration; motion artifact; artifact; limited study; limited exam; limited examination; limited evaluation;
-    suboptimal study; underpenetrated; under penetrated; rotated; patient rotation; suboptimal; rotation of the
-    patient; technically limited; portions of the lung excluded; excluded from the field of view; limited by body
-    habitus; limited by patient; suboptimal evaluation; not included on the; incompletely imaged; overpenetrated;
-    exposure; degraded; motion degraded; blurred; poor inspiration; limited quality; exam is limited; examination is
-    limited; study is limited; limited chest; limited radiograph; somewhat limited; slightly limited; limited
-    secondary; limited due; limited because; technical limitation; suboptimal quality; limited technique; limited
-    view; limited assessment
+    inspiration; motion artifact; artifact; limited study; limited exam; limited examination; suboptimal study;
+    underpenetrated; under penetrated; rotated; patient rotation; suboptimal; rotation of the patient; technically
+    limited; portions of the lung excluded; excluded from the field of view; limited by body habitus; limited by
+    patient; suboptimal evaluation; not included on the; incompletely imaged; overpenetrated; exposure; degraded;
+    motion degraded; blurred; poor inspiration; limited quality; exam is limited; examination is limited; study is
+    limited; limited chest; limited radiograph; somewhat limited; slightly limited; limited secondary; limited due;
+    limited because; technical limitation; suboptimal quality; technical factor; body habitus; not adequately imaged;
+    not adequately evaluated; not adequately visualized; obscures detail; detail obscured; not included in the field
+    of view; limited mediastinal evaluation; scatter artifact; motion; difference in technique; grid artifact; low
+    quality; poor quality; nondiagnostic; repeat examination is recommended
 
 [anatomy]
 Abdomen | abdomen; abdominal; upper abdomen
 Adipose Tissue | adipose tissue; fat; fatty
-Airway | airway; tracheobronchial tree; tracheobronchial
 Aorta | aorta; aortic
 Aorta, Thoracic | thoracic aorta; aortic arch; aortic knob; transverse aorta; descending aorta; ascending aorta;
     aortic knuckle; arch of the aorta; descending thoracic aorta; ascending thoracic aorta; thoracic aortic
@@ -255,8 +259,10 @@ Liver | liver; hepatic
 Lumbar Vertebrae | lumbar spine; lumbar vertebra; l spine; lumbar vertebrae; lumbar vertebral body; lumbar
 Lung | lung; pulmonary; lung field; lung zone; lung parenchyma; pulmonary parenchyma; pulmonary parenchymal; lobe;
     lobar; lung base; lung apex; base; bibasilar; basilar; bibasal; basal; apex; apical; biapical; lingula; lingular;
-    upper lobe; lower lobe; middle lobe; midlung; retrocardiac; hemithorax; lung volume; bases; lung zones; airspace;
-    air space; alveolar; parenchyma; parenchymal; rul; rml; rll; lul; lll
+    upper lobe; lower lobe; middle lobe; midlung; retrocardiac; hemithorax; bases; lung zones; airspace; air space;
+    alveolar; parenchyma; parenchymal; rul; rml; rll; lul; lll
+Lung Volume | lung volume; inspiratory volume; lung expansion; lung inflation; inspiratory effort; degree of
+    inspiration
 Lymph Nodes | lymph node; node; nodal; lymph
 Mediastinum | mediastinum; mediastinal; mediastinal contour; mediastinal silhouette; superior mediastinum;
     paratracheal; paratracheal stripe; paratracheal region; cardiomediastinum; mediastinal structure; paramediastinal

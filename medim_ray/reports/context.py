@@ -32,7 +32,8 @@ _CUES = {
         not only; not significantly changed; not changed; no further; no increase; without significant change;
         no xxxx change; without interval change; no prior; no comparison; no previous; not well; not fully;
         not completely; no more than; no appreciable change; no substantial change; no evidence of change; not
-        necessarily; no significant xxxx change; no large change; normal variant; non calcified; non displaced
+        necessarily; no significant xxxx change; no large change; normal variant; is excluded from; are
+        excluded from; non calcified; non displaced
         """,
     Cue.END: """
         but; however; although; though; except; except for; apart from; aside from; otherwise; with the
@@ -67,7 +68,8 @@ _CUES = {
         rule out; cannot be excluded; not exclude; not excluded; does not exclude; do not exclude; not
         entirely exclude; not rule out; differential; differential diagnosis; differential includes;
         differential considerations; differential for; considerations include; consider; considered;
-        consideration; equivocal; suggestion of; evaluate for; to evaluate; evaluation for; evaluation of;
+        consideration; equivocal; suggestion of; suggest; suggests; suggesting; suggestive of; most suggestive
+        of; favor; favors; favoring; favored; maybe; evaluate for; to evaluate; evaluation for; evaluation of;
         assess for; exclude; to exclude; perhaps; presumably; presumed; presumptive; raises; raising;
         indeterminate; either; can be; can be seen; should be; if; correlate for; correlation for; screen for;
         looking for; whether; suggested; attributable to
@@ -104,8 +106,8 @@ _CUES = {
     Cue.NORMAL: """
         normal; within normal limits; within normal limit; within normal; is within normal limits; normal
         limits; within limits of normal; upper limits of normal; upper limits normal; normal in; normal for
-        age; unremarkable; clear; intact; not remarkable; nonenlarged; midline; preserved; maintained; well
-        expanded; physiologic; wnl; not unusual; no abnormality; negative
+        age; unremarkable; clear; intact; not remarkable; nonenlarged; low normal; midline; preserved;
+        maintained; well expanded; physiologic; wnl; not unusual; no abnormality; negative
         """,
 }
 # (phrase, cue); a phrase may stand under several cues.

@@ -52,6 +52,7 @@ class _Found:
     category: str
     state: str
     clause: int
+    phrase: int  # number of the part between commas
     absent: bool = False
     uncertain: bool = False
     known: bool = False
@@ -63,6 +64,8 @@ _KNOWN_REACH = 6  # tokens: "stable small left effusion"
 _NORMAL_REACH = 3  # tokens: "normal vascular markings"
 _STATE_REACH = 8  # tokens: "degenerative changes are again seen throughout the thoracic spine"
 _SIDE_REACH = 7  # tokens
+_COMPOUND_REACH = 7  # tokens: "calcified mediastinal and right hilar granulomas"
+_COMPOUNDS = {("Calcinosis", "Granuloma"): "Calcified Granuloma"}
 
 
 class Tagger:
@@ -102,7 +105,7 @@ class Tagger:
         if not matches:
             return []
         found = _assert(matches, tokens)
-        found = self._link_states(found)
+        found = self._link_states(self._join_compounds(found))
         found.sort(key=lambda item: item.first)
         modifiers = [(place, MODIFIERS[token]) for place, token in enumerate(tokens) if token in MODIFIERS]
         mentions = []
@@ -119,6 +122,23 @@ class Tagger:
                 )
             )  # fmt: skip
         return mentions
+
+    def _join_compounds(self, found: list[_Found]) -> list[_Found]:
+        """Join the parts of a compound that anatomy separates: "calcified right lower lobe granuloma"."""
+        joined: list[_Found] = []
+        for item in found:
+            for part in reversed(joined):
+                if part.clause != item.clause or item.first - part.stop > _COMPOUND_REACH:
+                    break
+                if part.category == "anatomy":
+                    continue
+                name = _COMPOUNDS.get((_name(part), _name(item)), "")
+                if name in self.vocabulary.headings:
+                    joined.remove(part)
+                    item.first, item.heading = part.first, self.vocabulary.headings[name]
+                break
+            joined.append(item)
+        return joined
 
     def _link_states(self, found: list[_Found]) -> list[_Found]:
         """Turn each state into findings of the anatomies that it describes; states without one are dropped."""
@@ -140,6 +160,7 @@ class Tagger:
                         "finding",
                         "",
                         item.clause,
+                        item.phrase,
                         item.absent,
                         item.uncertain,
                         item.known,
@@ -150,12 +171,14 @@ class Tagger:
 
 
 def indexed_headings(mentions: list[Mention]) -> list[str]:
-    """The headings that an indexer would give a report with these mentions."""
+    """The headings that an indexer would give a report with these mentions: what is said to be there, new or known."""
     return list(
         dict.fromkeys(
             mention.heading
             for mention in mentions
-            if mention.category in _INDEXED_CATEGORIES and mention.assertion != "absent" and mention.course != "past"
+            if mention.category in _INDEXED_CATEGORIES
+            and mention.assertion in ("present", "prior")
+            and mention.course != "past"
         )
     )
 
@@ -171,18 +194,21 @@ def _state_rules() -> list[tuple[str, tuple[list[str], list[str]]]]:
 def _described(found: list[_Found], place: int, organs: dict[str, list[Heading]]) -> list[Heading]:
     """Headings of the anatomies that the state at `place` describes: those close after it, else the nearest before."""
     state = found[place]
+    is_loose = state.state == "degenerative"  # "degenerative changes, most marked in the lower thoracic spine"
     after: list[Heading] = []
     distance = _STATE_REACH
     for item in found[place + 1 :]:
         if item.clause != state.clause or item.first - state.stop > _STATE_REACH:
             break
+        if item.phrase != state.phrase and not is_loose:
+            break
         if item.heading is None:
             continue
         if item.category != "anatomy":
-            if state.state == "enlarged" and item.first - state.stop <= 1 and not after:
-                return []  # "enlarged nodule": the finding takes the state
+            if state.state in _TAKEN_STATES and item.first - state.stop <= _TAKEN_STATES[state.state] and not after:
+                return []  # "enlarged nodule", "degenerative spurring": the finding takes the state
             continue
-        if item.heading.name in organs:
+        if item.heading.name in organs and not (state.state == "enlarged" and _modifies_finding(found, place, item)):
             distance = min(distance, item.first - state.stop)
             after += organs[item.heading.name]
     before: list[Heading] = []
@@ -192,15 +218,27 @@ def _described(found: list[_Found], place: int, organs: dict[str, list[Heading]]
         if item.heading is not None and item.category == "anatomy" and item.heading.name in organs:
             before = organs[item.heading.name]
             break
-    if state.state == "degenerative":
+    if is_loose:
         return _most_specific(after + before)
     return list(dict.fromkeys(after if after and (distance <= 3 or not before) else before))
 
 
+# States that belong to a finding right after them, and how many tokens may stand between.
+_TAKEN_STATES = {"enlarged": 1, "degenerative": 0, "lowered": 1, "raised": 1}
+
+
+def _modifies_finding(found: list[_Found], place: int, anatomy: _Found) -> bool:
+    """ "Prominent interstitial opacities": the anatomy is part of a finding that follows at once."""
+    return any(
+        item.category != "anatomy" and not item.state and 0 <= item.first - anatomy.stop <= 1
+        for item in found[place + 1 :]
+    )
+
+
 def _most_specific(headings: list[Heading]) -> list[Heading]:
     """ "Endplate" and "disc" say spine; a region of the spine nearby says more."""
-    regions = [heading for heading in headings if heading.name != "Spine"]
-    return list(dict.fromkeys(regions or headings))
+    has_region = any(heading.name.endswith("Vertebrae") for heading in headings)
+    return [heading for heading in dict.fromkeys(headings) if not (has_region and heading.name == "Spine")]
 
 
 def _assert(matches: list[Match], tokens: list[str]) -> list[_Found]:
@@ -208,7 +246,7 @@ def _assert(matches: list[Match], tokens: list[str]) -> list[_Found]:
     found: list[_Found] = []
     absent = uncertain = past = False
     known_until = normal_until = -1
-    segment = clause = 0  # first finding that a backward cue may reach; number of the clause
+    segment = clause = phrase = 0  # first finding that a backward cue may reach; numbers of clause and phrase
     previous = 0
     for first, stop, leaf in matches:
         between = tokens[previous:first]
@@ -221,6 +259,7 @@ def _assert(matches: list[Match], tokens: list[str]) -> list[_Found]:
             segment, clause = len(found), clause + 1
         if has_comma:
             known_until = normal_until = -1
+            phrase += 1
         previous = stop
         for cue in leaf.cues:
             has_before = len(found) > segment
@@ -261,7 +300,7 @@ def _assert(matches: list[Match], tokens: list[str]) -> list[_Found]:
                 for item in found[segment:]:
                     item.absent = item.absent or _is_describable(item)
         for heading, category, state in _meanings(leaf):
-            item = _Found(first, stop, heading, category, state, clause)
+            item = _Found(first, stop, heading, category, state, clause, phrase)
             if category != "anatomy":
                 item.absent = absent or (first < normal_until and _is_describable(item))
                 item.uncertain, item.past, item.known = uncertain, past, first < known_until
@@ -280,11 +319,15 @@ def _meanings(leaf: Leaf) -> Iterator[tuple[Heading | None, str, str]]:
 
 
 # Findings that can be normal: "vascular markings are normal".
-_DESCRIBABLE = frozenset(("Markings", "Density", "Epicardial Fat"))
+_DESCRIBABLE = frozenset(("Markings", "Density", "Epicardial Fat", "Pulmonary Congestion"))
+
+
+def _name(item: _Found) -> str:
+    return item.heading.name if item.heading is not None else ""
 
 
 def _is_describable(item: _Found) -> bool:
-    return bool(item.state) or (item.heading is not None and item.heading.name in _DESCRIBABLE)
+    return bool(item.state) or _name(item) in _DESCRIBABLE
 
 
 def _assertion(item: _Found) -> str:

@@ -30,13 +30,13 @@ class EncodedReport:
     num_sentences: sentences with at least one visible word.
     """
 
-    token_ids_T: NDArray[np.int64]  # noqa: N815
-    token_is_pad_T: NDArray[np.bool_]  # noqa: N815
-    word_of_token_T: NDArray[np.int16]  # noqa: N815
-    word_is_pad_W: NDArray[np.bool_]  # noqa: N815
-    mesh_flag_W: NDArray[np.bool_]  # noqa: N815
-    assertion_W: NDArray[np.int8]  # noqa: N815
-    sentence_id_W: NDArray[np.int16]  # noqa: N815
+    token_ids_T: NDArray[np.int64]
+    token_is_pad_T: NDArray[np.bool_]
+    word_of_token_T: NDArray[np.int16]
+    word_is_pad_W: NDArray[np.bool_]
+    mesh_flag_W: NDArray[np.bool_]
+    assertion_W: NDArray[np.int8]
+    sentence_id_W: NDArray[np.int16]
     num_sentences: int
 
 
