@@ -37,8 +37,7 @@ Bone Diseases, Metabolic | osteopenia; osteopenic; demineralization; demineraliz
     decreased mineralization; bone density is decreased; bone mineralization is decreased
 Bronchiectasis | bronchiectasis; bronchiectatic; bronchial dilatation; dilated bronchi
 Bronchiolitis | bronchiolitis
-Bronchitis | bronchitis; bronchitic; peribronchial cuffing; bronchial wall thickening; peribronchial thickening;
-    bronchial cuffing
+Bronchitis | bronchitis; bronchitic; peribronchial cuffing; bronchial wall thickening; bronchial cuffing
 Bullous Emphysema | bullous emphysema; bullous emphysematous; bullous emphysematous change
 Calcified Granuloma | calcified granuloma; calcified granulomata; calcified lung granuloma; calcified pulmonary
     granuloma; granulomatous calcification; calcified granulomatous nodule
@@ -59,7 +58,6 @@ Density | density; hyperdensity; nodular density; hyperdense; nodular like densi
 Diaphragmatic Eventration | eventration; eventrated
 Dislocations | dislocation; dislocated; subluxation; subluxed; listhesis; anterolisthesis; retrolisthesis;
     spondylolisthesis
-Edema | soft tissue edema; subcutaneous edema; peripheral edema; leg edema; pedal edema
 Emphysema | emphysema; emphysematous; emphysematous change
 Epicardial Fat | epicardial fat; epicardial fat pad; pericardial fat; pericardial fat pad; cardiophrenic fat;
     cardiophrenic fat pad; fat pad; epicardial
@@ -230,8 +228,8 @@ Aorta, Thoracic | thoracic aorta; aortic arch; aortic knob; transverse aorta; de
 Aortic Valve | aortic valve
 Axilla | axilla; axillary
 Blood Vessels | blood vessel; vascular; vessel; vasculature; vascularity
-Bone and Bones | bone; bony; osseous; osseous structure; bony structure; skeletal; skeletal structure; bony thorax;
-    skeleton; visualized bones; osseous thorax
+Bone and Bones | bone; bony; osseous; osseous structure; bony structure; skeletal; skeletal structure; skeleton;
+    visualized bones; osseous thorax
 Breast | breast; mammary
 Bronchi | bronchus; bronchi; bronchial; airways; peribronchial
 Cardiac Shadow | cardiac silhouette; heart silhouette; cardiac shadow; heart shadow; cardiomediastinal silhouette;

@@ -32,8 +32,9 @@ _CUES = {
         not only; not significantly changed; not changed; no further; no increase; without significant change;
         no xxxx change; without interval change; no prior; no comparison; no previous; not well; not fully;
         not completely; no more than; no appreciable change; no substantial change; no evidence of change; not
-        necessarily; no significant xxxx change; no large change; normal variant; is excluded from; are
-        excluded from; non calcified; non displaced
+        necessarily; no significant xxxx change; no large change; normal variant; soft tissue edema;
+        subcutaneous edema; leg edema; pedal edema; peripheral edema; is excluded from; are excluded from; non
+        calcified; non displaced
         """,
     Cue.END: """
         but; however; although; though; except; except for; apart from; aside from; otherwise; with the
