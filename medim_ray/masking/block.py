@@ -133,7 +133,7 @@ class BlockMasking:
 
     needs_text = False
     needs_attention = False
-    names = ("block",)
+    names: tuple[str, ...] = ("block",)
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -176,10 +176,10 @@ class StepBlockMasking:
                     "need 0 < min_ratio <= max_ratio < 1, DINOv2 uses 0.1 and 0.5"
                 )
 
-    on = "input"
+    on: str = "input"
     needs_text = False
     needs_attention = False
-    names = ("global0", "global1")
+    names: tuple[str, ...] = ("global0", "global1")
 
     def __init__(self, config: Config) -> None:
         self.config = config
