@@ -111,8 +111,8 @@ def _plan(index: int, seed: int) -> _Plan:
         chest=draw_chest(patient, view, rng),
         findings=draw_findings(patient, view, _rng(seed, _OF_FINDINGS, index)),
         turn=float(np.clip(rng.normal(0, 1.6 if view == "PA" else 2.6), -6, 6)),
-        zoom=float(rng.uniform(0.98, 1.16)),
-        shift=(float(np.clip(rng.normal(0, 0.018), -0.04, 0.04)), float(np.clip(rng.normal(0.0, 0.018), -0.04, 0.04))),
+        zoom=float(rng.uniform(0.96, 1.18)),
+        shift=(float(np.clip(rng.normal(0, 0.022), -0.05, 0.05)), float(np.clip(rng.normal(0, 0.022), -0.05, 0.05))),
     )
 
 
@@ -208,7 +208,9 @@ def _enliven(layers: Layers, plan: _Plan, canvas: Canvas, rng: np.random.Generat
     """What differs from film to film without meaning: texture of the lung, of the fat and bowel gas; in place."""
     grainy_HW = 0.016 * canvas.texture(rng, grain=0.018) + 0.012 * canvas.texture(rng, grain=0.009)
     layers.added_HW += grainy_HW * np.minimum(layers.lung_HW * 1.5, 1)
-    layers.body_HW *= 1 + 0.02 * canvas.texture(rng, grain=0.12)
+    cloudy_HW = 0.03 * canvas.texture(rng, grain=0.16)  # uneven breath and perfusion
+    layers.added_HW += cloudy_HW * np.minimum(layers.lung_HW * 1.5, 1)
+    layers.body_HW *= 1 + 0.025 * canvas.texture(rng, grain=0.12)
     layers.added_HW -= gastric_bubble(plan.chest, canvas, rng)
 
 

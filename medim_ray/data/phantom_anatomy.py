@@ -37,6 +37,7 @@ class Patient:
     heart_ratio: float  # cardiothoracic ratio on a PA film
     is_heart_enlarged: bool
     heart_long: float  # how low the apex of the heart lies
+    heart_right: float  # share of its width on the right of the midline
     knob: float  # how far the aortic knob stands out
     scoliosis: float
     rib_drop: float
@@ -62,22 +63,23 @@ def draw_patient(rng: np.random.Generator) -> Patient:
         age=age,
         years_between=int(rng.integers(2)),
         build=build,
-        half_width=float(rng.normal(0.352 if is_male else 0.332, 0.012)),
+        half_width=float(rng.normal(0.348 if is_male else 0.336, 0.014)),
         apex=float(rng.normal(0.115, 0.012)),
-        dome=float(rng.normal(0.765 if is_male else 0.745, 0.02) - 0.008 * build),
+        dome=float(rng.normal(0.762 if is_male else 0.748, 0.022) - 0.008 * build),
         dome_step=float(rng.uniform(0.008, 0.035)),
         dome_drop=float(rng.uniform(0.085, 0.125)),
-        heart_ratio=float(rng.uniform(0.57, 0.68) if is_enlarged else rng.uniform(0.40, 0.50) + 0.008 * elder),
+        heart_ratio=float(rng.uniform(0.515, 0.61) if is_enlarged else rng.uniform(0.40, 0.505) + 0.006 * elder),
         is_heart_enlarged=is_enlarged,
-        heart_long=float(rng.normal(0, 0.015)),
+        heart_long=float(rng.normal(0, 0.018)),
+        heart_right=float(rng.uniform(0.27, 0.39)),
         knob=float(np.clip(rng.normal(0.068, 0.006) + 0.007 * elder, 0.052, 0.095)),
         scoliosis=float(rng.normal(0, 0.005)),
         rib_drop=float(rng.uniform(0.17, 0.25)),
         rib_width=float(rng.uniform(0.0105, 0.0135)),
         clavicle_tilt=float(rng.normal(0, 0.02)),
-        breast=float(np.clip((0.12 if is_male else 0.75) * (1 + 0.3 * build + rng.normal(0, 0.2)), 0, 1.3)),
+        breast=float(np.clip((0.14 if is_male else 0.55) * (1 + 0.4 * build + rng.normal(0, 0.4)), 0, 1.3)),
         bubble=float(rng.uniform(0.6, 1.2) if rng.random() < 0.55 else 0),
-        vessel_gain=float(rng.uniform(0.8, 1.2)),
+        vessel_gain=float(rng.uniform(0.7, 1.4)),
         vessel_key=int(rng.integers(2**62)),
         pacemaker_side=("left" if rng.random() < 0.75 else "right") if has_pacemaker else "",
     )
@@ -197,7 +199,7 @@ class Chest:
         """Right and left border of heart and mediastinum, as distances from the midline, at heights v (same shape)."""
         p = self.patient
         width = 2 * self.half_width * p.heart_ratio * self.heart_scale
-        right, left = 0.34 * width, 0.66 * width
+        right, left = p.heart_right * width, (1 - p.heart_right) * width
         top, low = p.apex, self.dome_v(1) + p.heart_long
         span = low - top
 
@@ -247,9 +249,9 @@ def draw_chest(patient: Patient, view: str, rng: np.random.Generator) -> Chest:
     return Chest(
         patient=patient,
         view=view,
-        dome_rise=float(rng.uniform(0, 0.02) + (rng.uniform(0.015, 0.05) if is_ap else 0) + (0.02 if is_supine else 0)),
-        heart_scale=float(rng.uniform(0.98, 1.02) * (rng.uniform(1.06, 1.14) if is_ap else 1)),
+        dome_rise=float(rng.uniform(0, 0.03) + (rng.uniform(0.0, 0.045) if is_ap else 0) + (0.015 if is_supine else 0)),
+        heart_scale=float(rng.uniform(0.98, 1.02) * (rng.uniform(1.04, 1.12) if is_ap else 1)),
         half_width=patient.half_width * float(rng.uniform(0.985, 1.015)),
-        scapula=float(rng.uniform(0.0, 0.35) if is_ap else rng.uniform(0.75, 1.1)),
-        arm=float(rng.uniform(0.55, 1.0) if is_supine else rng.uniform(0.0, 0.6)),
+        scapula=float(rng.uniform(0.0, 0.6) if is_ap else rng.uniform(0.4, 1.1)),
+        arm=float(rng.uniform(0.3, 1.0) if is_supine else rng.uniform(0.0, 0.7)),
     )

@@ -28,6 +28,7 @@ FINDINGS = (
 )
 _ACUTE = ("effusion", "pneumothorax", "consolidation", "nodule", "edema", "atelectasis", "tube")
 _MAX_FINDINGS = 4
+_WIDTH_CM = 36  # of a film
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +175,7 @@ def _consolidation(scene: _Scene, finding: Finding, side: str) -> NDArray[np.boo
 def _nodule(scene: _Scene, finding: Finding, side: str) -> NDArray[np.bool_]:
     """A round, sharply bounded shadow."""
     canvas = scene.canvas
-    radius = 0.024 + 0.018 * finding.grade
+    radius = nodule_diameter(finding) / (20 * _WIDTH_CM)
     u, v = scene.chest.place(scene.rng, side, finding.zone, radius)
     wobble = scene.rng.normal(0, 0.04, 2)
     angle_HW = np.arctan2(canvas.v_H1 - v, canvas.u_1W - u)
@@ -189,24 +190,28 @@ def _edema(scene: _Scene, finding: Finding, side: str) -> NDArray[np.bool_]:
     """Haze around the hila (or at the bases), blurred and full vessels, septal lines at the lower ribs."""
     chest, canvas, layers, rng = scene.chest, scene.canvas, scene.layers, scene.rng
     low, high = chest.zone_edges(1)[1:3]
-    centre_v = (0.5 * (low + high) if finding.zone == "mid" else high + 0.035) + rng.uniform(-0.015, 0.015)
+    centre_v = (0.5 * (low + high) if finding.zone == "mid" else high + 0.035) + rng.uniform(-0.03, 0.02)
     mask_HW = np.zeros((canvas.num, canvas.num), bool)
     for sign in SIDES.values():
-        spread_u, spread_v = rng.uniform(0.085, 0.105), rng.uniform(0.09, 0.115)
-        centre_u = 0.125 if finding.zone == "mid" else 0.17
+        spread_u, spread_v = rng.uniform(0.065, 0.105), rng.uniform(0.075, 0.115)
+        centre_u = (0.125 if finding.zone == "mid" else 0.17) + rng.uniform(-0.02, 0.03)
         wing_HW = np.exp(
             -0.5 * (((sign * canvas.u_1W - centre_u) / spread_u) ** 2 + ((canvas.v_H1 - centre_v) / spread_v) ** 2)
         )
         lung_HW = side_lung(chest, canvas, sign) * (canvas.v_H1 < chest.diaphragm(np.abs(canvas.u_1W), sign))
-        mottle_HW = 1 + 0.20 * canvas.texture(rng, grain=0.03) + 0.12 * canvas.texture(rng, grain=0.012)
+        mottle_HW = 1 + 0.26 * canvas.texture(rng, grain=0.03) + 0.16 * canvas.texture(rng, grain=0.012)
         haze_HW = wing_HW * np.minimum(lung_HW * 1.8, 1)
-        layers.added_HW += (0.15 + 0.11 * finding.grade) * (haze_HW * np.clip(mottle_HW, 0.2, 2)).astype(np.float32)
+        layers.added_HW += (
+            rng.uniform(0.8, 1.2)
+            * (0.08 + 0.10 * finding.grade)
+            * (haze_HW * np.clip(mottle_HW, 0.2, 2)).astype(np.float32)
+        )
         mask_HW |= haze_HW > 0.55
         levels = rng.uniform(chest.zone_edges(sign)[2], chest.dome_v(sign) + 0.02, 6)
         outer = chest.lateral(levels) - 0.006
         septa = [np.array([(sign * x, y), (sign * (x - 0.028), y + 0.003)]) for x, y in zip(outer, levels, strict=True)]
         layers.added_HW += 0.07 * canvas.lines(*septa, width=0.004)
-    layers.vessels_HW = canvas.blur(layers.vessels_HW, 0.005) * np.float32(1.45)
+    layers.vessels_HW = canvas.blur(layers.vessels_HW, 0.004) * np.float32(1.25)
     return mask_HW
 
 
@@ -273,7 +278,7 @@ def _tube(scene: _Scene, finding: Finding, side: str) -> NDArray[np.bool_]:
     path_N2: NDArray[np.floating]
     if finding.form == "endotracheal tube":
         carina = chest.patient.apex + 0.36 * (chest.dome_v(1) - chest.patient.apex)
-        tip = carina - endotracheal_gap(finding) / 36  # a chest film is about 36 cm wide
+        tip = carina - endotracheal_gap(finding) / _WIDTH_CM
         v_N = np.linspace(-0.2, tip, 12)
         path_N2 = np.stack([chest.midline(v_N) + 0.004 * np.sin(8 * v_N), v_N], 1)
         width = 0.017
@@ -291,6 +296,11 @@ def _tube(scene: _Scene, finding: Finding, side: str) -> NDArray[np.bool_]:
     scene.layers.added_HW += canvas.blur(0.14 * band_HW + 0.26 * stripe_HW, 0.0015)
     is_inside_HW = True if finding.side == "" else side_lung(chest, canvas, SIDES[side]) > 0.02
     return np.asarray((band_HW > 0.5) & is_inside_HW)
+
+
+def nodule_diameter(finding: Finding) -> int:
+    """Diameter of a nodule, whole mm, 17 to 30."""
+    return 17 + round(13 * finding.grade)
 
 
 def endotracheal_gap(finding: Finding) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from medim_ray.data.phantom_findings import Finding, endotracheal_gap
+from medim_ray.data.phantom_findings import Finding, endotracheal_gap, nodule_diameter
 
 _FULL_RATIO = 0.8  # mentions that name side and zone
 # How a mention names the place: (side told, zone told) -> noun phrases and adjectives; {s} is the side.
@@ -201,25 +201,25 @@ _NEGATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("No support tubes are present.", ("tube",)),
 )
 _LUNGS = ("consolidation", "nodule", "edema", "atelectasis", "effusion", "pneumothorax")
-# Normal anatomy: sentence -> the kinds that must be absent for it to be true.
-_NORMAL: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("The heart size is normal.", ("cardiomegaly",)),
-    ("Heart size is within normal limits.", ("cardiomegaly",)),
-    ("The cardiomediastinal silhouette is within normal limits.", ("cardiomegaly",)),
-    ("Cardiac and mediastinal contours are normal.", ("cardiomegaly",)),
-    ("The mediastinal contours are unremarkable.", ()),
-    ("Mediastinum is midline.", ()),
-    ("The hilar contours are normal.", ("edema",)),
-    ("Pulmonary vasculature is normal.", ("edema",)),
-    ("The lungs are clear.", _LUNGS),
-    ("Lungs are clear bilaterally.", _LUNGS),
-    ("The lungs are well expanded and clear.", _LUNGS),
-    ("The trachea is midline.", ()),
-    ("The visualized osseous structures are intact.", ()),
-    ("No acute bony abnormality.", ()),
-    ("The bony thorax is grossly intact.", ()),
-    ("The diaphragm is well defined.", ("effusion", "consolidation", "atelectasis")),
-    ("No free air is seen beneath the diaphragm.", ()),
+# Normal anatomy: sentence -> its topic (one sentence a topic) and the kinds that must be absent for it to be true.
+_NORMAL: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("The heart size is normal.", "cardiomegaly", ("cardiomegaly",)),
+    ("Heart size is within normal limits.", "cardiomegaly", ("cardiomegaly",)),
+    ("The cardiomediastinal silhouette is within normal limits.", "cardiomegaly", ("cardiomegaly",)),
+    ("Cardiac and mediastinal contours are normal.", "cardiomegaly", ("cardiomegaly",)),
+    ("The mediastinal contours are unremarkable.", "mediastinum", ()),
+    ("Mediastinum is midline.", "mediastinum", ()),
+    ("The trachea is midline.", "mediastinum", ()),
+    ("The hilar contours are normal.", "hila", ("edema",)),
+    ("Pulmonary vasculature is normal.", "hila", ("edema",)),
+    ("The lungs are clear.", "lungs", _LUNGS),
+    ("Lungs are clear bilaterally.", "lungs", _LUNGS),
+    ("The lungs are well expanded and clear.", "lungs", _LUNGS),
+    ("The visualized osseous structures are intact.", "bones", ()),
+    ("No acute bony abnormality.", "bones", ()),
+    ("The bony thorax is grossly intact.", "bones", ()),
+    ("The diaphragm is well defined.", "diaphragm", ("effusion", "consolidation", "atelectasis")),
+    ("No free air is seen beneath the diaphragm.", "free air", ()),
 )
 _CLEAN_IMPRESSIONS = (
     "No acute cardiopulmonary abnormality.",
@@ -277,7 +277,7 @@ class _Writer:
             grade=self.pick(("tiny", "small")) if grade == "small" else grade,
             mild=mild,
             mildly=mild + "ly",
-            mm=8 + 2 * round(5 * finding.grade + self._rng.random()),
+            mm=nodule_diameter(finding),
             cm=endotracheal_gap(finding),
         )
         text = re.sub(r"\s+", " ", text).strip()
@@ -333,11 +333,10 @@ class _Writer:
                 denied |= set(kinds)
         limit = len(sentences) + int(self._rng.integers(0, 4))
         for i in self._rng.permutation(len(_NORMAL)):
-            text, kinds = _NORMAL[int(i)]
-            topic = {"lungs"} if kinds == _LUNGS else set(kinds)
-            if not present & set(kinds) and not denied & topic and len(sentences) < limit:
+            text, topic, kinds = _NORMAL[int(i)]
+            if not present & set(kinds) and topic not in denied and len(sentences) < limit:
                 sentences.append(text)
-                denied |= topic
+                denied.add(topic)
         return sentences
 
 
