@@ -124,8 +124,8 @@ def test_names_with_blanks_and_umlauts(tmp_path: Path) -> None:
 
 @given(height=st.integers(1, 5000), width=st.integers(1, 5000), limit=st.integers(32, 2000), by_longest=st.booleans())
 def test_reduced_sizes_meet_the_limit_and_keep_the_ratio(height: int, width: int, limit: int, by_longest: bool) -> None:
-    key = "longest_side" if by_longest else "shorter_side"
-    encoder = ImageEncoder(ImageEncoder.Config(**{"longest_side": None, key: limit}))
+    longest, shorter = (limit, None) if by_longest else (None, limit)
+    encoder = ImageEncoder(ImageEncoder.Config(longest_side=longest, shorter_side=shorter))
     new_height, new_width = encoder.target_size(height, width)
     pick = max if by_longest else min
     assert pick(new_height, new_width) == min(pick(height, width), limit)

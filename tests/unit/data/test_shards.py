@@ -1,0 +1,146 @@
+"""The shard format: what is written is read back, and every damage is found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from medim_ray.data import shards
+from medim_ray.data.shards import Manifest, ShardSet, verify, write_shard, write_table
+
+
+def rows(first: int, num: int, split: str = "train") -> pa.Table:
+    values: list[dict[str, Any]] = [
+        {
+            "image_id": f"i{k}",
+            "patient_id": f"{k:016x}",
+            "split": split,
+            "source": "test",
+            "view": "PA",
+            "image": bytes([k % 256]) * 500,
+            "height": 4,
+            "width": 5,
+            "bits": 8,
+            "report": f"Secret words {k}.",
+            "sections": dict.fromkeys(shards.SECTIONS, ""),
+            "sentences": [f"Secret words {k}."],
+            "labels": [("view", "PA")],
+            "truth": [{"finding": "nodule", "side": "left", "zone": "upper", "sentence": 0, "mask": b"png"}],
+            "flags": [],
+        }
+        for k in range(first, first + num)
+    ]
+    return pa.Table.from_pylist(values, schema=shards.SCHEMA)
+
+
+def write_set(root: Path) -> Path:
+    fs = fsspec.filesystem("file")
+    files = (
+        write_shard(fs, str(root), "train/00000.parquet", "train", [rows(0, 8), rows(8, 0), rows(8, 5)]),
+        write_shard(fs, str(root), "test/00000.parquet", "test", [rows(20, 3, "test")]),
+    )
+    quarantine = write_table(fs, str(root), shards.QUARANTINE, shards.QUARANTINE_SCHEMA.empty_table())
+    manifest = Manifest(
+        package_version="0",
+        config_hash="c",
+        input_hash="i",
+        rows_in=16,
+        rows_out=16,
+        rows_quarantined=0,
+        splits={"train": 13, "test": 3},
+        sources={"test": 16},
+        quarantine={},
+        flags={},
+        patients={"train": 13, "test": 3},
+        labels={"view": {"PA": 16}},
+        intensity={"mean": 0.1, "std": 0.2},
+        files=files,
+        other_files=(quarantine,),
+    )
+    (root / shards.MANIFEST).write_text(manifest.to_json())
+    return root
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    shard_set = ShardSet.open(str(write_set(tmp_path)))
+    assert shard_set.num_rows() == 16 and shard_set.num_rows("train") == 13 and shard_set.num_rows("val") == 0
+    assert [f.row_groups for f in shard_set.files()] == [(8, 5), (3,)] and shard_set.label_names == ("view",)
+    assert Manifest.from_json(shard_set.manifest.to_json(), "x") == shard_set.manifest
+    everything = shard_set.read_rows("train", shards.SCHEMA.names)
+    assert everything.to_pylist() == pa.concat_tables([rows(0, 8), rows(8, 5)]).to_pylist()
+    assert "image" not in shard_set.read_rows().column_names and shard_set.read_rows("val").num_rows == 0
+    with pytest.raises(ValueError, match="columns reports are not in shards"):
+        shard_set.read_rows("train", ["reports"])
+
+
+def test_row_groups_can_be_read_alone(tmp_path: Path) -> None:
+    shard_set = ShardSet.open(str(write_set(tmp_path)))
+    (file,) = shard_set.files("train")
+    parquet = pq.ParquetFile(shard_set.arrow_fs().open_input_file(shard_set.path(file)))
+    assert parquet.read_row_group(1, columns=["image_id"])["image_id"].to_pylist() == [f"i{k}" for k in range(8, 13)]
+
+
+def test_the_same_rows_give_the_same_bytes_and_footers_hold_no_text(tmp_path: Path) -> None:
+    one, two = write_set(tmp_path / "one"), write_set(tmp_path / "two")
+    for name in ("train/00000.parquet", "test/00000.parquet", shards.QUARANTINE, shards.MANIFEST):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    data = (one / "train/00000.parquet").read_bytes()
+    footer = data[-8 - int.from_bytes(data[-8:-4], "little") :]
+    assert b"Secret" not in footer and b"i7" in footer
+
+
+def test_a_whole_set_verifies(tmp_path: Path) -> None:
+    root = write_set(tmp_path)
+    (root / "notes.json").write_text("{}")
+    assert verify(str(root)) == []
+
+
+def test_every_damage_is_found(tmp_path: Path) -> None:
+    root = write_set(tmp_path)
+    train, test = root / "train/00000.parquet", root / "test/00000.parquet"
+    whole = train.read_bytes()
+    for position in (10, len(whole) // 2, len(whole) - 5):
+        flipped = bytearray(whole)
+        flipped[position] ^= 4
+        train.write_bytes(flipped)
+        (difference,) = verify(str(root))
+        assert difference.startswith("train/00000.parquet: content changed")
+    train.write_bytes(whole[:-100])
+    assert verify(str(root)) == [f"train/00000.parquet: {len(whole) - 100} bytes instead of {len(whole)}"]
+    train.write_bytes(whole)
+    (root / "train/00001.parquet").write_bytes(whole)
+    test.unlink()
+    assert verify(str(root)) == ["test/00000.parquet: missing", "train/00001.parquet: not in the manifest"]
+
+
+def test_a_changed_manifest_is_found(tmp_path: Path) -> None:
+    path = write_set(tmp_path) / shards.MANIFEST
+    text = path.read_text()
+    path.write_text(text.replace('"rows_in": 16', '"rows_in": 17'))
+    (difference,) = verify(str(tmp_path))
+    assert "checksum does not fit" in difference
+    path.write_text(text[:200])
+    with pytest.raises(ValueError, match="damaged"):
+        ShardSet.open(str(tmp_path))
+
+
+@pytest.mark.parametrize(("version", "fix"), [(2, "update medim-ray"), (0, "run `medim-ray prepare` again")])
+def test_another_schema_version_says_what_to_do(tmp_path: Path, version: int, fix: str) -> None:
+    path = write_set(tmp_path) / shards.MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": version}))
+    with pytest.raises(ValueError, match=rf"schema version {version}.*reads 1: {fix}"):
+        ShardSet.open(str(tmp_path))
+
+
+def test_a_folder_without_manifest_is_no_shard_set(tmp_path: Path) -> None:
+    (write_set(tmp_path) / shards.MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"not a finished shard set.*medim-ray prepare"):
+        ShardSet.open(str(tmp_path))
+    with pytest.raises(ValueError, match="not a finished shard set"):
+        verify(str(tmp_path / "nowhere"))
