@@ -131,6 +131,7 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
 
     ValueError before anything is written: faults of the source, duplicate image ids, a patient in two splits, an output
     that is in use. ValueError after removing what was written: more than `quarantine.max_ratio` of the rows unreadable.
+    RuntimeError, likewise: storage that can't be written (no permission, disk full).
     """
     if not config.out:
         raise ValueError("out is not set: give the folder or URL for the shards as out=…")
@@ -140,15 +141,17 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     config_hash, input_hash = _config_hash(config, salt), _table_hash(rows)
     fs, root = fsspec.core.url_to_fs(absolute(config.out))
     root = root.rstrip("/")
-    if _occupied(fs, root):
-        manifest = _same_set(config.out, config_hash, input_hash)
-        return _summary(config, manifest, salt, already_prepared=True)
-    existed = fs.exists(root)
+    with _storage_faults(config.out):
+        if _occupied(fs, root):
+            manifest = _same_set(config.out, config_hash, input_hash)
+            return _summary(config, manifest, salt, already_prepared=True)
+        existed = fs.exists(root)
     try:
         encoder = RowEncoder(source, ImageEncoder(config.image))
-        with _ray():
+        with _ray(), _storage_faults(config.out):
+            fs.makedirs(root, exist_ok=True)
             files, facts = _encode(rows, encoder, config.shards, fs, root)
-        manifest = _finish(config, rows, files, facts, fs, root, hashes=(config_hash, input_hash))
+            manifest = _finish(config, rows, files, facts, fs, root, hashes=(config_hash, input_hash))
     except BaseException:  # also Ctrl-C: nothing half-written stays
         _remove(fs, root, whole=not existed)
         raise
@@ -205,7 +208,7 @@ def _occupied(fs: fsspec.AbstractFileSystem, root: str) -> bool:
     fs.invalidate_cache()
     try:
         return any(name.rstrip("/") != root for name in fs.ls(root, detail=False))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the second is told when the folder is made
         return False
 
 
@@ -223,11 +226,21 @@ def _same_set(out: str, config_hash: str, input_hash: str) -> Manifest:
     return manifest
 
 
+@contextlib.contextmanager
+def _storage_faults(out: str) -> Iterator[None]:
+    """A RuntimeError in plain words for an OSError, whether it was raised here or in a Ray task."""
+    try:
+        yield
+    except OSError as error:
+        cause = getattr(error, "cause", error)  # where Ray wrapped it
+        raise RuntimeError(f"out={out} can't be used: {cause.strerror or cause}; nothing was left there") from None
+
+
 def _remove(fs: fsspec.AbstractFileSystem, root: str, *, whole: bool) -> None:
     """Removes what this job wrote (`out` was empty before it began)."""
     names = (*SPLITS, shards.TOKENIZER, shards.QUARANTINE, shards.MANIFEST)
     for path in [root] if whole else [f"{root}/{name}" for name in names]:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             fs.rm(path, recursive=True)
 
 
@@ -252,6 +265,7 @@ def _encode(
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True  # a file is a run of consecutive row groups
     context.enable_progress_bars = False  # they count blocks; ours counts images
+    context.raise_original_map_exception = True  # so that a full disk is an OSError here too
     with DataContext.current(context), _quiet("ray.data"), _progress_bar(counter, rows.num_rows):
         dataset = _dataset(rows, config).map_batches(
             partial(_encode_groups, encoder=encoder, counter=counter), batch_size=None, batch_format="pyarrow"
@@ -440,7 +454,6 @@ def _finish(
 def _write_quarantine(facts: Facts, fs: fsspec.AbstractFileSystem, root: str) -> OtherFile:
     names = shards.QUARANTINE_SCHEMA.names
     rows = [dict(zip(names, entry[1:], strict=True)) for entry in facts.quarantined]
-    fs.makedirs(root, exist_ok=True)
     return shards.write_table(fs, root, shards.QUARANTINE, pa.Table.from_pylist(rows, schema=shards.QUARANTINE_SCHEMA))
 
 

@@ -181,6 +181,13 @@ def test_an_unfinished_or_foreign_folder_is_left_alone(corpus: Path, tmp_path: P
     assert files_of(tmp_path) == {"thesis.tex": b"years of work"}
 
 
+def test_storage_that_takes_nothing_is_said_so(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RuntimeError, match=r"file/out can't be used: Not a directory"):
+        prepare(config(corpus, tmp_path / "file" / "out"))
+    assert files_of(tmp_path) == {"file": b"in the way"}
+
+
 def test_the_users_split_is_taken(corpus: Path, tmp_path: Path) -> None:
     source = SOURCES["csv"].Config(path=str(corpus / "metadata.csv"), split_column="fold")
     summary = prepare(config(corpus, tmp_path / "out", source=source))
