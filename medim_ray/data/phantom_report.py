@@ -69,8 +69,8 @@ _SENTENCES: dict[str, tuple[str, ...]] = {
         "{grade} {apex} pneumothorax is present.",
         "A visceral pleural line is visible in {where}, consistent with a {grade} pneumothorax.",
         "A {grade} pneumothorax is seen in {where}.",
-        "Lucency without lung markings in {where} indicates a pneumothorax.",
-        "{apex} pneumothorax with a thin pleural line.",
+        "Peripheral lucency beyond a pleural line in {where} indicates a pneumothorax.",
+        "{apex} pneumothorax with a visible pleural line.",
     ),
     "cardiomegaly": (
         "There is {mild} cardiomegaly.",
