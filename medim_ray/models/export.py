@@ -96,8 +96,8 @@ def _to_hf(encoder: ImageEncoder, weights: Weights, folder: Path) -> str:
     packed, registers = is_swiglu(weights.backbone), weights.backbone.get("reg_token")
     if backbone.num_prefix_tokens != 1 + (registers.shape[1] if registers is not None else 0):
         raise ValueError(f"format=hf: {config.name} has tokens besides CLS and registers; use format=timm")
-    num_hidden = backbone.blocks[0].mlp.fc1.out_features
-    ratio = round(num_hidden / encoder.width) if not packed else round(num_hidden / encoder.width * 3 / 4)
+    # transformers derives the MLP's width from this whole number; gated ones are two thirds as wide, and twice.
+    ratio = round(block.mlp.fc1.out_features / encoder.width * (0.75 if packed else 1.0))
     tree: dict[str, Any] = {
         "architectures": ["Dinov2WithRegistersModel" if registers is not None else "Dinov2Model"],
         "model_type": "dinov2_with_registers" if registers is not None else "dinov2",

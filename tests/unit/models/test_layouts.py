@@ -1,0 +1,217 @@
+"""Weights in and out: transformers' own random models, the DINOv2 layout, head files, timm; and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+)
+
+from medim_ray.models.export import export, export_timm
+from medim_ray.models.heads_dino import DinoHead
+from medim_ray.models.layouts import MASK_TOKEN, to_timm, to_torch_hub
+from medim_ray.models.load import load_backbone, load_head, load_head_state, load_weights, read_state
+from medim_ray.models.vit import ImageEncoder
+
+NAMES = {
+    (False, False): "vit_small_patch14_dinov2",
+    (False, True): "vit_giant_patch14_dinov2",
+    (True, False): "vit_small_patch14_reg4_dinov2",
+    (True, True): "vit_giant_patch14_reg4_dinov2",
+}
+
+
+def tiny_encoder(name: str = "vit_small_patch14_dinov2", image_size: int = 56, depth: int = 2) -> ImageEncoder:
+    config = ImageEncoder.Config(name=name, image_size=image_size, width=48, depth=depth, num_heads=3)
+    return ImageEncoder(config).eval()
+
+
+def save_peer(folder: Path, registers: bool, swiglu: bool, image_size: int = 518) -> torch.nn.Module:
+    """A model that transformers initialises itself, with every weight moved off its initial constant."""
+    torch.manual_seed(3)
+    sizes = {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "image_size": image_size,
+        "patch_size": 14,
+        "use_swiglu_ffn": swiglu,
+    }
+    peer = (
+        Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes))
+        if registers
+        else Dinov2Model(Dinov2Config(**sizes))
+    )
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    peer.save_pretrained(folder)
+    return peer.eval()
+
+
+@pytest.mark.parametrize("image_size", [518, 224])
+@pytest.mark.parametrize(("registers", "swiglu"), [(False, False), (True, False), (True, True)])
+def test_features_are_those_of_transformers(tmp_path: Path, registers: bool, swiglu: bool, image_size: int) -> None:
+    peer = save_peer(tmp_path, registers, swiglu)
+    encoder = tiny_encoder(NAMES[registers, swiglu], image_size)
+    report, _ = load_backbone(encoder.backbone, tmp_path)
+    assert not report.missing and not report.unexpected
+    assert list(report.resized) == ([] if image_size == 518 else ["pos_embed"])
+    images = torch.rand(2, 1, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = encoder(images)
+        theirs = peer(((images - 0.5) / 0.5).expand(-1, 3, -1, -1)).last_hidden_state
+    num_prefix = 1 + 4 * registers
+    assert (ours.global_BD - theirs[:, 0]).abs().max() < 1e-5
+    assert (ours.patches_BND - theirs[:, num_prefix:]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("registers", "swiglu"), list(NAMES))
+def test_hf_ours_hf_is_equal_bit_for_bit(tmp_path: Path, registers: bool, swiglu: bool) -> None:
+    save_peer(tmp_path / "in", registers, swiglu, image_size=56)
+    encoder = tiny_encoder(NAMES[registers, swiglu])
+    _, weights = load_backbone(encoder.backbone, tmp_path / "in")
+    export(encoder, "hf", str(tmp_path / "out"), extras=weights.extras)
+    before, after = load_file(tmp_path / "in/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_tiny_patch16_224"])
+def test_exported_folder_works_with_auto_classes(tmp_path: Path, name: str) -> None:
+    size = 56 if "14" in name else 64
+    torch.manual_seed(1)
+    encoder = tiny_encoder(name, size)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    export(encoder, "hf", str(tmp_path), facts={"run_hash": "abc"})
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size), dtype=np.uint8)
+    inputs = AutoImageProcessor.from_pretrained(tmp_path)(images=Image.fromarray(pixels), return_tensors="pt")
+    with torch.no_grad():
+        theirs = AutoModel.from_pretrained(tmp_path).eval()(**inputs).last_hidden_state
+        ours = encoder(torch.from_numpy(pixels)[None, None].float() / 255)
+    assert (ours.global_BD - theirs[:, 0]).abs().max() < 1e-5
+    assert (ours.patches_BND - theirs[:, encoder.num_prefix_tokens :]).abs().max() < 1e-5
+    card = (tmp_path / "README.md").read_text()
+    assert "run_hash: abc" in card and "sha256 of model.safetensors" in card
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_timm_loads_its_export_strictly(tmp_path: Path, name: str) -> None:
+    encoder = ImageEncoder(ImageEncoder.Config(name=name, image_size=64)).eval()
+    export_timm(encoder, str(tmp_path))
+    size = {"img_size": 64} if encoder.takes_tokens else {}
+    by_name = timm.create_model(name, num_classes=0, checkpoint_path=str(tmp_path / "model.safetensors"), **size).eval()
+    by_folder = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = encoder(images).global_BD
+        inputs = ((images - 0.5) / 0.5).expand(-1, 3, -1, -1)
+        for model in (by_name, by_folder):
+            assert (model(inputs) - ours).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("registers", "swiglu"), list(NAMES))
+def test_torch_hub_layout_goes_out_and_comes_back(tmp_path: Path, registers: bool, swiglu: bool) -> None:
+    torch.manual_seed(2)
+    encoder, other = tiny_encoder(NAMES[registers, swiglu]), tiny_encoder(NAMES[registers, swiglu])
+    mask_token = torch.randn(1, 48)
+    export(encoder, "torch_hub", str(tmp_path), extras={MASK_TOKEN: mask_token})
+    state = load_file(tmp_path / "model.safetensors")
+    assert state["pos_embed"].shape == (1, 17, 48), "the DINOv2 code keeps a position for CLS"
+    assert ("register_tokens" in state) == registers
+    assert ("blocks.0.mlp.w12.weight" in state) == swiglu
+    _, weights = load_backbone(other.backbone, tmp_path)
+    assert torch.equal(weights.extras[MASK_TOKEN], mask_token)
+    for key, value in encoder.backbone.state_dict().items():
+        assert torch.equal(other.backbone.state_dict()[key], value), key
+
+
+def test_teacher_of_a_chunked_training_checkpoint_is_taken(tmp_path: Path) -> None:
+    encoder, other = tiny_encoder(), tiny_encoder()
+    hub = to_torch_hub(to_timm(encoder.backbone.state_dict()))
+    state = {f"teacher.backbone.{key.replace('blocks.', 'blocks.0.')}": value for key, value in hub.items()}
+    state |= {f"student.backbone.{key}": torch.zeros_like(value) for key, value in hub.items()}
+    state["teacher.dino_head.last_layer.weight_g"] = torch.ones(8, 1)
+    torch.save({"model": state}, tmp_path / "training.pth")
+    load_backbone(other.backbone, tmp_path / "training.pth")
+    assert torch.equal(other.backbone.blocks[1].attn.qkv.weight, encoder.backbone.blocks[1].attn.qkv.weight)
+
+
+def test_our_own_checkpoint_loads_and_positions_are_resized(tmp_path: Path) -> None:
+    encoder, larger = tiny_encoder(), tiny_encoder(image_size=70)
+    state = {f"encoder.{key}": value.clone() for key, value in encoder.state_dict().items()}
+    save_file({**state, "decoder.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    report, _ = load_backbone(larger.backbone, tmp_path)
+    assert report.resized == {"pos_embed": ((1, 17, 48), (1, 26, 48))}
+    # The table for 70 pixels is the one that the encoder of 56 pixels uses when it is given 70.
+    images = torch.rand(1, 1, 70, 70, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (encoder(images).patches_BND - larger(images).patches_BND).abs().max() < 1e-5
+
+
+def test_missing_and_unexpected_keys_are_listed_and_only_allowed_ones_pass(tmp_path: Path) -> None:
+    encoder, deeper = tiny_encoder(), tiny_encoder(depth=3)
+    save_file(encoder.backbone.state_dict() | {"extra.bias": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"unexpected +1\n +extra\.bias") as caught:
+        load_backbone(deeper.backbone, tmp_path / "weights.safetensors")
+    assert "blocks.2.attn.qkv.weight" in str(caught.value)
+    untouched = {key: value.clone() for key, value in deeper.state_dict().items()}
+    assert all(torch.equal(untouched[key], value) for key, value in deeper.state_dict().items())
+    report, _ = load_backbone(deeper.backbone, tmp_path / "weights.safetensors", allow=("blocks.2.", "extra."))
+    assert report.unexpected == ("extra.bias",) and len(report.missing) == 14
+    assert torch.equal(deeper.backbone.norm.weight, encoder.backbone.norm.weight)
+
+
+def test_another_width_is_refused_with_the_shapes() -> None:
+    encoder = tiny_encoder()
+    wide = ImageEncoder(ImageEncoder.Config(name="vit_small_patch14_dinov2", image_size=56, depth=2))
+    with pytest.raises(ValueError, match=r"cls_token \[1, 1, 48\] instead of \[1, 1, 384\]"):
+        load_weights(wide.backbone, to_timm(encoder.backbone.state_dict()), "file")
+
+
+def test_files_that_are_no_vit_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    with pytest.raises(ValueError, match="holds none of model"):
+        read_state(tmp_path)
+    with pytest.raises(ValueError, match="no ViT in this checkpoint"):
+        to_timm({"layer.weight": torch.zeros(1)})
+    torch.save({"model": Path}, tmp_path / "pickle.pth")
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        read_state(tmp_path / "pickle.pth")
+
+
+@pytest.mark.parametrize("form", ["weight_norm", "parametrized", "plain"])
+def test_head_files_of_every_form_give_the_same_scores(tmp_path: Path, form: str) -> None:
+    config = DinoHead.Config(num_prototypes=20, hidden=24, bottleneck=8)
+    torch.manual_seed(0)
+    head, other = DinoHead(config, 16), DinoHead(config, 16)
+    with torch.no_grad():
+        head.last_layer.weight_g.uniform_(0.5, 2.0)
+    state = {f"dino_head.{key}": value.clone() for key, value in head.state_dict().items()}
+    g, v = state.pop("dino_head.last_layer.weight_g"), state.pop("dino_head.last_layer.weight_v")
+    last = {
+        "weight_norm": {"weight_g": g, "weight_v": v},
+        "parametrized": {"parametrizations.weight.original0": g, "parametrizations.weight.original1": v},
+        "plain": {"weight": g * v / v.norm(dim=1, keepdim=True)},
+    }[form]
+    save_file(state | {f"dino_head.last_layer.{key}": value for key, value in last.items()}, tmp_path / "h.safetensors")
+    load_head(other, tmp_path / "h.safetensors")
+    rows = torch.randn(5, 16)
+    torch.testing.assert_close(other(rows), head(rows))
+    with pytest.raises(ValueError, match="missing"):
+        load_head_state(other, {"mlp.0.weight": head.state_dict()["mlp.0.weight"]}, "half a head")
