@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-__all__ = ["CUE_TERMS", "MODIFIERS", "Cue"]
+__all__ = ["CUE_TERMS", "EXPLAINING_WORDS", "MODIFIERS", "MODIFIER_BOUNDARIES", "Cue"]
 
 
 class Cue(IntEnum):
@@ -69,11 +69,11 @@ _CUES = {
         rule out; cannot be excluded; not exclude; not excluded; does not exclude; do not exclude; not
         entirely exclude; not rule out; differential; differential diagnosis; differential includes;
         differential considerations; differential for; considerations include; consider; considered;
-        consideration; equivocal; suggestion of; suggest; suggests; suggesting; suggestive of; most suggestive
-        of; favor; favors; favoring; favored; maybe; evaluate for; to evaluate; evaluation for; evaluation of;
-        assess for; exclude; to exclude; perhaps; presumably; presumed; presumptive; raises; raising;
-        indeterminate; either; can be; can be seen; should be; if; correlate for; correlation for; screen for;
-        looking for; whether; suggested; attributable to
+        consideration; equivocal; query; suggestion of; suggest; suggests; suggesting; suggestive of; most
+        suggestive of; favor; favors; favoring; favored; maybe; evaluate for; to evaluate; evaluation for;
+        evaluation of; assess for; exclude; to exclude; perhaps; presumably; presumed; presumptive; raises;
+        raising; indeterminate; either; can be; can be seen; should be; if; correlate for; correlation for;
+        screen for; looking for; whether; suggested; attributable to
         """,
     Cue.UNCERTAIN_BEFORE: """
         not excluded; is not excluded; are not excluded; not be excluded; cannot be excluded; can not be
@@ -142,6 +142,14 @@ _MODIFIER_WORDS = {
         "chronic": "chronic chronically old remote healed longstanding",
     },
 }
+# Words that no side, zone or course reaches across, and words that tie an explanation to the finding before it.
+_BOUNDARY_WORDS = ", ; : but however although except with without no otherwise"
+MODIFIER_BOUNDARIES = frozenset(_BOUNDARY_WORDS.split())
+_EXPLAINING = """
+likely probably represent represents representing reflect reflects reflecting compatible consistent suggest suggests
+suggesting suggestive versus vs concerning or suspicious
+"""
+EXPLAINING_WORDS = frozenset(_EXPLAINING.split())
 MODIFIERS: dict[str, tuple[tuple[str, str], ...]] = {}
 for _slot, _values in _MODIFIER_WORDS.items():
     for _value, _words in _values.items():

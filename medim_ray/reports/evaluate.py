@@ -84,8 +84,8 @@ def exact_word_baseline(headings: Sequence[str]) -> Callable[[str], set[str]]:
 def evaluate(reports_csv: str, half: str = "all") -> tuple[Score, Score, float]:
     """(tagger, baseline, reports per second of one core) on `half` of the reports.
 
-    The baseline looks for the headings that the file holds, which flatters it. Raises ValueError for another `half` or a
-    file without the columns.
+    The baseline looks for the headings that the file holds, which flatters it. Raises ValueError for another `half` or
+    a file without the columns.
     """
     ids, texts, extras = read_reports(reports_csv, ["findings", "impression"], "uid", ["MeSH"])
     dev, held_out = split_halves(ids)

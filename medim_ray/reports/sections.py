@@ -59,13 +59,13 @@ _TAG = re.compile(
 
 
 def blank_markup(text: str) -> str:
-    """HTML tags and entities become as many blanks, block tags a line break first: offsets stay those of `text`.
+    """HTML tags and entities become as many blanks, block tags a blank line first: offsets stay those of `text`.
 
     De-identified blanks in angle brackets ("<XXXX>") and comparisons ("< 5 mm") are no tags and stay.
     """
     if "<" not in text and "&" not in text:
         return text
-    text = _BLOCK_TAG.sub(lambda match: "\n" + " " * (len(match[0]) - 1), text)
+    text = _BLOCK_TAG.sub(lambda match: "\n\n" + " " * (len(match[0]) - 2), text)
     return _TAG.sub(lambda match: " " * len(match[0]), text)
 
 

@@ -60,15 +60,20 @@ def encode(
     token_ids_T[0] = first_id
     token_ids_T[1 : keep + 1] = encoding["input_ids"][:keep]
     token_ids_T[keep + 1] = last_id
-    word_of_token_T = np.full(num_tokens, -1, np.int16)
     words = np.array(word_ids[:keep], dtype=np.int64)
     is_new = np.ones(keep, bool)
     is_new[1:] = words[1:] != words[:-1]
-    word_of_token_T[1 : keep + 1] = np.cumsum(is_new) - 1
     offsets = np.array(encoding["offset_mapping"][:keep], dtype=np.int64).reshape(-1, 2)
     firsts = np.flatnonzero(is_new)
-    num_words = len(firsts)
-    starts, ends = offsets[firsts, 0], offsets[np.append(firsts[1:], keep) - 1, 1] if num_words else offsets[:0, 1]
+    starts = offsets[firsts, 0]
+    ends = offsets[np.append(firsts[1:], keep) - 1, 1] if keep else starts
+    # A byte-level tokenizer makes words of bare white space: tokens like others, but no words.
+    is_word = np.array([bool(text[start:end].strip()) for start, end in zip(starts, ends, strict=True)], bool)
+    numbers = np.where(is_word, np.cumsum(is_word) - 1, -1)
+    word_of_token_T = np.full(num_tokens, -1, np.int16)
+    word_of_token_T[1 : keep + 1] = numbers[np.cumsum(is_new) - 1]
+    starts, ends = starts[is_word], ends[is_word]
+    num_words = len(starts)
 
     num_places = num_tokens - 1
     flags, assertions = _mention_words(starts, ends, mentions, num_places)
