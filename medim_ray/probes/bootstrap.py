@@ -1,0 +1,98 @@
+"""Ranking metrics and means with bootstrap intervals over patients, all draws at once. NumPy only; no model, no Ray.
+
+A draw gives each patient a count (a multinomial of the patients), and a metric takes the counts as weights of the
+images, so that images of one patient come and go together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+_CHUNK = 1 << 22  # numbers held at once by one draw-by-image array
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its bootstrap draws (NaN: the draw lacks a class, or has no image)."""
+
+    value: float
+    draws_R: Floats
+
+    def interval(self) -> tuple[float, float]:
+        """The central 95 % of the valid draws; NaN where fewer than half of them are valid."""
+        if np.isfinite(self.draws_R).mean() < 0.5:
+            return float("nan"), float("nan")
+        low, high = np.nanpercentile(self.draws_R, [2.5, 97.5])
+        return float(low), float(high)
+
+    def minus(self, other: Estimate) -> Estimate:
+        """The paired difference; both must come from the same draws of patients."""
+        assert len(self.draws_R) == len(other.draws_R)
+        return Estimate(self.value - other.value, self.draws_R - other.draws_R)
+
+    def to_json(self) -> dict[str, float | None]:
+        """value, low, high; None where undefined."""
+        numbers = (self.value, *self.interval())
+        return {k: float(v) if np.isfinite(v) else None for k, v in zip(("value", "low", "high"), numbers, strict=True)}
+
+
+def patient_weights(patient_ids: Sequence[str], num_draws: int, seed: int) -> Callable[[int, int], Floats]:
+    """A function (first draw, last draw) -> [draws, K] weights of the images, reproducible by `seed`."""
+    patients, patient_K = np.unique(np.asarray(patient_ids, dtype=str), return_inverse=True)
+    num = len(patients)
+    counts_RP = np.random.default_rng(seed).multinomial(num, np.full(num, 1.0 / num), size=num_draws)
+
+    def weights(first: int, last: int) -> Floats:
+        return counts_RP[first:last, patient_K].astype(np.float64)
+
+    return weights
+
+
+def bootstrap(metric: Callable[[Floats], Floats], patient_ids: Sequence[str], num_draws: int, seed: int) -> Estimate:
+    """`metric` maps image weights [R, K] to values [R]; its value at equal weights, and over draws of patients."""
+    weights = patient_weights(patient_ids, num_draws, seed)
+    step = max(1, _CHUNK // max(1, len(patient_ids)))
+    draws = [metric(weights(first, min(first + step, num_draws))) for first in range(0, num_draws, step)]
+    return Estimate(float(metric(np.ones((1, len(patient_ids))))[0]), np.concatenate(draws))
+
+
+def auroc(scores_K: Floats, is_positive_K: NDArray[np.bool_], weights_RK: Floats) -> Floats:
+    """[R] area under the ROC curve, ties counted half; NaN where a draw lacks positives or negatives."""
+    pos_RG, neg_RG = _by_score(scores_K, is_positive_K, weights_RK)
+    below_RG = np.cumsum(neg_RG, axis=1) - neg_RG
+    pairs_R = pos_RG.sum(axis=1) * neg_RG.sum(axis=1)
+    won_R = (pos_RG * (below_RG + 0.5 * neg_RG)).sum(axis=1)
+    return np.divide(won_R, pairs_R, out=np.full(len(pairs_R), np.nan), where=pairs_R > 0)
+
+
+def average_precision(scores_K: Floats, is_positive_K: NDArray[np.bool_], weights_RK: Floats) -> Floats:
+    """[R] average precision (step-wise AUPRC, as scikit-learn's); NaN where a draw has no positives or no negatives."""
+    pos_RG, neg_RG = (part[:, ::-1] for part in _by_score(scores_K, is_positive_K, weights_RK))
+    hits_RG = np.cumsum(pos_RG, axis=1)
+    taken_RG = hits_RG + np.cumsum(neg_RG, axis=1)
+    precision_RG = np.divide(hits_RG, taken_RG, out=np.zeros_like(hits_RG), where=taken_RG > 0)
+    total_R, negatives_R = pos_RG.sum(axis=1), neg_RG.sum(axis=1)
+    valid_R = (total_R > 0) & (negatives_R > 0)
+    return np.divide((pos_RG * precision_RG).sum(axis=1), total_R, out=np.full(len(total_R), np.nan), where=valid_R)
+
+
+def mean(values_K: Floats, weights_RK: Floats) -> Floats:
+    """[R] weighted mean; NaN where a draw has no image."""
+    total_R = weights_RK.sum(axis=1)
+    return np.divide(weights_RK @ values_K, total_R, out=np.full(len(total_R), np.nan), where=total_R > 0)
+
+
+def _by_score(scores_K: Floats, is_positive_K: NDArray[np.bool_], weights_RK: Floats) -> tuple[Floats, Floats]:
+    """Weight of positives and of negatives at each distinct score, ascending: two of [R, G]."""
+    order_K = np.argsort(scores_K, kind="stable")
+    sorted_K = scores_K[order_K]
+    starts_G = np.flatnonzero(np.append(True, sorted_K[1:] != sorted_K[:-1]))
+    weights_RK, positive_K = weights_RK[:, order_K], is_positive_K[order_K]
+    pos_RG = np.add.reduceat(weights_RK * positive_K, starts_G, axis=1)
+    neg_RG = np.add.reduceat(weights_RK * ~positive_K, starts_G, axis=1)
+    return pos_RG, neg_RG

@@ -1,0 +1,330 @@
+"""Do word-to-patch maps light the lesion that the words tell of? Map AUROC and lesion lift on images with truth.
+
+KDM: the map of all MeSH words against the union of the lesions that the report tells. SDM: the map of each sentence
+that tells a lesion, against its lesions. Lesion lift = share of the lesion's pixels that the strategy's law hides at
+ratio 0.25, as many patches as uniform masking, over the share of all patches hidden (chance 1.0).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medim_ray import types
+from medim_ray.config.loader import from_tree, to_tree
+from medim_ray.config.schema import RunConfig
+from medim_ray.data.collate import to_batch
+from medim_ray.data.images import decode_mask
+from medim_ray.data.reader import ReportEncoder, TextRows
+from medim_ray.data.shards import ShardSet
+from medim_ray.data.transforms import cut
+from medim_ray.draws import Draws
+from medim_ray.masking.base import Samples
+from medim_ray.masking.report import WORDS, ReportMasking, select_hidden
+from medim_ray.objectives import OBJECTIVES
+from medim_ray.probes.bootstrap import Estimate, auroc, bootstrap, mean
+from medim_ray.probes.rows import Columns, RowList, RowReader, centre_columns, has_truth, list_rows, work_items
+from medim_ray.probes.stream import item_of, pooled
+from medim_ray.train.build import build_crop, build_objective, open_tokenizer
+from medim_ray.train.runs import LoadedRun
+from medim_ray.types import Batch, Grid
+
+RATIO = 0.25
+CHANCE = {"map_auroc": 0.5, "lesion_lift": 1.0}
+_NUM_DRAWS = 32  # of the law's noise; the share hidden is their mean
+_HELD_OUT = ("val", "test")
+
+
+class WordMaps(Protocol):
+    """A map of the patches for each word: the attention of a model, or a prior that needs none."""
+
+    def __call__(self, batch: Batch, text: TextRows) -> Tensor:
+        """[B, W, N] float, not negative; rows of padding words are ignored."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Localisation:
+    """estimates: strategy -> source of the maps -> metric (`map_auroc`, `lesion_lift`); note: why there are none.
+
+    left_out: images with truth that a strategy could not be judged on, by reason.
+    """
+
+    note: str
+    num_images: int
+    num_patients: int
+    estimates: Mapping[str, Mapping[str, Mapping[str, Estimate]]]
+    left_out: Mapping[str, int]
+
+    def warnings(self, source: str = "trained") -> list[str]:
+        """Sentences about maps of `source` that are at or below chance."""
+        lines = []
+        for strategy, sources in self.estimates.items():
+            for metric, chance in CHANCE.items():
+                estimate = sources[source][metric]
+                low, high = estimate.interval()
+                name = f"{strategy.upper()} {metric.replace('_', ' ')} {estimate.value:.2f} [{low:.2f}, {high:.2f}]"
+                if high < chance:
+                    lines.append(f"{name} is below chance ({chance}): the map lights what is not the lesion")
+                elif not low > chance:
+                    lines.append(f"{name} is not above chance ({chance}): the map does not localise")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """For result.json."""
+        return {
+            "note": self.note,
+            "num_images": self.num_images,
+            "num_patients": self.num_patients,
+            "ratio": RATIO,
+            "left_out": dict(self.left_out),
+            "strategies": {
+                strategy: {
+                    source: {metric: estimate.to_json() for metric, estimate in metrics.items()}
+                    for source, metrics in sources.items()
+                }
+                for strategy, sources in self.estimates.items()
+            },
+            "warnings": self.warnings() if self.estimates else [],
+        }
+
+
+def localise(runs: Mapping[str, LoadedRun], num_bootstrap: int, seed: int) -> Localisation:
+    """Judges the maps of each of `runs` (by name; the same configuration, other weights) on held-out images with truth.
+
+    Needs a running Ray. Without truth, or without a text encoder, the result holds a note instead of numbers.
+    """
+    run = next(iter(runs.values()))
+    note, rows = _judged_rows(run)
+    if note:
+        return Localisation(note=note, num_images=0, num_patients=0, estimates={}, left_out={})
+    weights = {name: ray.put(_weights(loaded)) for name, loaded in runs.items()}
+    columns = ("image_id", "image", "report", "truth")
+    arguments = (to_tree(run.config), weights, RowReader.of(run.shards, *columns))
+    blocks = list(pooled(work_items(rows), _Judge, arguments, run.config.train.use_gpu))
+    merged = {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
+    return _summarise(merged, rows, tuple(runs), num_bootstrap, seed)
+
+
+def _judged_rows(run: LoadedRun) -> tuple[str, RowList]:
+    """Why there is nothing to judge, or '' and the held-out images with truth."""
+    every = list_rows(run.shards)
+    none = every.take([])
+    if not OBJECTIVES[run.config.objective.name].needs_text:
+        return f"objective {run.config.objective.name} has no word-to-patch attention", none
+    with_truth = np.flatnonzero(has_truth(run.shards)).tolist()
+    if not with_truth:
+        return "no ground truth in these shards", none
+    held_out = every.take([i for i in with_truth if every.splits[i] in _HELD_OUT])
+    if not len(held_out):
+        return "no held-out image (split val or test) of these shards has ground truth", none
+    return "", held_out
+
+
+def _weights(run: LoadedRun) -> dict[str, Tensor]:
+    assert isinstance(run.objective, torch.nn.Module)
+    return {name: tensor.detach().cpu() for name, tensor in run.objective.state_dict().items()}
+
+
+class ModelMaps:
+    """The word-to-patch attention of an objective."""
+
+    def __init__(self, objective: Any) -> None:
+        self._objective = objective
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, text: TextRows) -> Tensor:
+        attention_BWN: Tensor = self._objective.word_attention(batch)
+        return attention_BWN
+
+
+class _Judge:
+    """Actor: images of a work item to one row for each (image, source, strategy) it can judge."""
+
+    def __init__(self, tree: dict[str, Any], weights: Mapping[str, Any], reader: RowReader) -> None:
+        config = from_tree(RunConfig, tree)
+        shards = ShardSet.open(config.data.shards)
+        self._reader, self._crop = reader, build_crop(config)
+        self._reports = ReportEncoder(open_tokenizer(config, shards), config.text.num_tokens)
+        self._device = torch.device("cuda" if config.train.use_gpu else "cpu")
+        self._sources: dict[str, WordMaps] = {}
+        for name, ref in weights.items():
+            objective = build_objective(config, shards)
+            assert isinstance(objective, torch.nn.Module)
+            objective.load_state_dict(ray.get(ref))
+            self._grid = objective.encoder.grid
+            self._sources[name] = ModelMaps(objective.eval().to(self._device))
+        self._kdm = kdm_masking(config)
+
+    def __call__(self, block: Columns) -> Columns:
+        item = item_of(block)
+        rows = self._reader(item)
+        columns, text = centre_columns(rows, self._crop, self._reports)
+        batch = to_batch(columns, self._crop.views, self._device)
+        questions = _questions(rows, columns, text, self._kdm, self._grid, self._crop.views[0].size)
+        out: list[tuple[int, str, str, float, float, str]] = []
+        for source, word_maps in self._sources.items():
+            maps_BWN = word_maps(batch, text).float().cpu()
+            for q in questions:
+                numbers = (float("nan"), float("nan"))
+                if not q.problem:
+                    map_N = torch.from_numpy(q.words_W) @ maps_BWN[q.row]
+                    numbers = judge_map(map_N, q.pixels_N, q.patch_pixels, rows[q.row]["image_id"])
+                out.append((int(item["positions"][q.row]), source, q.strategy, *numbers, q.problem))
+        names = ("position", "source", "strategy", "map_auroc", "lesion_lift", "problem")
+        kinds = (np.int64, object, object, np.float64, np.float64, object)
+        return {name: np.array([row[i] for row in out], dtype=kinds[i]) for i, name in enumerate(names)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A map to be judged: words_W weighs the words' maps; pixels_N counts the lesion's pixels in each patch.
+
+    problem: why it can't be judged, '' where it can.
+    """
+
+    row: int
+    strategy: str
+    words_W: NDArray[np.float32]
+    pixels_N: NDArray[np.int64]
+    patch_pixels: int
+    problem: str
+
+
+def _questions(
+    rows: Sequence[Mapping[str, Any]], columns: Columns, text: TextRows, kdm: ReportMasking, grid: Grid, size: int
+) -> list[Question]:
+    """KDM: one a report; SDM: one for each sentence that tells a lesion."""
+    kdm_words_BW = mention_words(kdm, columns, text, grid)
+    sentence_BW, is_pad_BW = columns[types.SENTENCE_ID], columns[types.WORD_IS_PAD]
+    questions = []
+    for i, row in enumerate(rows):
+        told: dict[int, list[NDArray[np.bool_]]] = {}
+        for lesion in row["truth"]:
+            if lesion["sentence"] >= 0:
+                mask_HW = crop_mask(lesion["mask"], columns[types.BOX][i], size)
+                told.setdefault(int(lesion["sentence"]), []).append(mask_HW)
+        asked = [
+            ("sdm", ((sentence_BW[i] == k) & ~is_pad_BW[i]).astype(np.float32), masks) for k, masks in told.items()
+        ]
+        asked.append(("kdm", kdm_words_BW[i], [mask for masks in told.values() for mask in masks]))
+        for strategy, words_W, masks in asked:
+            pixels_N = patch_counts(masks, grid) if masks else np.zeros(grid.num_patches, dtype=np.int64)
+            problem = ""
+            if not masks:
+                problem = "no sentence tells a lesion"
+            elif not words_W.any():
+                problem = "no word to go by within the token limit"
+            elif not pixels_N.any():
+                problem = "lesion outside the crop or under a pixel"
+            questions.append(
+                Question(
+                    row=i,
+                    strategy=strategy,
+                    words_W=words_W,
+                    pixels_N=pixels_N,
+                    patch_pixels=size * size // grid.num_patches,
+                    problem=problem,
+                )
+            )
+    return questions
+
+
+def kdm_masking(config: RunConfig) -> ReportMasking:
+    """KDM with the run's options where the run masks by reports, else with the paper's."""
+    own = config.masking if isinstance(config.masking, ReportMasking.Config) else ReportMasking.Config()
+    return ReportMasking(ReportMasking.Config(name="kdm", negated_weight=own.negated_weight))
+
+
+def mention_words(kdm: ReportMasking, columns: Columns, text: TextRows, grid: Grid) -> NDArray[np.float32]:
+    """[B, W] KDM's weight of each word."""
+    image_ids = [str(i) for i in columns["image_id"]]
+    num = len(image_ids)
+    zeros = np.zeros(num, dtype=np.int64)
+    samples = Samples(
+        image_ids=image_ids,
+        boxes_B4=columns[types.BOX],
+        text=text.columns,
+        mentions=text.mentions,
+        steps_B=zeros,
+        positions_B=np.arange(num),
+        global_batch=num,
+        seed=0,
+    )
+    words_BSW: NDArray[np.float32] = kdm.plan(samples, grid, Draws.of(0, zeros, image_ids))[WORDS]
+    return words_BSW[:, 0]
+
+
+def crop_mask(encoded: bytes, box_4: NDArray[np.float32], size: int) -> NDArray[np.bool_]:
+    """[size, size] of a mask of the stored image, cut like the image."""
+    return cut(decode_mask(encoded).astype(np.uint8) * np.uint8(255), box_4, size) >= 128
+
+
+def patch_counts(masks: Sequence[NDArray[np.bool_]], grid: Grid) -> NDArray[np.int64]:
+    """[N] pixels of the union of the masks in each patch."""
+    union_HW = np.logical_or.reduce(masks)
+    rows, columns = union_HW.shape[0] // grid.height, union_HW.shape[1] // grid.width
+    return union_HW.reshape(grid.height, rows, grid.width, columns).sum(axis=(1, 3)).ravel()
+
+
+def judge_map(map_N: Tensor, pixels_N: NDArray[np.int64], patch_pixels: int, image_id: str) -> tuple[float, float]:
+    """Pixel AUROC of the map (each pixel has its patch's value) and lesion lift, for one map.
+
+    pixels_N: lesion pixels in each patch of `patch_pixels` pixels, at least one in all.
+    """
+    values = map_N.double().numpy()
+    weights = np.concatenate([pixels_N, patch_pixels - pixels_N]).astype(np.float64)
+    is_lesion = np.arange(2 * len(values)) < len(values)
+    area = float(auroc(np.tile(values, 2), is_lesion, weights[None])[0])
+    config = ReportMasking.Config(name="kdm", ratio=RATIO, on="input")
+    noise_RN = Draws.of(0, np.arange(_NUM_DRAWS), [image_id] * _NUM_DRAWS).uniform("probe/lift", len(values))
+    hidden_RN, _ = select_hidden(
+        map_N.float().expand(_NUM_DRAWS, -1),
+        torch.from_numpy(noise_RN).float(),
+        torch.ones(_NUM_DRAWS, dtype=torch.bool),
+        config,
+    )
+    share = float((hidden_RN.numpy() * pixels_N).sum() / (_NUM_DRAWS * pixels_N.sum()))
+    return area, share / (int(len(values) * RATIO) / len(values))
+
+
+def _summarise(found: Columns, rows: RowList, sources: Sequence[str], num_bootstrap: int, seed: int) -> Localisation:
+    """Means over images (an image's sentences averaged first), intervals over patients."""
+    judged = found["problem"] == ""
+    estimates: dict[str, dict[str, dict[str, Estimate]]] = {}
+    images: set[int] = set()
+    for strategy in ("kdm", "sdm"):
+        for source in sources:
+            own = judged & (found["strategy"] == strategy) & (found["source"] == source)
+            positions, inverse = np.unique(found["position"][own], return_inverse=True)
+            if not len(positions):
+                continue
+            images.update(positions.tolist())
+            patients = [rows.patient_ids[i] for i in positions]
+            num = np.bincount(inverse)
+            for metric in CHANCE:
+                values = np.bincount(inverse, weights=found[metric][own]) / num
+                of_source = estimates.setdefault(strategy, {}).setdefault(source, {})
+                of_source[metric] = bootstrap(partial(mean, values), patients, num_bootstrap, seed)
+    first = found["source"] == sources[0]
+    left_out = Counter(
+        f"{strategy}: {problem}"
+        for strategy, problem in zip(found["strategy"][first], found["problem"][first], strict=True)
+        if problem
+    )
+    return Localisation(
+        note="" if estimates else "no map of a held-out image could be judged",
+        num_images=len(images),
+        num_patients=len({rows.patient_ids[i] for i in images}),
+        estimates=estimates,
+        left_out=dict(sorted(left_out.items())),
+    )
