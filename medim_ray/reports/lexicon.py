@@ -22,12 +22,14 @@ _LEAF = ""  # key of the leaf inside a trie node; no token is empty
 
 # Headings and entry terms that are modifiers or everyday words in a report, whatever a vocabulary says.
 _STOP_WORDS = """
-acute age all area arm association back base body cat chronic disease diseases face female foot hand head
-health history injuries injury left leg level light line lines lower male men middle normal old other
-pain patient patients position pressure region report reports right role sign signs size symptoms syndrome
-time tip upper view volume women wound
+acute age all area arm association back body burn burns cat chronic cold comparison disease
+diseases evaluation examination exposure face female fever film films fit foot hand head health history
+injuries injury lead leads left leg level light line lines lower male measurement men method methods middle
+normal observation old other pain patient patients position pressure projection recurrence region report
+reports rest right role sign signs size studies study symptoms syndrome technique techniques test tests time
+tip tissue tissues upper view volume weight weights women wound
 """
-_STOP_TERMS = frozenset(_STOP_WORDS.split())
+_STOP_TERMS = frozenset([*_STOP_WORDS.split(), "acute disease", "chronic disease"])
 _IRREGULAR = {
     "vertebrae": "vertebra",
     "bronchi": "bronchus",

@@ -111,7 +111,6 @@ dr drs mr mrs ms prof vs approx ca cf e.g i.e eg ie etc fig st jr sr resp incl d
 _ABBREVIATION = frozenset(_ABBREVIATION_WORDS.split())
 _CLOCK = frozenset(["a.m", "p.m"])
 _LIST_START = re.compile(r"\s*(?:\(?\d{1,2}[.)](?=\s|[A-Z])|[-*\u2022\u2013])\s*")
-_WORD_BEFORE = re.compile(r"[^\s(\[\"']*\Z")
 
 
 def split_sentences(text: str) -> list[Sentence]:
@@ -150,10 +149,10 @@ def _append(sentences: list[Sentence], text: str, source: str, begin: int, end: 
 
 
 def _breaks_at_stop(source: str, begin: int, match: re.Match[str]) -> bool:
-    found = _WORD_BEFORE.search(source, max(begin, match.start() - 40), match.start())
-    before = found[0] if found else ""
     if match[0][0] != ".":
         return True
+    line = source[max(begin, match.start() - 40) : match.start()]
+    before = "" if not line or line[-1].isspace() else line.split()[-1].lstrip("(['\"")
     following = source[match.end() : match.end() + 6].lstrip()
     if before.isdigit() and len(before) <= 2 and not source[begin : match.start() - len(before)].strip(" \t\n("):
         return False  # the number of a list entry

@@ -67,11 +67,7 @@ class Tagger:
         return indexed_headings(self.tag(text))
 
     def _tag_sentence(self, text: str, lower: str, sentence: Sentence, index: int) -> list[Mention]:
-        tokens: list[str] = []
-        starts: list[int] = []
-        for match in TOKEN.finditer(lower, sentence.start, sentence.end):
-            tokens.append(match[0])
-            starts.append(match.start())
+        tokens: list[str] = TOKEN.findall(lower, sentence.start, sentence.end)
         matches = self._lexicon.matches(tokens)
         if not matches:
             return []
@@ -79,6 +75,11 @@ class Tagger:
         if sentence.text.endswith("?"):
             for item in found:
                 item.uncertain = True
+        starts, place = [], sentence.start
+        for token in tokens:  # between tokens stand only characters that begin none, so `find` meets each in its place
+            place = lower.find(token, place)
+            starts.append(place)
+            place += len(token)
         mentions = []
         for item, slots in zip(found, find_places(found, tokens), strict=True):
             heading = item.heading
