@@ -94,7 +94,8 @@ class ExportRoot:
 def _prepare(args: argparse.Namespace) -> int:
     from medim_ray.data.ingest import PrepareConfig, prepare
 
-    print(prepare(load(PrepareConfig, args.config, args.overrides)).text())
+    for line in prepare(load(PrepareConfig, args.config, args.overrides)).lines():
+        print(line)
     return 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,10 +106,17 @@ class StreamPlan:
                 f"train.global_batch={global_batch} is larger than the {self.num_rows} images of the split: "
                 f"use train.global_batch of at most {self.num_rows}, or more images"
             )
-        self.epoch_order = lru_cache(maxsize=2)(self._epoch_order)
+        self._orders: dict[int, NDArray[np.int64]] = {}
 
-    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
-        """[num_rows] corpus rows in the order of this epoch."""
+    def epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        """[num_rows] corpus rows in the order of this epoch; the last two epochs asked for are kept."""
+        if epoch not in self._orders:
+            if len(self._orders) > 1:
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = self._shuffle(epoch)
+        return self._orders[epoch]
+
+    def _shuffle(self, epoch: int) -> NDArray[np.int64]:
         num_groups = len(self.row_groups)
         groups = Draws.of(self.seed, np.array([epoch]), ["plan"]).uniform("row_groups", num_groups)[0]
         order_G = np.argsort(groups, kind="stable")

@@ -77,7 +77,7 @@ def _jitter(
 
 @CROPS.register("pad_crop")
 class PadCrop:
-    """MedIM: the whole image, longest side a little larger than the crop, zero padded to a square, cropped at random."""
+    """MedIM: the whole image, longest side a little larger than the crop, padded to a square, cropped at random."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -198,6 +198,7 @@ class SavedTensors:
         return self.read(name, kind, 0, int(torch.Size(shape).numel())).view(shape)
 
 
+@torch.no_grad()
 def restore(store: CheckpointStore, checkpoint: Checkpoint, engine: Any) -> None:
     """Collective: the whole state of `checkpoint` into the engine, at any world size and stage.
 

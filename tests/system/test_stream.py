@@ -1,0 +1,105 @@
+"""The stream through real Ray Data and Ray Train: the plan's order for every worker count, and masks that draw nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import ray.train
+import torch
+from ray.train import DataConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from medim_ray.config.loader import from_tree, load, to_tree
+from medim_ray.config.schema import RunConfig
+from medim_ray.data.collate import steps_of_rank, to_batch
+from medim_ray.data.pipeline import execution_options, train_stream
+from medim_ray.data.reader import IMAGE_ID, STEP
+from medim_ray.data.shards import ShardSet
+from medim_ray.train.build import build_crop, build_masking, reader_factory, stream_plan
+from medim_ray.types import TOKEN_IDS, Batch
+
+pytestmark = pytest.mark.system
+LAST = 14
+
+
+def config_of(shards: str, *overrides: str) -> RunConfig:
+    return load(
+        RunConfig, Path("configs/debug/medim-vit_tiny-2w-z1.yaml"), [f"data.shards={shards}", "data.window_steps=3", *overrides]
+    )
+
+
+def first_batch(config: RunConfig) -> Batch:
+    plan = stream_plan(config, ShardSet.open(config.data.shards))
+    dataset = train_stream(plan, reader_factory(config), 0, 2, 1)
+    blocks = dataset.iter_batches(batch_size=None, batch_format="numpy")
+    columns = next(steps_of_rank(blocks, plan.granules_per_step))
+    return to_batch(columns, build_crop(config).views, torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_plan_columns_arrive_and_the_worker_draws_nothing_for_a_mask(phantom_shards: str) -> None:
+    config = config_of(phantom_shards)
+    batch = first_batch(config)
+    assert len(batch) == config.train.global_batch
+    assert batch.views["image"].shape == (8, 1, 112, 112) and 0.0 <= float(batch.views["image"].min())
+    assert [name for name in batch.columns if name.startswith("mask/")]
+    masking = build_masking(config)
+    num_words = batch.columns[TOKEN_IDS].shape[1] - 1
+    attention_BWN = torch.rand(8, num_words, 49, generator=torch.Generator().manual_seed(0)).softmax(dim=2)
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[union-attr]  # noqa: NPY002
+    masks = masking.resolve(batch.columns, attention_BWN)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)  # type: ignore[index]  # noqa: NPY002
+    torch.manual_seed(99)
+    assert torch.equal(masking.resolve(batch.columns, attention_BWN).hidden_SBN, masks.hidden_SBN)
+    assert masks.hidden_SBN.shape == (2, 8, 49) and masks.hidden_SBN.any()
+
+
+def _record(settings: dict[str, Any]) -> None:
+    """Writes this rank's image ids, mask columns' checksums and step order."""
+    config = from_tree(RunConfig, settings["config"])
+    context = ray.train.get_context()
+    blocks = ray.train.get_dataset_shard("train").iter_batches(batch_size=None, batch_format="numpy")
+    seen = []
+    for columns in steps_of_rank(blocks, config.granules_per_step // context.get_world_size()):
+        masks = {k: v for k, v in columns.items() if k.startswith(("mask/", "view/"))}
+        for i, image_id in enumerate(columns[IMAGE_ID]):
+            sums = {k: float(np.asarray(v[i], dtype=np.float64).sum()) for k, v in masks.items()}
+            seen.append((int(columns[STEP][i]), str(image_id), sums))
+    Path(settings["out"], f"rank-{context.get_world_rank()}.json").write_text(json.dumps(seen))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_worker_counts_and_late_starts_see_the_same_samples_crops_and_masks(phantom_shards: str, tmp_path: Path) -> None:
+    runs: dict[tuple[int, int], list[Any]] = {}
+    for num_workers, first_step in ((1, 0), (2, 0), (2, 5)):
+        out = tmp_path / f"{num_workers}-{first_step}"
+        out.mkdir()
+        config = config_of(phantom_shards, f"train.num_workers={num_workers}", "data.granules_per_step=4")
+        plan = stream_plan(config, ShardSet.open(phantom_shards))
+
+        def stream(config: RunConfig = config, plan: Any = plan, first_step: int = first_step) -> Any:
+            return train_stream(plan, reader_factory(config), first_step, LAST, 1)
+
+        TorchTrainer(
+            _record,
+            train_loop_config={"config": to_tree(config), "out": str(out)},
+            scaling_config=ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": 0.5}),
+            run_config=ray.train.RunConfig(storage_path=str(tmp_path / "ray")),
+            datasets={"train": stream},
+            dataset_config=DataConfig(execution_options=execution_options()),
+        ).fit()
+        ranks = [json.loads(file.read_text()) for file in sorted(out.glob("rank-*.json"))]
+        assert len(ranks) == num_workers
+        assert all([s for s, *_ in rank] == sorted(s for s, *_ in rank) for rank in ranks)
+        rows = sorted((row for rank in ranks for row in rank if row[0] < LAST), key=lambda row: (row[0], row[1]))
+        runs[num_workers, first_step] = rows
+    straight = runs[1, 0]
+    assert len(straight) == LAST * 8
+    assert runs[2, 0] == straight
+    assert runs[2, 5] == [row for row in straight if row[0] >= 5]
