@@ -7,7 +7,6 @@ units of the image side at scale 1, u = 0 on the midline. No findings and no exp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import cv2
 import numpy as np
@@ -77,7 +76,7 @@ def draw_patient(rng: np.random.Generator) -> Patient:
         rib_drop=float(rng.uniform(0.17, 0.25)),
         rib_width=float(rng.uniform(0.0105, 0.0135)),
         clavicle_tilt=float(rng.normal(0, 0.02)),
-        breast=float(np.clip((0.14 if is_male else 0.55) * (1 + 0.4 * build + rng.normal(0, 0.4)), 0, 1.3)),
+        breast=float(np.clip((0.14 if is_male else 0.65) * (1 + 0.4 * build + rng.normal(0, 0.4)), 0, 1.3)),
         bubble=float(rng.uniform(0.6, 1.2) if rng.random() < 0.55 else 0),
         vessel_gain=float(rng.uniform(0.7, 1.4)),
         vessel_key=int(rng.integers(2**62)),
@@ -96,23 +95,15 @@ def soften(layer_HW: Array, pixels: float) -> Array:
     return np.asarray(cv2.resize(small, (full, full), interpolation=cv2.INTER_CUBIC), np.float32)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Canvas:
-    """The pixel grid in canonical coordinates; `num` x `num` pixels of side 1 / `size`."""
+    """The pixel grid in canonical coordinates: `num` x `num` pixels of side 1 / `size`, with u along W and v along H."""
 
-    size: int
-
-    @cached_property
-    def num(self) -> int:
-        return 2 * round(self.size * (0.5 + MARGIN_RATIO))
-
-    @cached_property
-    def u_1W(self) -> Array:
-        return (((np.arange(self.num) + 0.5 - self.num / 2) / self.size)[None, :]).astype(np.float32)
-
-    @cached_property
-    def v_H1(self) -> Array:
-        return (((np.arange(self.num) + 0.5 - self.num / 2) / self.size + 0.5)[:, None]).astype(np.float32)
+    def __init__(self, *, size: int) -> None:
+        self.size = size
+        self.num = 2 * round(size * (0.5 + MARGIN_RATIO))
+        offsets = ((np.arange(self.num) + 0.5 - self.num / 2) / size).astype(np.float32)
+        self.u_1W: Array = offsets[None, :]
+        self.v_H1: Array = offsets[:, None] + np.float32(0.5)
 
     def to_pixels(self, points_N2: NDArray[np.floating]) -> NDArray[np.int32]:
         """Points (u, v), last axis 2, as fixed-point pixel coordinates for cv2 drawing."""

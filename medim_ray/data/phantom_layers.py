@@ -71,7 +71,7 @@ def side_lung(chest: Chest, canvas: Canvas, sign: int) -> Array:
     dome_HW = _ramp(-below_HW, canvas)
     is_recess_HW = (below_HW > -0.004) & (canvas.v_H1 < chest.base + 0.03)
     recess_HW = 0.16 * np.exp(-np.clip(below_HW, 0, 1) / 0.035) * is_recess_HW
-    inner_HW = _ramp(across_HW - 0.038, canvas, 0.03)
+    inner_HW = _ramp(across_HW - 0.042, canvas, 0.05)
     top_H1 = np.sqrt(np.clip((canvas.v_H1 - chest.patient.apex) / 0.05, 0, 1))
     return np.asarray(shell_HW * np.maximum(dome_HW, recess_HW) * inner_HW * top_H1, np.float32)
 
