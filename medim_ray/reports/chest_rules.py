@@ -52,7 +52,7 @@ Costophrenic Angle | Costophrenic Angle | blunted; obscured
 Sulcus | Sulcus | blunted; obscured
 Aorta | Aorta | tortuous; dilated; enlarged
 Aorta, Thoracic | Aorta, Thoracic | tortuous; dilated; enlarged
-Cardiomegaly | Heart | enlarged; borderline
+Cardiomegaly | Heart | enlarged; borderline; raised
 Cardiac Shadow | Cardiac Shadow | enlarged; borderline
 Heart | Heart | obscured
 Mediastinum | Mediastinum | enlarged; nodal

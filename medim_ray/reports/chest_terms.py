@@ -44,7 +44,8 @@ Calcified Granuloma | calcified granuloma; calcified granulomata; calcified lung
 Calcinosis | calcification; calcified; calcific; calcinosis
 Cardiomegaly | cardiomegaly; enlarged heart; cardiac enlargement; heart enlargement; enlargement of the heart;
     enlarged heart size; cardiac hypertrophy; heart is large; large heart; heart size is large; heart appears large;
-    biventricular enlargement; large cardiac silhouette
+    biventricular enlargement; large cardiac silhouette; increased heart size; increased cardiothoracic ratio;
+    enlarged cardiothoracic ratio
 Cavitation | cavitation; cavitary; cavity; cavitating
 Cholelithiasis | cholelithiasis; gallstone
 Cicatrix | scar; scarring; cicatrix; fibrotic scar; fibrotic scarring; parenchymal scar; scarlike
@@ -99,7 +100,8 @@ Neoplasms | neoplasm; malignancy; tumor; tumour; carcinoma; cancer; malignant; n
 Nipple Shadow | nipple shadow
 Nodule | nodule; nodular; nodularity; micronodule
 Opacity | opacity; opacification; opacified; opacifying; nodular opacity; nodular opacification; nodular like opacity;
-    nodular airspace opacity; mass like opacity
+    nodular airspace opacity; mass like opacity; ground glass; ground glass opacity; ground glass opacification; haze;
+    haziness; shadowing
 Osteophyte | osteophyte; osteophytosis; osteophytic; spurring; spur; bridging osteophyte; marginal osteophyte;
     osteophyte formation; syndesmophyte
 Osteoporosis | osteoporosis; osteoporotic
@@ -191,7 +193,8 @@ Sutures | suture; suture material; chain suture; suture line; surgical suture; s
 Tube, Inserted | tube; endotracheal tube; et tube; ett; nasogastric tube; ng tube; chest tube; enteric tube; feeding
     tube; tracheostomy tube; tracheostomy; thoracostomy tube; orogastric tube; dobbhoff tube; pigtail catheter;
     pleural drain; enteric catheter; gastric tube; og tube; pleural catheter; tracheostomy cannula; drainage tube;
-    dobhoff; nasogastric; endotracheal; ngt; ogt; drain; gastrostomy tube; peg tube
+    dobhoff; nasogastric; endotracheal; ngt; ogt; drain; gastrostomy tube; peg tube; pleural drainage tube; pleural
+    tube; intubated
 
 [procedure]
 Cholecystectomy | cholecystectomy

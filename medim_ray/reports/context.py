@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-__all__ = ["CUE_TERMS", "EXPLAINING_WORDS", "MODIFIERS", "MODIFIER_BOUNDARIES", "Cue"]
+__all__ = ["CUE_TERMS", "EMPHASIS_WORDS", "EXPLAINING_WORDS", "MODIFIERS", "MODIFIER_BOUNDARIES", "Cue"]
 
 
 class Cue(IntEnum):
@@ -142,12 +142,15 @@ _MODIFIER_WORDS = {
         "chronic": "chronic chronically old remote healed longstanding",
     },
 }
-# Words that no side, zone or course reaches across, and words that tie an explanation to the finding before it.
-_BOUNDARY_WORDS = ", ; : but however although except with without no otherwise"
+# Words that no side, zone or course reaches across; a comma lets them through where emphasis follows it ("effusions,
+# most marked on the left"). Words that tie an explanation to the finding before it ("opacity, likely atelectasis").
+_BOUNDARY_WORDS = ", ; : but however although except without no otherwise"
 MODIFIER_BOUNDARIES = frozenset(_BOUNDARY_WORDS.split())
+_EMPHASIS = "most mostly more predominantly particularly especially greater worse primarily mainly greatest maximal"
+EMPHASIS_WORDS = frozenset(_EMPHASIS.split())
 _EXPLAINING = """
 likely probably represent represents representing reflect reflects reflecting compatible consistent suggest suggests
-suggesting suggestive versus vs concerning or suspicious
+suggesting suggestive versus vs concerning or suspicious indicate indicates indicating due secondary by
 """
 EXPLAINING_WORDS = frozenset(_EXPLAINING.split())
 MODIFIERS: dict[str, tuple[tuple[str, str], ...]] = {}

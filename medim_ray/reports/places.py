@@ -1,59 +1,79 @@
-"""Side, zone and course of a finding from the modifier words that reach it."""
+"""Side, zone and course of a finding from the modifier words that reach it; the words are in context.py."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 
-from medim_ray.reports.context import EXPLAINING_WORDS, MODIFIER_BOUNDARIES, MODIFIERS
+from medim_ray.reports.context import EMPHASIS_WORDS, EXPLAINING_WORDS, MODIFIER_BOUNDARIES, MODIFIERS
 from medim_ray.reports.scope import Found
 
 __all__ = ["find_places"]
 
 _Modifier = tuple[int, tuple[tuple[str, str], ...]]  # place of the token, (slot, value) pairs
-_REACH = 7  # tokens between a modifier and a finding
+_REACH = 14  # tokens between a modifier and a finding
 _ANATOMY_REACH_BEFORE, _ANATOMY_REACH_AFTER = 3, 1  # "right mid and lower lung", "lungs bilaterally"
 
 
 def find_places(found: list[Found], tokens: list[str]) -> list[dict[str, str]]:
-    """Side, zone and course of each item, from the modifier words that reach it."""
+    """Side, zone and course of each item, from the modifier words that reach it.
+
+    A finding that explains another ("..., likely atelectasis") without a place of its own has the place of the other.
+    """
     modifiers = [(place, MODIFIERS[token]) for place, token in enumerate(tokens) if token in MODIFIERS]
     if not modifiers:
         return [{}] * len(found)
     slots: list[dict[str, str]] = []
-    owner: int | None = None  # the finding that an explanation after it belongs to
     for number, item in enumerate(found):
-        mine = _slots(number, modifiers, tokens, found)
-        if item.category != "anatomy":
-            if owner is not None and not item.absent and "side" not in mine and "zone" not in mine:
-                between = tokens[found[owner].stop : item.first]
-                if found[owner].clause == item.clause and not EXPLAINING_WORDS.isdisjoint(between):
-                    mine = {**{slot: slots[owner][slot] for slot in ("side", "zone") if slot in slots[owner]}, **mine}
-            owner = None if item.absent else number
+        is_anatomy = item.category == "anatomy"
+        before = _ANATOMY_REACH_BEFORE if is_anatomy else _REACH
+        after = _ANATOMY_REACH_AFTER if is_anatomy else _REACH
+        mine = _slots(item.first, item.stop, before, after, modifiers, tokens, found[number + 1 : number + 1 + _REACH])
+        if not is_anatomy and not item.absent and "side" not in mine and "zone" not in mine:
+            anchor = _explained(item.first, tokens)
+            if anchor is not None:
+                explained = _slots(anchor, anchor, _REACH, 0, modifiers, tokens, [])
+                mine = {**{slot: value for slot, value in explained.items() if slot != "course"}, **mine}
         slots.append(mine)
     return slots
 
 
-def _slots(number: int, modifiers: list[_Modifier], tokens: list[str], found: list[Found]) -> dict[str, str]:
-    """The nearest modifier of each slot; left and right on the same side of the mention are bilateral."""
-    item = found[number]
-    reach_after = _ANATOMY_REACH_AFTER if item.category == "anatomy" else _REACH
-    reach_before = _ANATOMY_REACH_BEFORE if item.category == "anatomy" else _REACH
+def _explained(first: int, tokens: list[str]) -> int | None:
+    """Where the text ends that the finding at token `first` explains: before "likely", "consistent with"."""
+    for place in range(first - 1, max(0, first - _REACH) - 1, -1):
+        if tokens[place] in EXPLAINING_WORDS:
+            return place - 1 if place and tokens[place - 1] == "," else place
+        if tokens[place] in MODIFIER_BOUNDARIES:
+            return None
+    return None
+
+
+def _slots(
+    first: int,
+    stop: int,
+    reach_before: int,
+    reach_after: int,
+    modifiers: list[_Modifier],
+    tokens: list[str],
+    later: list[Found],
+) -> dict[str, str]:
+    """The nearest modifier of each slot; left and right on the same side of tokens [first, stop) are bilateral."""
     best: dict[str, tuple[int, str]] = {}
-    sides: dict[int, set[str]] = {-1: set(), 0: set(), 1: set()}  # before, inside, after the mention
-    begin = bisect_left(modifiers, (item.first - reach_before,))
-    end = bisect_left(modifiers, (item.stop + reach_after,))
+    sides: dict[int, set[str]] = {-1: set(), 0: set(), 1: set()}  # before, inside, after
+    begin = bisect_left(modifiers, (first - reach_before,))
+    end = bisect_left(modifiers, (stop + reach_after,))
     for place, meanings in modifiers[begin:end]:
         where, gap, between = 0, 0, tokens[:0]
-        if place < item.first:
-            where, gap, between = -1, item.first - place, tokens[place + 1 : item.first]
-        elif place >= item.stop:
-            where, gap, between = 1, place - item.stop + 1, tokens[item.stop : place]
-            if _starts_finding(place, found, number):
-                continue  # said of the finding after it
+        if place < first:
+            where, gap, between = -1, first - place, tokens[place + 1 : first]
+        elif place >= stop:
+            where, gap, between = 1, place - stop + 1, tokens[stop:place]
+            if _belongs_to(place, later, tokens, between):
+                continue
         crossed = MODIFIER_BOUNDARIES.intersection(between)
+        is_emphasis = where == 1 and crossed == {","} and not EMPHASIS_WORDS.isdisjoint(between)
         for slot, value in meanings:
-            if crossed and not (slot == "course" and where == 1 and crossed == {","}):
-                continue  # only the course may follow a comma: "mild edema, improved"
+            if crossed and not is_emphasis and not (slot == "course" and where == 1 and crossed == {","}):
+                continue  # of all slots only the course may follow a bare comma: "mild edema, improved"
             if slot == "side":
                 sides[where].add(value)
             if slot not in best or gap < best[slot][0]:
@@ -64,11 +84,12 @@ def _slots(number: int, modifiers: list[_Modifier], tokens: list[str], found: li
     return slots
 
 
-def _starts_finding(place: int, found: list[Found], number: int) -> bool:
-    """Whether the word at `place` stands right before a finding that comes after item `number`."""
-    for other in found[number + 1 : number + 1 + _REACH]:
+def _belongs_to(place: int, later: list[Found], tokens: list[str], between: list[str]) -> bool:
+    """Whether the word at `place` is said of a finding in `later`: it stands right before it, or after its "with"."""
+    for other in later:
         if other.first - place > 2:
             return False
-        if other.first > place and other.category != "anatomy":
+        is_before = other.first > place and tokens[place + 1] not in EXPLAINING_WORDS
+        if other.category != "anatomy" and (is_before or (other.first < place and "with" in between)):
             return True
     return False
