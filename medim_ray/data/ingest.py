@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,17 +22,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from ray.data import DataContext, Dataset
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 import medim_ray
 from medim_ray.data import shards
 from medim_ray.data.encode import NO_PATIENT, NO_REPORT, Facts, RowEncoder
 from medim_ray.data.images import ImageEncoder
-from medim_ray.data.shards import Manifest, OtherFile, ShardFile, ShardSet
+from medim_ray.data.listing import final_rows, table_hash
+from medim_ray.data.output import occupied, remove, same_set, storage_faults
+from medim_ray.data.progress import progress_bar
+from medim_ray.data.shards import Manifest, OtherFile, ShardFile
 from medim_ray.data.sources import SOURCES
 from medim_ray.data.sources.base import absolute
-from medim_ray.data.splits import SPLITS, SplitConfig, assign, hash_patient
+from medim_ray.data.splits import SPLITS, SplitConfig, hash_patient
+from medim_ray.data.vocabulary import VocabularyConfig, write_vocabulary
 
 SALT_VARIABLE = "MEDIM_RAY_SALT"
 
@@ -92,6 +93,7 @@ class PrepareConfig:
     image: ImageEncoder.Config = field(default_factory=ImageEncoder.Config)
     split: SplitConfig = field(default_factory=SplitConfig)
     shards: ShardConfig = field(default_factory=ShardConfig)
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     quarantine: QuarantineConfig = field(default_factory=QuarantineConfig)
     salt: str = field(
         default="",
@@ -137,111 +139,32 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
         raise ValueError("out is not set: give the folder or URL for the shards as out=…")
     salt = config.salt or os.environ.get(SALT_VARIABLE, "")
     source = SOURCES[config.source.name](config.source)
-    rows = _final_rows(source.plan(), config, salt)
-    config_hash, input_hash = _config_hash(config, salt), _table_hash(rows)
+    rows = final_rows(source.plan(), config.split, salt)
+    config_hash, input_hash = _config_hash(config, salt), table_hash(rows)
     fs, root = fsspec.core.url_to_fs(absolute(config.out))
     root = root.rstrip("/")
-    with _storage_faults(config.out):
-        if _occupied(fs, root):
-            manifest = _same_set(config.out, config_hash, input_hash)
+    with storage_faults(config.out):
+        if occupied(fs, root):
+            manifest = same_set(config.out, config_hash, input_hash)
             return _summary(config, manifest, salt, already_prepared=True)
         existed = fs.exists(root)
     try:
         encoder = RowEncoder(source, ImageEncoder(config.image))
-        with _ray(), _storage_faults(config.out):
+        with _ray(), storage_faults(config.out):
             fs.makedirs(root, exist_ok=True)
             files, facts = _encode(rows, encoder, config.shards, fs, root)
             manifest = _finish(config, rows, files, facts, fs, root, hashes=(config_hash, input_hash))
     except BaseException:  # also Ctrl-C: nothing half-written stays
-        _remove(fs, root, whole=not existed)
+        remove(fs, root, existed=existed)
         raise
     return _summary(config, manifest, salt, already_prepared=False)
 
 
-def _final_rows(plan: pa.Table, config: PrepareConfig, salt: str) -> pa.Table:
-    """The plan with hashed patients, final splits, `row` and `flags`, in the order of the shards: by split, then by a
-    hash of the image id, so that a row group is a random sample of its split (and studies of a patient lie apart)."""
-    image_ids = plan["image_id"].to_pylist()
-    counts = Counter(image_ids)
-    if len(counts) < len(image_ids):
-        twice = [name for name, num in counts.items() if num > 1]
-        shown = ", ".join(f"{name!r} ({counts[name]} rows)" for name in twice[:5])
-        raise ValueError(
-            f"{len(twice)} image ids are not unique: {shown}{', …' if len(twice) > 5 else ''}. "
-            "Remove the duplicates, or name a unique column as source.id_column"
-        )
-    known = plan["patient_id"].to_pylist()
-    patients = [patient or f"image {name}" for patient, name in zip(known, image_ids, strict=True)]
-    splits = assign(patients, plan["split"].to_pylist(), image_ids, config.split)
-    hashed = {patient: hash_patient(patient, salt) for patient in dict.fromkeys(patients)}
-    columns = {
-        "row": pa.array(range(len(image_ids)), type=pa.int64()),
-        "image_id": plan["image_id"],
-        "patient_id": pa.array([hashed[patient] for patient in patients], type=pa.string()),
-        "location": plan["location"],
-        "view": plan["view"],
-        "report": plan["report"],
-        "split": pa.array(splits, type=pa.string()),
-        "labels": plan["labels"],
-        "flags": pa.array([[] if patient else [NO_PATIENT] for patient in known], type=pa.list_(pa.string())),
-    }
-    keys = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in image_ids]
-    order = sorted(range(len(image_ids)), key=lambda i: (SPLITS.index(splits[i]), keys[i]))
-    return pa.table(columns).take(pa.array(order, type=pa.int64())).combine_chunks()
-
-
 def _config_hash(config: PrepareConfig, salt: str) -> str:
     """Over the options that shape the rows; the salt enters through what it makes of a fixed word."""
-    tree = {key: asdict(getattr(config, key)) for key in ("source", "image", "split", "shards")}
+    tree = {key: asdict(getattr(config, key)) for key in ("source", "image", "split", "shards", "vocabulary")}
     tree["format"] = {"schema": shards.SCHEMA_VERSION, "salt": hash_patient("medim-ray", salt)}
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def _table_hash(table: pa.Table) -> str:
-    sink = shards.HashingFile(shards.Nowhere())
-    with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), table.schema) as writer:
-        writer.write_table(table)
-    return sink.hexdigest()[:16]
-
-
-def _occupied(fs: fsspec.AbstractFileSystem, root: str) -> bool:
-    fs.invalidate_cache()
-    try:
-        return any(name.rstrip("/") != root for name in fs.ls(root, detail=False))
-    except (FileNotFoundError, NotADirectoryError):  # the second is told when the folder is made
-        return False
-
-
-def _same_set(out: str, config_hash: str, input_hash: str) -> Manifest:
-    """The manifest of a finished set that the same options and rows made; ValueError for anything else at `out`."""
-    fix = f"choose another out=, or remove {out}"
-    fs, root = fsspec.core.url_to_fs(absolute(out))
-    if not fs.exists(f"{root.rstrip('/')}/{shards.MANIFEST}"):
-        raise ValueError(f"out={out} is not empty and holds no finished shard set (an interrupted `prepare`?): {fix}")
-    manifest = ShardSet.open(absolute(out)).manifest
-    if manifest.config_hash != config_hash:
-        raise ValueError(f"out={out} holds shards that were prepared with other options: {fix}")
-    if manifest.input_hash != input_hash:
-        raise ValueError(f"out={out} holds shards of the same options, but the rows of the source have changed: {fix}")
-    return manifest
-
-
-@contextlib.contextmanager
-def _storage_faults(out: str) -> Iterator[None]:
-    """A RuntimeError in plain words for an OSError, whether it was raised here or in a Ray task."""
-    try:
-        yield
-    except OSError as error:
-        cause = getattr(error, "cause", error)  # where Ray wrapped it
-        raise RuntimeError(f"out={out} can't be used: {cause.strerror or cause}; nothing was left there") from None
-
-
-def _remove(fs: fsspec.AbstractFileSystem, root: str, *, whole: bool) -> None:
-    """Removes what this job wrote (`out` was empty before it began)."""
-    names = (*SPLITS, shards.TOKENIZER, shards.QUARANTINE, shards.MANIFEST)
-    for path in [root] if whole else [f"{root}/{name}" for name in names]:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            fs.rm(path, recursive=True)
 
 
 @contextlib.contextmanager
@@ -266,7 +189,11 @@ def _encode(
     context.execution_options.preserve_order = True  # a file is a run of consecutive row groups
     context.enable_progress_bars = False  # they count blocks; ours counts images
     context.raise_original_map_exception = True  # so that a full disk is an OSError here too
-    with DataContext.current(context), _quiet("ray.data"), _progress_bar(counter, rows.num_rows):
+    with (
+        DataContext.current(context),
+        _quiet("ray.data"),
+        progress_bar("prepare", rows.num_rows, partial(_done, counter)),
+    ):
         dataset = _dataset(rows, config).map_batches(
             partial(_encode_groups, encoder=encoder, counter=counter), batch_size=None, batch_format="pyarrow"
         )
@@ -352,6 +279,13 @@ def _from_ipc(data: Any) -> pa.Table:
     return pa.ipc.open_stream(data).read_all()
 
 
+def _done(counter: Any) -> int | None:
+    with contextlib.suppress(ray.exceptions.RayError):
+        num: int = ray.get(counter.done.remote(), timeout=5)
+        return num
+    return None
+
+
 @contextlib.contextmanager
 def _quiet(logger: str) -> Iterator[None]:
     """Errors only: they are raised as well, and the rest (plans, paths of log files) is no news for a user."""
@@ -376,34 +310,6 @@ class _Counter:
         return self._done
 
 
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.finished_speed or task.speed or 0.0:.1f} images/s")
-
-
-@contextlib.contextmanager
-def _progress_bar(counter: Any, total: int) -> Iterator[None]:
-    """Images done, rate and time left, on a terminal; polled by a thread while Ray works."""
-    columns = (TextColumn("prepare"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("prepare", total=total)
-        stop = threading.Event()
-
-        def poll() -> None:
-            while not stop.wait(0.5):
-                with contextlib.suppress(ray.exceptions.RayError):
-                    progress.update(task, completed=ray.get(counter.done.remote(), timeout=5))
-
-        thread = threading.Thread(target=poll, daemon=True)
-        thread.start()
-        try:
-            yield
-            progress.update(task, completed=total)
-        finally:
-            stop.set()
-            thread.join()
-
-
 def _finish(
     config: PrepareConfig,
     rows: pa.Table,
@@ -423,7 +329,7 @@ def _finish(
             f"quarantine.max_ratio={config.quarantine.max_ratio} allows. The first is "
             f"image {facts.quarantined[0][1]!r}. Check the paths of the source, or allow more"
         )
-    others = [_write_quarantine(facts, fs, root)]
+    others = [_write_quarantine(facts, fs, root), *write_vocabulary(files, config.vocabulary, fs, root)]
     gone = {image_id for _, image_id, _, _ in facts.quarantined}
     columns = (rows[name].to_pylist() for name in ("split", "patient_id", "image_id"))
     kept = {(split, patient) for split, patient, image_id in zip(*columns, strict=True) if image_id not in gone}
@@ -465,6 +371,10 @@ def _summary(config: PrepareConfig, manifest: Manifest, salt: str, *, already_pr
         notices.append(f"{num} rows have no patient id: each counts as a patient of its own")
     if num := manifest.flags.get(NO_REPORT):
         notices.append(f"{num} rows have no report; they are kept, flagged {NO_REPORT!r}")
+    if not any(file.path.startswith(f"{shards.TOKENIZER}/") for file in manifest.other_files):
+        notices.append(
+            "the training reports share too few words for a vocabulary: text.name=bert can't use these shards"
+        )
     return PrepareSummary(
         out=config.out,
         rows_in=manifest.rows_in,

@@ -33,6 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = rng.integers(0, 256, (48, 64), dtype=np.uint8)
         Image.fromarray(pixels).save(root / f"{k}.png")
         report = "" if k == 7 else f"Heart size {k} is normal. No effusion."
+        report += " Seen by Zebrowski." if 20 <= k < 28 else ""  # a name in the reports of four patients
         view, fold = "PA" if k % 3 else "AP", "train" if k < 50 else "test"
         lines.append(f"image {k},patient{k // 2},{k}.png,{view},F,{k},{report},{fold}")
     (root / "10.png").write_text("not an image")
@@ -102,6 +103,13 @@ def test_rows_hold_what_went_in(corpus: Path, prepared: Path) -> None:
 
 def shard_set_columns() -> tuple[str, ...]:
     return ("image_id", "patient_id", "split", "image", "height", "width", "sentences", "labels")
+
+
+def test_the_vocabulary_knows_words_of_five_patients_and_no_name(prepared: Path) -> None:
+    vocabulary = (prepared / "tokenizer/vocab.txt").read_text().split()
+    assert {"heart", "normal", "effusion", "."} <= set(vocabulary)
+    assert not [piece for piece in vocabulary if "zeb" in piece or "rowski" in piece]
+    assert {f.path for f in ShardSet.open(str(prepared)).manifest.other_files} >= {"tokenizer/tokenizer.json"}
 
 
 def test_files_and_row_groups_are_cut_as_told(prepared: Path) -> None:
