@@ -1,0 +1,140 @@
+"""Masked image modelling without reports: MAE (He et al. 2022) and SimMIM (Xie et al. 2022), the controls of MedIM.
+
+Both losses are means over samples of a mean over the sample's own hidden patches, so that one worker and two with the
+same global batch have equal losses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medim_ray.models.decoder import MaeDecoder
+from medim_ray.models.vit import ImageEncoder, MaskToken
+from medim_ray.objectives.base import OBJECTIVES, ParameterGroup, Parts, default_groups
+from medim_ray.objectives.pixels import hidden_mean, mask_logs, patchify, unit_patches, whole_images
+from medim_ray.types import Batch, StepOutput
+
+
+@OBJECTIVES.register("mae")
+class Mae(nn.Module):
+    """The encoder sees visible patches only; a light decoder predicts the hidden ones' pixels, normalised by patch.
+
+    Raises ValueError for a masking that is not on the input, has several masks an image or hides unequal numbers.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        name: str = "mae"
+        decoder_width: int = field(default=128, metadata={"help": "width of the decoder (He 2022 for ViT-B: 512)"})
+        decoder_depth: int = field(default=2, metadata={"help": "blocks of the decoder (He 2022: 8)"})
+        decoder_heads: int = field(default=4, metadata={"help": "attention heads of the decoder (He 2022: 16)"})
+
+        def __post_init__(self) -> None:
+            for key in ("decoder_width", "decoder_depth", "decoder_heads"):
+                if getattr(self, key) < 1:
+                    raise ValueError(f"objective.{key}={getattr(self, key)}: must be at least 1")
+
+    needs_text = False
+
+    def __init__(self, config: Config, parts: Parts) -> None:
+        super().__init__()
+        check_parts(config.name, parts)
+        self.encoder = encoder = parts.encoder
+        self._masking = parts.masking
+        self.decoder = MaeDecoder(
+            encoder.width,
+            encoder.grid,
+            encoder.patch_size,
+            config.decoder_width,
+            config.decoder_depth,
+            config.decoder_heads,
+        )
+
+    def forward(self, batch: Batch) -> StepOutput:
+        images_BCHW, masks = whole_images(batch), self._masking.resolve(batch.columns, None)
+        hidden_BN = masks.hidden_SBN[0]
+        visible_BK = visible_patches(hidden_BN)
+        features = self.encoder(images_BCHW, visible_BK=visible_BK)
+        predicted_BNP = self.decoder(features.global_BD, features.patches_BND, visible_BK).float()
+        target_BNP = unit_patches(target_patches(self.encoder, images_BCHW))
+        loss = hidden_mean((predicted_BNP - target_BNP).square().mean(dim=-1), hidden_BN)
+        return StepOutput(loss=loss, logs=mask_logs(masks, self._masking.names))
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return default_groups(self)
+
+    def after_step(self, step: int) -> None:
+        """Nothing to do."""
+
+
+@OBJECTIVES.register("simmim")
+class SimMim(nn.Module):
+    """Hidden patches enter the encoder as a mask token; a linear head predicts their pixels; L1."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        name: str = "simmim"
+
+    needs_text = False
+
+    def __init__(self, config: Config, parts: Parts) -> None:
+        super().__init__()
+        check_parts(config.name, parts)
+        self.encoder = parts.encoder
+        self._masking = parts.masking
+        self.mask_token = MaskToken(parts.encoder.width)
+        self.head = nn.Linear(parts.encoder.width, parts.encoder.patch_size**2)
+
+    def forward(self, batch: Batch) -> StepOutput:
+        images_BCHW, masks = whole_images(batch), self._masking.resolve(batch.columns, None)
+        hidden_BN = masks.hidden_SBN[0]
+        features = self.encoder(images_BCHW, hidden_BN=hidden_BN, mask_token_D=self.mask_token())
+        predicted_BNP = self.head(features.patches_BND).float()
+        error_BN = F.l1_loss(predicted_BNP, target_patches(self.encoder, images_BCHW), reduction="none").mean(dim=-1)
+        return StepOutput(loss=hidden_mean(error_BN, hidden_BN), logs=mask_logs(masks, self._masking.names))
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return default_groups(self)
+
+    def after_step(self, step: int) -> None:
+        """Nothing to do."""
+
+
+def visible_patches(hidden_BN: Tensor) -> Tensor:
+    """Indices [B, K] of the patches that are not hidden, in order; ValueError where their number varies."""
+    counts_B = hidden_BN.sum(dim=1)
+    least, most = torch.aminmax(counts_B)
+    if least != most:
+        raise ValueError(
+            f"masking hides {int(least)} to {int(most)} patches a sample: skipping hidden patches needs equal numbers; "
+            "use masking.name=uniform, or a strategy with masking.on=input"
+        )
+    return (~hidden_BN).nonzero()[:, 1].view(len(hidden_BN), -1)
+
+
+def target_patches(encoder: ImageEncoder, images_BCHW: Tensor) -> Tensor:
+    """Pixels as the encoder normalises them, patch by patch: [B, N, patch_size ** 2]."""
+    return patchify((images_BCHW.float() - encoder.config.mean) / encoder.config.std, encoder.patch_size)
+
+
+def check_parts(name: str, parts: Parts) -> None:
+    """ValueError unless the encoder has tokens and the masking gives one mask an image, on the input, from no text."""
+    masking = parts.masking
+    if masking.on != "input":
+        raise ValueError(f"masking.on={masking.on}: objective.name={name} masks its input; use masking.on=input")
+    if len(masking.names) != 1:
+        raise ValueError(
+            f"masking.name gives {len(masking.names)} masks an image ({', '.join(masking.names)}): "
+            f"objective.name={name} takes one; use e.g. masking.name=uniform"
+        )
+    if masking.needs_attention:
+        raise ValueError(
+            f"masking.name={masking.names[0]} needs the attention of a text encoder, and objective.name={name} has "
+            "none; use masking.name=uniform, or objective.name=medim"
+        )
+    if not parts.encoder.takes_tokens:
+        raise ValueError(f"objective.name={name} hides tokens, which a ResNet has not; use a ViT as encoder.name")
