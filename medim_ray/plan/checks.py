@@ -1,0 +1,44 @@
+"""What a recipe asks of a cluster that can't be had: a ValueError with the field and the fix, before any planning."""
+
+from __future__ import annotations
+
+from medim_ray.config.schema import TrainConfig
+from medim_ray.plan.clusters import Cluster
+from medim_ray.plan.memory import STAGES, fits, largest_micro_batch
+from medim_ray.plan.workload import Workload
+
+
+def check_workers(train: TrainConfig, cluster: Cluster) -> None:
+    """One worker a GPU: there must be enough of them."""
+    if train.num_workers > cluster.num_gpus:
+        c = cluster.config
+        raise ValueError(
+            f"train.num_workers={train.num_workers} is more than the {cluster.num_gpus} GPUs of the cluster "
+            f"({c.num_nodes} nodes of {c.gpus_per_node}): use train.num_workers={cluster.num_gpus} or less, or "
+            f"cluster.num_nodes={cluster.num_nodes_of(train.num_workers)}"
+        )
+
+
+def check_batch(train: TrainConfig, cluster: Cluster, work: Workload) -> None:
+    """The micro-batch must fit in memory at one ZeRO stage at least, if need be with activation checkpointing."""
+    micro, workers = train.local_micro_batch, train.num_workers
+    for stage in STAGES:
+        for checkpointed in (False, True):
+            if fits(cluster, work, stage=stage, num_gpus=workers, micro_batch=micro, checkpointed=checkpointed):
+                return
+    best = {
+        stage: largest_micro_batch(cluster, work, stage=stage, num_gpus=workers, checkpointed=False) for stage in STAGES
+    }
+    share = train.global_batch // workers
+    stage = max(STAGES, key=lambda s: best[s])
+    divisors = [d for d in range(1, share + 1) if share % d == 0 and d <= best[stage]]
+    gigabytes = cluster.memory_bytes / 1e9
+    if not divisors:
+        raise ValueError(
+            f"train.micro_batch={micro}: not even one image fits in {gigabytes:.0f} GB of {cluster.gpu.name} at any "
+            "ZeRO stage: use a larger cluster.gpu, more train.num_workers with train.zero=3, or a smaller encoder.name"
+        )
+    raise ValueError(
+        f"train.micro_batch={micro}: fits in {gigabytes:.0f} GB of {cluster.gpu.name} at no ZeRO stage; "
+        f"use train.micro_batch={divisors[-1]} with train.zero={stage} (accumulation keeps the global batch)"
+    )

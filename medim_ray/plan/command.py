@@ -1,0 +1,125 @@
+"""`medim-ray plan`: a recipe and a cluster in, a table, JSON or a page out. The arithmetic is in planner.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from medim_ray.config.loader import load
+from medim_ray.config.schema import RunConfig
+from medim_ray.plan import compare as layouts
+from medim_ray.plan import facts, page, tables
+from medim_ray.plan.clusters import load_cluster
+from medim_ray.plan.compare import Comparison
+from medim_ray.plan.facts import Check
+from medim_ray.plan.planner import Plan, curve, make_plan
+
+
+def run_plan(
+    recipe_file: str | Path | None,
+    overrides: Sequence[str],
+    *,
+    as_json: bool = False,
+    compare: bool = False,
+    html: str | Path | None = None,
+) -> int:
+    """Plans and prints; exit code 0. ValueError with field and fix for bad input.
+
+    overrides: `cluster=FILE` (required), `cluster.key=value`, and dotted options of the recipe. With as_json, stdout
+    holds one JSON object and nothing else.
+    """
+    cluster_file, cluster_overrides, recipe_overrides = split_overrides(overrides)
+    config = load(RunConfig, recipe_file, recipe_overrides)
+    cluster = load_cluster(cluster_file, cluster_overrides)
+    plan = make_plan(config, cluster)
+    fact = facts.fact_of(recipe_file, cluster_file) if recipe_file is not None else None
+    check = facts.check(fact, config, cluster) if fact is not None and not overrides_of_run(overrides) else None
+    comparison = layouts.compare(config, cluster) if compare else None
+    if html is not None:
+        page.write_page(plan, html, check, comparison)
+    if as_json:
+        print(json.dumps(as_tree(plan, check, comparison), indent=2))
+        return 0
+    console = Console()
+    for renderable in tables.render(plan, check, comparison):
+        console.print(renderable)
+    if html is not None:
+        console.print(f"page: {html}")
+    return 0
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[str, list[str], list[str]]:
+    """The cluster file, the cluster's overrides (without `cluster.`) and the recipe's."""
+    files = [text.partition("=")[2] for text in overrides if text.startswith("cluster=")]
+    if len(files) != 1 or not files[0]:
+        raise ValueError(
+            "cluster is missing: give cluster=FILE once, such as cluster=configs/clusters/rad_dino_public.yaml"
+        )
+    own = [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")]
+    return files[0], own, [text for text in overrides if not text.startswith(("cluster=", "cluster."))]
+
+
+def overrides_of_run(overrides: Sequence[str]) -> bool:
+    """Whether anything but the cluster file was given: then the run is no longer the fact's."""
+    return any(not text.startswith("cluster=") for text in overrides)
+
+
+def as_tree(plan: Plan, check: Check | None, comparison: Comparison | None) -> dict[str, Any]:
+    """The plan as plain JSON values. Bytes, seconds, hours; memory is of one GPU at the recipe's micro-batch."""
+    g, step, setting = plan.goodput, plan.step, plan.setting
+    stages = sorted({stage for stage, _ in plan.memory})
+    tree: dict[str, Any] = {
+        "hours": plan.hours,
+        "days": plan.hours / 24.0,
+        "cost": plan.bill.cost,
+        "currency": "USD",
+        "gpu_hours": plan.bill.gpu_hours,
+        "energy_kwh": plan.bill.energy_kwh,
+        "co2_kg": plan.bill.co2_kg,
+        "bottleneck": plan.bottleneck.words,
+        "bottleneck_kind": plan.bottleneck.kind,
+        "lift": plan.bottleneck.lift,
+        "fits": plan.fits,
+        "warnings": list(plan.warnings),
+        "memory_limit_bytes": plan.cluster.memory_bytes,
+        "memory_bytes": {str(s): plan.memory[s, False].total for s in stages},
+        "memory_bytes_checkpointed": {str(s): plan.memory[s, True].total for s in stages},
+        "memory_parts": {str(s): dataclasses.asdict(plan.memory[s, False]) for s in stages},
+        "largest_micro_batch": {str(s): plan.largest[s, False] for s in stages},
+        "largest_micro_batch_checkpointed": {str(s): plan.largest[s, True] for s in stages},
+        "step_s": step.total,
+        "step_parts": dataclasses.asdict(step),
+        "images_per_s": plan.images_per_s,
+        "flops_per_image": plan.work.flops(setting.checkpointed),
+        "utilisation": plan.cluster.utilisation,
+        "mfu": plan.mfu,
+        "setting": dataclasses.asdict(setting),
+        "num_parameters": {"trained": plan.work.num_trained, "frozen": plan.work.num_frozen},
+        "decode_cores": plan.decode_cores,
+        "storage_bytes_per_s": plan.storage_bytes_per_s,
+        "goodput": {
+            "mtbf_hours": g.faults.mtbf_s / 3600.0,
+            "save_s": g.faults.save_s,
+            "restart_s": g.faults.restart_s,
+            "interval_young_s": g.young_s,
+            "interval_daly_s": g.daly_s,
+            "interval_recipe_s": g.recipe_interval_s,
+            "formula": g.formula,
+            "simulated": g.simulated,
+            "simulated_at_recipe_interval": g.recipe_simulated,
+            "hours": plan.hours / g.simulated,
+            "cost": plan.bill.cost / g.simulated,
+        },
+        "curve": [dataclasses.asdict(point) for point in curve(plan)],
+        "sources": [dataclasses.asdict(source) for source in plan.cluster.sources],
+    }
+    if check is not None:
+        tree["fact"] = {**dataclasses.asdict(check), "ratio": check.ratio, "sentences": check.sentences()}
+    if comparison is not None:
+        tree["comparison"] = dataclasses.asdict(comparison)
+    return tree

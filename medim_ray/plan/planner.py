@@ -1,0 +1,265 @@
+"""The plan of one run on one cluster: all that is printed, drawn or written is a field of `Plan`. No output here."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from medim_ray.config.schema import RunConfig, TrainConfig
+from medim_ray.plan import goodput as gp
+from medim_ray.plan.bill import Bill, bill
+from medim_ray.plan.checks import check_batch, check_workers
+from medim_ray.plan.clusters import Cluster
+from medim_ray.plan.memory import STAGES, Memory, fits, largest_micro_batch, memory_on
+from medim_ray.plan.step_time import Setting, StepTime, decode_core_s, step_time, stored_bytes
+from medim_ray.plan.workload import Workload, workload
+
+_SEEDS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck:
+    """What bounds the step: its kind, a sentence, and what would lift it."""
+
+    kind: str
+    words: str
+    lift: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goodput:
+    """Failures: seconds, and productive time over wall time by Daly's formula and by simulation (mean of the runs)."""
+
+    faults: gp.Faults
+    young_s: float
+    daly_s: float
+    recipe_interval_s: float
+    formula: float
+    simulated: float
+    recipe_simulated: float
+    outcome: gp.Outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """memory, largest: by (stage, checkpointed). hours: wall time of train.steps without failures."""
+
+    config: RunConfig
+    cluster: Cluster
+    work: Workload
+    setting: Setting
+    step: StepTime
+    hours: float
+    bill: Bill
+    memory: dict[tuple[int, bool], Memory]
+    largest: dict[tuple[int, bool], int]
+    bottleneck: Bottleneck
+    goodput: Goodput
+    warnings: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the recipe's stage and micro-batch fit without checkpointing."""
+        return self.memory[self.setting.stage, False].total <= self.cluster.memory_bytes
+
+    @property
+    def images_per_s(self) -> float:
+        return self.setting.global_batch / self.step.total
+
+    @property
+    def mfu(self) -> float:
+        """Operations of the model over what the devices could do in the whole step."""
+        return self.step.flops / self.step.total / self.cluster.peak_flops(self.setting.precision)
+
+    @property
+    def decode_cores(self) -> float:
+        """Cores that keep up with the devices."""
+        return decode_core_s(self.work) * self.setting.global_batch / self.step.train
+
+    @property
+    def storage_bytes_per_s(self) -> float:
+        """Reads that keep up with the devices."""
+        return stored_bytes(self.work) * self.setting.global_batch / self.step.train
+
+
+def make_plan(config: RunConfig, cluster: Cluster) -> Plan:
+    """The plan; ValueError with field and fix where the run can't be had on this cluster."""
+    check_workers(config.train, cluster)
+    work = workload(config, cluster.code)
+    check_batch(config.train, cluster, work)
+    setting, warnings = _setting(config.train, cluster, work)
+    step = step_time(cluster, work, setting)
+    hours = config.train.steps * step.total / 3600.0
+    gpus, micro = setting.num_gpus, setting.micro_batch
+    both = [(stage, checkpointed) for stage in STAGES for checkpointed in (False, True)]
+    return Plan(
+        config=config,
+        cluster=cluster,
+        work=work,
+        setting=setting,
+        step=step,
+        hours=hours,
+        bill=bill(cluster, gpus, hours),
+        memory={
+            (s, c): memory_on(cluster, work, stage=s, num_gpus=gpus, micro_batch=micro, checkpointed=c) for s, c in both
+        },
+        largest={(s, c): largest_micro_batch(cluster, work, stage=s, num_gpus=gpus, checkpointed=c) for s, c in both},
+        bottleneck=find_bottleneck(cluster, setting, step),
+        goodput=_goodput(config.train, cluster, work, setting, step),
+        warnings=tuple(warnings),
+    )
+
+
+def _setting(train: TrainConfig, cluster: Cluster, work: Workload) -> tuple[Setting, list[str]]:
+    """The recipe's layout. Where it does not fit as it stands, checkpointing is planned and that is said."""
+    layout = {"stage": train.zero, "num_gpus": train.num_workers, "micro_batch": train.local_micro_batch}
+    checkpointed, warnings = False, []
+    if not fits(cluster, work, checkpointed=False, **layout):
+        checkpointed = fits(cluster, work, checkpointed=True, **layout)
+        best = largest_micro_batch(cluster, work, stage=train.zero, num_gpus=train.num_workers, checkpointed=False)
+        others = [s for s in STAGES if fits(cluster, work, checkpointed=False, **{**layout, "stage": s})]
+        warnings.append(
+            f"train.micro_batch={train.local_micro_batch} does not fit at train.zero={train.zero}: "
+            + (f"train.zero={others[0]} holds it; " if others else "")
+            + f"at train.zero={train.zero} at most train.micro_batch={best}"
+            + ("; hours are those with activation checkpointing" if checkpointed else "")
+        )
+    setting = Setting(accumulation=train.accumulation, checkpointed=checkpointed, precision=train.precision, **layout)
+    return setting, warnings
+
+
+def find_bottleneck(cluster: Cluster, setting: Setting, step: StepTime) -> Bottleneck:
+    """The first thing that bounds the step, in words."""
+    device = "CPU cores" if cluster.gpu.is_cpu else "GPUs"
+    if step.decode > step.train and step.decode >= step.storage:
+        need = cluster.config.cores_per_node * step.decode / step.train
+        return Bottleneck(
+            kind="decode",
+            words=f"decoding: the {device} wait for images {_share(step.train, step.decode)} of the time",
+            lift=f"about {need:.0f} cores a node instead of {cluster.config.cores_per_node}, "
+            "decoding on CPU-only nodes, or smaller stored images",
+        )
+    if step.storage > step.train:
+        return Bottleneck(
+            kind="storage",
+            words=f"storage: the {device} wait for reads {_share(step.train, step.storage)} of the time",
+            lift=f"{cluster.storage * step.storage / step.train / 1e9:.1f} GB/s of reads "
+            f"(now {cluster.storage / 1e9:.1f}), or the shards on local disks",
+        )
+    parts = {"compute": step.compute, "memory bandwidth": step.traffic + step.optimizer, "communication": step.exposed}
+    kind = max(parts, key=lambda name: parts[name])
+    percent = f"{100 * parts[kind] / step.train:.0f} % of a step"
+    if kind == "compute":
+        lift = f"more {device} (up to train.global_batch={setting.global_batch}), a faster kind"
+        if setting.precision == "fp32" and not cluster.gpu.is_cpu:
+            lift += ", train.precision=bf16"
+        return Bottleneck(kind=kind, words=f"compute: matrix products take {percent}", lift=lift)
+    if kind == "communication":
+        link = "between nodes" if cluster.num_nodes_of(setting.num_gpus) > 1 else "in the node"
+        return Bottleneck(
+            kind=kind,
+            words=f"communication: ZeRO {setting.stage} over the link {link} takes {percent}",
+            lift=f"a faster link {link}, a lower train.zero, a larger train.micro_batch with fewer workers",
+        )
+    return Bottleneck(
+        kind=kind,
+        words=f"memory bandwidth: norms, sums and the optimizer take {percent}",
+        lift="train.precision=bf16, a larger train.micro_batch, a kind with more bandwidth",
+    )
+
+
+def _share(train: float, total: float) -> str:
+    return f"{100 * (1 - train / total):.0f} %"
+
+
+def _goodput(train: TrainConfig, cluster: Cluster, work: Workload, setting: Setting, step: StepTime) -> Goodput:
+    faults = gp.faults_of(cluster, work, setting.num_gpus)
+    seconds = train.steps * step.total
+    daly = min(gp.daly_s(faults.mtbf_s, faults.save_s), seconds)
+    interval = max(daly, step.total)
+    own = train.checkpoint_every * step.total
+    outcomes = [gp.simulate(faults, seconds, interval, seed) for seed in range(_SEEDS)]
+    at_own = [gp.simulate(faults, seconds, own, seed).goodput for seed in range(_SEEDS)]
+    return Goodput(
+        faults=faults,
+        young_s=gp.young_s(faults.mtbf_s, faults.save_s),
+        daly_s=daly,
+        recipe_interval_s=own,
+        formula=gp.daly_goodput(interval, faults.mtbf_s, faults.save_s, faults.restart_s),
+        simulated=sum(o.goodput for o in outcomes) / _SEEDS,
+        recipe_simulated=sum(at_own) / _SEEDS,
+        outcome=outcomes[0],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One number of GPUs on a curve. strong: the recipe's global batch; weak: the recipe's images a GPU, so that the
+    global batch grows, the number of images stays, and nothing is said about accuracy."""
+
+    num_gpus: int
+    scaling: str
+    global_batch: int
+    hours: float
+    cost: float
+    goodput: float
+    bottleneck: str
+
+
+def curve(plan: Plan, most: int = 10_000) -> list[Point]:
+    """Hours, cost and goodput against the number of GPUs, up to `most`, with as many nodes as needed."""
+    sizes = {most, plan.setting.num_gpus, *(1 << k for k in range(most.bit_length()) if 1 << k <= most)}
+    points = []
+    for num in sorted(sizes):
+        strong = _strong(plan, num)
+        if strong is not None:
+            points.append(_point(plan, strong, "strong", plan.config.train.steps))
+        images = plan.config.train.steps * plan.setting.global_batch
+        weak = dataclasses.replace(plan.setting, num_gpus=num)
+        points.append(_point(plan, weak, "weak", images / weak.global_batch))
+    return points
+
+
+def _strong(plan: Plan, num_gpus: int) -> Setting | None:
+    """The recipe's global batch on another number of GPUs, None where it does not divide or fit."""
+    total = plan.setting.global_batch
+    if total % num_gpus:
+        return None
+    share = total // num_gpus
+    stage = plan.setting.stage
+    room = largest_micro_batch(
+        plan.cluster, plan.work, stage=stage, num_gpus=num_gpus, checkpointed=plan.setting.checkpointed
+    )
+    micro = max((d for d in range(1, min(share, room) + 1) if share % d == 0), default=0)
+    if not micro:
+        return None
+    return dataclasses.replace(plan.setting, num_gpus=num_gpus, micro_batch=micro, accumulation=share // micro)
+
+
+def _point(plan: Plan, setting: Setting, scaling: str, steps: float) -> Point:
+    step = step_time(plan.cluster, plan.work, setting)
+    hours = steps * step.total / 3600.0
+    faults = gp.faults_of(plan.cluster, plan.work, setting.num_gpus)
+    interval = min(max(gp.daly_s(faults.mtbf_s, faults.save_s), step.total), hours * 3600.0)
+    return Point(
+        num_gpus=setting.num_gpus,
+        scaling=scaling,
+        global_batch=setting.global_batch,
+        hours=hours,
+        cost=bill(plan.cluster, setting.num_gpus, hours).cost,
+        goodput=gp.daly_goodput(interval, faults.mtbf_s, faults.save_s, faults.restart_s),
+        bottleneck=find_bottleneck(plan.cluster, setting, step).kind,
+    )
+
+
+def interval_curve(plan: Plan, num: int = 15) -> list[tuple[float, float, float]]:
+    """(interval in seconds, goodput by Daly's formula, simulated) around the best interval."""
+    g = plan.goodput
+    seconds = plan.hours * 3600.0
+    points = []
+    for k in range(num):
+        interval = min(max(g.daly_s * 10 ** (-1.5 + 3.0 * k / (num - 1)), plan.step.total), seconds)
+        formula = gp.daly_goodput(interval, g.faults.mtbf_s, g.faults.save_s, g.faults.restart_s)
+        runs = [gp.simulate(g.faults, seconds, interval, seed).goodput for seed in range(3)]
+        points.append((interval, formula, sum(runs) / len(runs)))
+    return points

@@ -1,0 +1,141 @@
+"""Seconds of one optimizer step: compute, memory traffic, ZeRO's communication, decoding and storage.
+
+Compute is operations over peak times one stated utilisation. Volumes per stage are those of the ZeRO paper, section 7;
+collectives are rings, whose time is latency times hops plus volume over the slowest link. What hides behind the
+backward pass is an option of the code that runs (constants.yaml, `codes`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from medim_ray.plan.clusters import Cluster
+from medim_ray.plan.constants import assumption
+from medim_ray.plan.memory import REDUCE_BUCKET
+from medim_ray.plan.workload import Workload
+
+# Bytes that AdamW, the gradient norm and clipping read and write for each parameter they own, in float32.
+_OPTIMIZER_BYTES = 40.0
+_TEACHER_BYTES = 12.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a run is laid out: workers (one a GPU), ZeRO stage, images a forward, forwards a step, recomputation."""
+
+    num_gpus: int
+    stage: int
+    micro_batch: int
+    accumulation: int
+    checkpointed: bool
+    precision: str
+
+    @property
+    def global_batch(self) -> int:
+        return self.num_gpus * self.micro_batch * self.accumulation
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of a step. communication: all of it; exposed: the part that nothing hides. decode and storage run beside
+    the step and matter where they are longer than `train`. flops: of one device in one step."""
+
+    compute: float
+    traffic: float
+    optimizer: float
+    communication: float
+    exposed: float
+    decode: float
+    storage: float
+    flops: float
+
+    @property
+    def train(self) -> float:
+        return self.compute + self.traffic + self.optimizer + self.exposed
+
+    @property
+    def total(self) -> float:
+        return max(self.train, self.decode, self.storage)
+
+
+def step_time(cluster: Cluster, work: Workload, setting: Setting, utilisation: float | None = None) -> StepTime:
+    """The step of this setting; `utilisation` in place of the cluster's own constant."""
+    rate = cluster.peak_flops(setting.precision) * (cluster.utilisation if utilisation is None else utilisation)
+    images = setting.micro_batch * setting.accumulation
+    flops = images * work.flops(setting.checkpointed)
+    backward = images * (work.flops(setting.checkpointed) - work.forward_flops) / rate
+    communication = _communication(cluster, work, setting)
+    hidden = min(cluster.code.overlap[setting.stage] * communication, backward)
+    own = work.num_trained / (setting.num_gpus if setting.stage else 1)
+    kept = work.num_frozen / (setting.num_gpus if setting.stage == 3 else 1)
+    return StepTime(
+        compute=flops / rate,
+        traffic=images * work.moved_bytes / cluster.gpu.memory_bandwidth,
+        optimizer=(_OPTIMIZER_BYTES * own + _TEACHER_BYTES * kept) / cluster.gpu.memory_bandwidth,
+        communication=communication,
+        exposed=communication - hidden,
+        decode=setting.global_batch * decode_core_s(work) / _decode_cores(cluster, setting.num_gpus),
+        storage=setting.global_batch * stored_bytes(work) / cluster.storage,
+        flops=flops,
+    )
+
+
+def decode_core_s(work: Workload) -> float:
+    """Seconds of one core to decode and crop one image in a Ray Data actor."""
+    decode = work.stored_pixels / 1e6 * assumption("decode_s_per_megapixel")
+    crop = work.cut_pixels / 1e6 * assumption("crop_s_per_megapixel")
+    return (decode + crop) * assumption("stream_overhead_ratio")
+
+
+def stored_bytes(work: Workload) -> float:
+    """Bytes of one image in the shards."""
+    return work.stored_pixels * assumption("bytes_per_stored_pixel")
+
+
+def _decode_cores(cluster: Cluster, num_gpus: int) -> float:
+    """Cores that decode, over all nodes in use. A worker takes one core; workers on CPU cores leave at least half a
+    core a node, since the system shares what it has."""
+    nodes = cluster.num_nodes_of(num_gpus)
+    per_node = -(-num_gpus // nodes)
+    return nodes * max(cluster.config.cores_per_node - per_node, 0.5)
+
+
+def _communication(cluster: Cluster, work: Workload, setting: Setting) -> float:
+    """Seconds of all collectives of one step."""
+    if setting.num_gpus == 1:
+        return 0.0
+    size = float(work.element_bytes)
+    gradients = work.num_trained * size
+    parameters = work.num_trained * size
+    teacher = 4.0 * work.num_frozen
+    buckets = max(1, -(-work.num_trained // REDUCE_BUCKET))
+    forwards = setting.accumulation
+    # In units of one reduce-scatter or all-gather over the ring: an all-reduce is both.
+    if setting.stage == 0:
+        volume, rings = 2.0 * gradients, 2 * buckets
+    elif setting.stage == 1:
+        volume, rings = gradients + parameters, 2 * buckets
+    elif setting.stage == 2:
+        volume, rings = forwards * gradients + parameters, (forwards + 1) * buckets
+    else:
+        # Parameters are gathered for the forward and the backward pass, the teacher's for its forward; the depth of
+        # the gathers is that of prefetch buckets of 5e7 elements.
+        volume = forwards * (2.0 * parameters + teacher + gradients)
+        rings = forwards * (3 * max(1, -(-work.num_trained // 50_000_000)) + buckets)
+    return ring_s(cluster, setting.num_gpus, volume, rings)
+
+
+def ring_s(cluster: Cluster, num_gpus: int, volume: float, num_rings: int) -> float:
+    """Seconds to pass `volume` bytes round a ring of all GPUs in `num_rings` collectives.
+
+    In a node each GPU sends over its own link; between nodes the whole node sends over its network.
+    """
+    nodes = cluster.num_nodes_of(num_gpus)
+    per_node = min(num_gpus, cluster.config.gpus_per_node)
+    slowest = cluster.intra_node if per_node > 1 else float("inf")
+    hops = (per_node - 1) * assumption("intra_node_latency_s")
+    if nodes > 1:
+        slowest = min(slowest, cluster.inter_node)
+        hops += (nodes - 1) * assumption("inter_node_latency_s")
+    bandwidth = slowest * assumption("link_efficiency")
+    return volume * (num_gpus - 1) / num_gpus / bandwidth + num_rings * hops

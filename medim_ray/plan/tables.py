@@ -1,0 +1,174 @@
+"""The plan in a terminal, with rich. Numbers come from planner.py; nothing is computed here but units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from medim_ray.plan.compare import Comparison
+from medim_ray.plan.facts import Check
+from medim_ray.plan.planner import Plan, curve
+
+_SHOWN_ROWS = 40
+
+
+def render(plan: Plan, check: Check | None, comparison: Comparison | None) -> Iterator[RenderableType]:
+    """Summary, memory, curve, comparison, fact, notes; in the order of reading."""
+    yield summary(plan)
+    yield memory_table(plan)
+    yield curve_table(plan)
+    if comparison is not None:
+        yield comparison_table(comparison)
+    if check is not None:
+        yield Text("\n".join(check.sentences()))
+    for warning in plan.warnings:
+        yield Text(f"warning: {warning}", style="yellow")
+    yield Text(notes(plan), style="dim")
+
+
+def summary(plan: Plan) -> Table:
+    """Time, money, the bottleneck and goodput."""
+    table = Table(title=f"{plan.cluster.title}: {plan.config.train.steps:,} steps of {plan.setting.global_batch:,}")
+    table.add_column("what")
+    table.add_column("value")
+    g, s, t = plan.goodput, plan.setting, plan.step
+    rows = [
+        (
+            "layout",
+            f"{s.num_gpus} x {plan.cluster.gpu.name}, ZeRO {s.stage}, {s.micro_batch} images x {s.accumulation}",
+        ),
+        ("time without failures", f"{plan.hours:,.2f} h = {plan.hours / 24:,.2f} days"),
+        ("step", f"{t.total:.4g} s, {plan.images_per_s:,.1f} images/s"),
+        (
+            "of it",
+            f"products {t.compute:.3g}, memory traffic {t.traffic + t.optimizer:.3g}, communication {t.exposed:.3g} "
+            f"(all {t.communication:.3g}) s",
+        ),
+        ("utilisation", f"{plan.cluster.utilisation:.3f} in products, {plan.mfu:.3f} of the peak over the step"),
+        ("bottleneck", plan.bottleneck.words),
+        ("what would lift it", plan.bottleneck.lift),
+        ("decoding", f"{plan.decode_cores:,.1f} cores keep up; the nodes have {_cores(plan):,}"),
+        (
+            "storage",
+            f"{plan.storage_bytes_per_s / 1e9:.3g} GB/s of reads keep up; there are {plan.cluster.storage / 1e9:.3g}",
+        ),
+        ("cost", f"{plan.bill.cost:,.0f} USD for {plan.bill.gpu_hours:,.0f} GPU-hours"),
+        ("energy", f"{plan.bill.energy_kwh:,.1f} kWh, {plan.bill.co2_kg:,.1f} kg CO2 (rated power, an upper bound)"),
+        ("time between losses", f"{g.faults.mtbf_s / 3600:,.1f} h for {g.faults.num_nodes} nodes"),
+        (
+            "checkpoint every",
+            f"{g.daly_s:,.0f} s by Daly ({g.young_s:,.0f} s by Young); the recipe's "
+            f"{plan.config.train.checkpoint_every} steps are {g.recipe_interval_s:,.0f} s",
+        ),
+        (
+            "goodput",
+            f"{g.formula:.4f} by the formula, {g.simulated:.4f} simulated, "
+            f"{g.recipe_simulated:.4f} at the recipe's interval",
+        ),
+        ("time with failures", f"{plan.hours / g.simulated:,.2f} h"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _cores(plan: Plan) -> int:
+    return plan.cluster.num_nodes_of(plan.setting.num_gpus) * plan.cluster.config.cores_per_node
+
+
+def memory_table(plan: Plan) -> Table:
+    """Gigabytes of one GPU by stage."""
+    micro = plan.setting.micro_batch
+    table = Table(
+        title=f"Memory of one GPU in GB at {micro} images; {plan.cluster.memory_bytes / 1e9:.1f} GB can be used"
+    )
+    heads = [
+        "ZeRO",
+        "parameters",
+        "gradients",
+        "optimizer",
+        "teacher",
+        "gathered, buffers",
+        "activations",
+        "total",
+        "largest",
+    ]
+    for head in [*heads, "checkpointed", "largest"]:
+        table.add_column(head, justify="right")
+    for stage in sorted({stage for stage, _ in plan.memory}):
+        plain, again = plan.memory[stage, False], plan.memory[stage, True]
+        sizes = [
+            plain.parameters,
+            plain.gradients,
+            plain.optimizer,
+            plain.teacher,
+            plain.gathered + plain.buffers + plain.runtime,
+            plain.activations + plain.images,
+        ]
+        table.add_row(
+            str(stage),
+            *(f"{size / 1e9:.2f}" for size in sizes),
+            _fit(plain.total, plan),
+            str(plan.largest[stage, False]),
+            _fit(again.total, plan),
+            str(plan.largest[stage, True]),
+        )
+    return table
+
+
+def _fit(total: float, plan: Plan) -> str:
+    return f"{total / 1e9:.2f}" + ("" if total <= plan.cluster.memory_bytes else " too much")
+
+
+def curve_table(plan: Plan) -> Table:
+    """Hours, cost and goodput against GPUs."""
+    table = Table(title="More or fewer GPUs (strong: the same global batch; weak: the same images a GPU, fewer steps)")
+    for head in ("GPUs", "scaling", "global batch", "hours", "USD", "goodput", "bound by"):
+        table.add_column(head, justify="right")
+    for p in curve(plan):
+        table.add_row(
+            f"{p.num_gpus:,}",
+            p.scaling,
+            f"{p.global_batch:,}",
+            f"{p.hours:,.3g}",
+            f"{p.cost:,.0f}",
+            f"{p.goodput:.4f}",
+            p.bottleneck,
+        )
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Layouts by time; those that fit come first."""
+    ranked = sorted(comparison.rows, key=lambda row: (not row.fits, row.hours, row.stage))
+    table = Table(title=f"Layouts that fit first, by time ({min(len(ranked), _SHOWN_ROWS)} of {len(ranked)})")
+    for head in ("GPUs", "ZeRO", "micro-batch", "accumulation", "checkpointing", "GB", "fits", "hours", "USD", ""):
+        table.add_column(head, justify="right")
+    for row in ranked[:_SHOWN_ROWS]:
+        marks = [name for name in ("fastest", "cheapest") if row is getattr(comparison, name)]
+        table.add_row(
+            str(row.num_gpus),
+            str(row.stage),
+            str(row.micro_batch),
+            str(row.accumulation),
+            "yes" if row.checkpointed else "no",
+            f"{row.memory_bytes / 1e9:.2f}",
+            "yes" if row.fits else "no",
+            f"{row.hours:,.2f}",
+            f"{row.cost:,.0f}",
+            ", ".join(marks),
+        )
+    return table
+
+
+def notes(plan: Plan) -> str:
+    """What the numbers rest on."""
+    lines = [
+        f"{source.name} = {source.value:g}: {source.source}"
+        + (f" ({source.date}, {source.status})" if source.date else "")
+        for source in plan.cluster.sources
+    ]
+    return "Numbers used (all in medim_ray/plan/constants.yaml):\n  " + "\n  ".join(lines)
