@@ -79,9 +79,9 @@ _CUES = {
         not excluded; is not excluded; are not excluded; not be excluded; cannot be excluded; can not be
         excluded; not entirely excluded; not completely excluded; not be entirely excluded; not entirely be
         excluded; cannot be entirely excluded; not be ruled out; cannot be ruled out; would be difficult to
-        exclude; is possible; are possible; possible; suspected; is suspected; are suspected; is considered;
-        be considered; is questioned; is a possibility; is a consideration; may be present; could be present;
-        in the differential
+        exclude; is possible; are possible; is suspected; are suspected; is considered; be considered; is
+        questioned; is a possibility; is a consideration; may be present; could be present; in the
+        differential
         """,
     Cue.DIFFERENTIAL: """
         versus; vs; or possibly; or alternatively; and or
