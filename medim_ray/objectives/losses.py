@@ -6,6 +6,8 @@ Embeddings are L2-normalised by the caller.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,6 +41,13 @@ def word_patch_attention(words_BWD: Tensor, patches_BND: Tensor, temperature: fl
     """[B, W, N], each word's attention over the patches; no gradient (masks are made of it)."""
     with torch.no_grad():
         return torch.bmm(words_BWD / temperature, patches_BND.transpose(1, 2)).softmax(dim=-1)
+
+
+def attention_entropy_ratio(attention_BWN: Tensor, word_is_pad_BW: Tensor) -> Tensor:
+    """Mean entropy of the words' attention over log(N): 1 is uniform, 0 a single patch; 0 where there is no word."""
+    entropy_BW = torch.special.entr(attention_BWN).sum(dim=2) / math.log(attention_BWN.shape[2])
+    is_word_BW = (~word_is_pad_BW).to(entropy_BW.dtype)
+    return (entropy_BW * is_word_BW).sum() / is_word_BW.sum().clamp_min(1)
 
 
 def clipped_weights(attention_BK: Tensor, of_nonzero: bool) -> Tensor:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medim_ray.models.decoder import MaeDecoder
 from medim_ray.models.vit import ImageEncoder, MaskToken
 from medim_ray.objectives.base import OBJECTIVES, ParameterGroup, Parts, default_groups
-from medim_ray.objectives.pixels import hidden_mean, mask_logs, patchify, unit_patches, whole_images
+from medim_ray.objectives.pixels import hidden_mean, mask_logs, patchify, unit_patches, visible_patches, whole_images
 from medim_ray.types import Batch, StepOutput
 
 
@@ -102,18 +101,6 @@ class SimMim(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Nothing to do."""
-
-
-def visible_patches(hidden_BN: Tensor) -> Tensor:
-    """Indices [B, K] of the patches that are not hidden, in order; ValueError where their number varies."""
-    counts_B = hidden_BN.sum(dim=1)
-    least, most = torch.aminmax(counts_B)
-    if least != most:
-        raise ValueError(
-            f"masking hides {int(least)} to {int(most)} patches a sample: skipping hidden patches needs equal numbers; "
-            "use masking.name=uniform, or a strategy with masking.on=input"
-        )
-    return (~hidden_BN).nonzero()[:, 1].view(len(hidden_BN), -1)
 
 
 def target_patches(encoder: ImageEncoder, images_BCHW: Tensor) -> Tensor:

@@ -21,6 +21,18 @@ def whole_images(batch: Batch) -> Tensor:
     return batch.views[IMAGE_VIEW]
 
 
+def visible_patches(hidden_BN: Tensor) -> Tensor:
+    """Indices [B, K] of the patches that are not hidden, in order; ValueError where their number varies."""
+    counts_B = hidden_BN.sum(dim=1)
+    least, most = torch.aminmax(counts_B)
+    if least != most:
+        raise ValueError(
+            f"masking hides {int(least)} to {int(most)} patches a sample: skipping hidden patches needs equal numbers; "
+            "use masking.name=uniform, or a strategy with masking.on=input"
+        )
+    return (~hidden_BN).nonzero()[:, 1].view(len(hidden_BN), -1)
+
+
 def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
     """[B, C, H, W] -> [B, N, C * patch_size ** 2], patches row by row."""
     x = images_BCHW.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)  # B C h w p p

@@ -70,6 +70,15 @@ def test_attention_is_the_softmax_over_patches() -> None:
     torch.testing.assert_close(losses.word_patch_attention(words, patches, 0.1), expected)
 
 
+def test_attention_entropy() -> None:
+    is_pad = torch.tensor([[False, False, True]])
+    attention = torch.zeros(1, 3, 8)
+    attention[0, 0, 3] = 1.0  # a single patch
+    attention[0, 1:] = 1 / 8  # uniform; the last is padding
+    torch.testing.assert_close(losses.attention_entropy_ratio(attention, is_pad), torch.tensor(0.5))
+    assert losses.attention_entropy_ratio(attention, torch.ones(1, 3, dtype=torch.bool)) == 0
+
+
 def test_an_empty_report_adds_nothing_and_gives_no_nan() -> None:
     words, patches = unit(3, 5, 8).requires_grad_(), unit(3, 9, 8, seed=1).requires_grad_()
     is_pad = torch.zeros(3, 5, dtype=torch.bool)

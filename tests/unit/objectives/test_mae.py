@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from medim_ray.masking import MASKINGS
-from medim_ray.objectives.mae import visible_patches
-from medim_ray.objectives.pixels import patchify, unit_patches
+from medim_ray.objectives.pixels import patchify, unit_patches, visible_patches
 from tests.unit.objectives.batches import batch_for, build, train
 
 UNIFORM = {"name": "uniform", "ratio": 0.75}

@@ -1,0 +1,246 @@
+"""MedIM (Xie et al. 2024): align images with reports, and reconstruct images whose report-guided parts are hidden.
+
+    loss = ita + local + proto + 5 * (MSE under KDM + MSE under SDM), weights by option (PAPERS.md, MedIM, "Objective")
+
+The formulas are in losses.py, the masks in medim_ray.masking. ITA and MGCA are this objective with some weights 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medim_ray.masking.base import Masks
+from medim_ray.models.collectives import all_gather_rows, num_ranks
+from medim_ray.models.decoder import SetrDecoder
+from medim_ray.models.heads import Projection
+from medim_ray.models.text import TextEncoder, TextFeatures
+from medim_ray.models.vit import Features, MaskToken
+from medim_ray.objectives import losses
+from medim_ray.objectives.base import OBJECTIVES, ParameterGroup, Parts, default_groups
+from medim_ray.objectives.pixels import mask_logs, visible_patches, whole_images
+from medim_ray.types import TOKEN_IDS, TOKEN_IS_PAD, WORD_OF_TOKEN, Batch, StepOutput
+
+
+class Prototypes(nn.Module):
+    """K directions that images and reports are assigned to; call it to get them at unit norm, float32 [K, E]."""
+
+    def __init__(self, num: int, width: int) -> None:
+        super().__init__()
+        self.directions_KD = nn.Parameter(torch.randn(num, width) / math.sqrt(width))
+
+    def forward(self) -> Tensor:
+        return F.normalize(self.directions_KD.float(), dim=1)
+
+
+@OBJECTIVES.register("medim")
+class MedIM(nn.Module):
+    """The five terms; one whose weight is 0 is not computed. One mask an image or two, from any masking strategy.
+
+    masking.on = "feature" (the paper): the encoder sees the whole image and its hidden patch features are zeroed.
+    "input": a second pass of the encoder computes visible patches only, and the decoder gets a mask token elsewhere.
+    Raises ValueError for weights that leave no use for reports, and for input masking of a ResNet.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        name: str = "medim"
+        ita_weight: float = field(default=1.0, metadata={"help": "weight of the image-report contrast"})
+        local_weight: float = field(default=1.0, metadata={"help": "weight of the word-patch alignment"})
+        proto_weight: float = field(default=1.0, metadata={"help": "weight of the prototype prediction"})
+        reconstruction_weight: float = field(default=5.0, metadata={"help": "weight of each strategy's pixel error"})
+        ita_temperature: float = field(default=0.07, metadata={"help": "temperature of the image-report contrast"})
+        local_temperature: float = field(
+            default=0.1, metadata={"help": "temperature of the word-patch attention and of its contrast"}
+        )
+        proto_temperature: float = field(default=0.2, metadata={"help": "temperature of prototype predictions"})
+        sinkhorn_epsilon: float = field(default=0.05, metadata={"help": "sharpness of prototype assignments"})
+        num_prototypes: int = field(default=500, metadata={"help": "prototypes"})
+        prototype_freeze_ratio: float = field(
+            default=0.02, metadata={"help": "share of the steps with frozen prototypes (paper: epoch 0 of 50)"}
+        )
+        projection_hidden: int = field(default=2048, metadata={"help": "hidden width of the projections"})
+        projection_dim: int = field(default=128, metadata={"help": "width of the embeddings"})
+        norm: Literal["batch", "sync_batch", "layer"] = field(
+            default="batch", metadata={"help": "norm in projections and decoder (paper: batch, of the own rank)"}
+        )
+        gather_negatives: bool = field(
+            default=False, metadata={"help": "the image-report contrast sees the reports of all ranks"}
+        )
+        decoder_widths: tuple[int, ...] = field(
+            default=(512, 256, 128, 64), metadata={"help": "channels of the decoder's stages, each x2 in size"}
+        )
+
+        def __post_init__(self) -> None:
+            weights = ("ita_weight", "local_weight", "proto_weight", "reconstruction_weight")
+            for key in weights:
+                if getattr(self, key) < 0:
+                    raise ValueError(f"objective.{key}={getattr(self, key)}: must be 0 or more")
+            if not any(getattr(self, key) for key in weights):
+                raise ValueError(f"objective: {', '.join(weights)} are all 0; nothing is left to learn")
+            for key in ("ita_temperature", "proto_temperature", "sinkhorn_epsilon"):
+                if getattr(self, key) <= 0:
+                    raise ValueError(f"objective.{key}={getattr(self, key)}: must be above 0")
+            if self.local_temperature < losses.MIN_TEMPERATURE:
+                raise ValueError(
+                    f"objective.local_temperature={self.local_temperature}: must be at least {losses.MIN_TEMPERATURE}, "
+                    "the paper uses 0.1"
+                )
+            if not 0 <= self.prototype_freeze_ratio <= 1:
+                raise ValueError(f"objective.prototype_freeze_ratio={self.prototype_freeze_ratio}: must lie in [0, 1]")
+            for key in ("num_prototypes", "projection_hidden", "projection_dim"):
+                if getattr(self, key) < 1:
+                    raise ValueError(f"objective.{key}={getattr(self, key)}: must be at least 1")
+            if self.norm not in ("batch", "sync_batch", "layer"):
+                raise ValueError(f"objective.norm={self.norm!r}: must be batch, sync_batch or layer")
+            if not self.decoder_widths or min(self.decoder_widths) < 1:
+                raise ValueError(f"objective.decoder_widths={self.decoder_widths}: one positive width a stage")
+
+    needs_text = True
+
+    def __init__(self, config: Config, parts: Parts) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder, self._masking = parts.encoder, parts.masking
+        assert isinstance(parts.text, TextEncoder)
+        self.text = parts.text
+        has_decoder = config.reconstruction_weight > 0
+        has_global = config.ita_weight > 0 or config.proto_weight > 0
+        needs_attention = has_decoder and parts.masking.needs_attention
+        has_local = config.local_weight > 0 or needs_attention
+        if not has_global and not has_local:
+            raise ValueError(
+                "objective: only reconstruction_weight is above 0, and masking.name="
+                f"{'+'.join(parts.masking.names)} needs no attention, so no report is used; use objective.name=mae"
+            )
+        self._has_global, self._has_local = has_global, has_local
+        sizes = (config.projection_hidden, config.projection_dim, config.norm)
+        if has_global:
+            self.image_projection = Projection(self.encoder.width, *sizes)
+            self.report_projection = Projection(self.text.width, *sizes)
+        if has_local:
+            # Without the local term nothing trains them: the attention is that of random projections.
+            is_trained = config.local_weight > 0
+            self.patch_projection = Projection(self.encoder.width, *sizes).requires_grad_(is_trained)
+            self.word_projection = Projection(self.text.width, *sizes).requires_grad_(is_trained)
+        self.prototypes = Prototypes(config.num_prototypes, config.projection_dim) if config.proto_weight else None
+        self._num_frozen = round(config.prototype_freeze_ratio * parts.num_steps)
+        if has_decoder:
+            encoder, num_masks = self.encoder, len(parts.masking.names)
+            self.decoder = SetrDecoder(
+                encoder.width, encoder.grid, encoder.patch_size, config.decoder_widths, num_masks, config.norm
+            )
+            if parts.masking.on == "input":
+                if not encoder.takes_tokens:
+                    raise ValueError("masking.on=input: a ResNet cannot skip hidden patches; use masking.on=feature")
+                self.mask_token = MaskToken(encoder.width)
+
+    def forward(self, batch: Batch) -> StepOutput:
+        config = self.config
+        images_BCHW = whole_images(batch)
+        columns = batch.columns
+        image = self.encoder(images_BCHW, need_cls_attention=config.local_weight > 0)
+        report = self.text(columns[TOKEN_IDS], columns[TOKEN_IS_PAD], columns[WORD_OF_TOKEN])
+        terms: dict[str, Tensor] = {}
+        logs: dict[str, Tensor] = {}
+        if self._has_global:
+            self._add_global(image, report, terms, logs)
+        attention_BWN = self._add_local(image, report, terms, logs) if self._has_local else None
+        if config.reconstruction_weight > 0:
+            masks = self._masking.resolve(columns, attention_BWN)
+            self._add_reconstruction(images_BCHW, image, masks, terms, logs)
+        loss = torch.stack(list(terms.values())).sum()
+        return StepOutput(loss=loss, logs={name: value.detach() for name, value in logs.items()})
+
+    def _add_global(
+        self, image: Features, report: TextFeatures, terms: dict[str, Tensor], logs: dict[str, Tensor]
+    ) -> None:
+        """ITA and the prototypes, both on the global embeddings."""
+        config = self.config
+        images_BD, reports_BD = self.image_projection(image.global_BD), self.report_projection(report.global_BD)
+        for k in (1, 5):
+            logs[f"acc{k}"] = losses.retrieval_accuracy(images_BD.detach(), reports_BD.detach(), k)
+        if config.ita_weight > 0:
+            all_images_GD, all_reports_GD, first = images_BD, reports_BD, 0
+            if config.gather_negatives and num_ranks() > 1:
+                all_images_GD, all_reports_GD = all_gather_rows(images_BD), all_gather_rows(reports_BD)
+                first = dist.get_rank() * len(images_BD)
+            logs["ita"] = losses.image_text_contrast(
+                images_BD, reports_BD, config.ita_temperature, all_images_GD, all_reports_GD, first
+            )
+            terms["ita"] = config.ita_weight * logs["ita"]
+        if self.prototypes is not None:
+            logs["proto"] = losses.prototype_prediction(
+                images_BD, reports_BD, self.prototypes(), config.proto_temperature, config.sinkhorn_epsilon
+            )
+            terms["proto"] = config.proto_weight * logs["proto"]
+
+    def _add_local(
+        self, image: Features, report: TextFeatures, terms: dict[str, Tensor], logs: dict[str, Tensor]
+    ) -> Tensor:
+        """The local term, where it has a weight; the word -> patch attention [B, W, N] in any case."""
+        config = self.config
+        patches_BND, words_BWD = self.patch_projection(image.patches_BND), self.word_projection(report.words_BWD)
+        if config.local_weight > 0:
+            # Without CLS (a ResNet) all patches weigh the same.
+            cls_BN = image.cls_attention_BN
+            cls_BN = cls_BN if cls_BN is not None else patches_BND.new_ones(patches_BND.shape[:2])
+            logs["local"], attention_BWN = losses.local_alignment(
+                words_BWD,
+                patches_BND,
+                report.word_is_pad_BW,
+                losses.clipped_weights(report.cls_attention_BW, of_nonzero=True),
+                losses.clipped_weights(cls_BN, of_nonzero=False),
+                config.local_temperature,
+                normalise_patch_context=not self.encoder.takes_tokens,
+            )
+            terms["local"] = config.local_weight * logs["local"]
+        else:
+            attention_BWN = losses.word_patch_attention(words_BWD, patches_BND, config.local_temperature)
+        logs["attention_entropy_ratio"] = losses.attention_entropy_ratio(attention_BWN, report.word_is_pad_BW)
+        return attention_BWN
+
+    def _add_reconstruction(
+        self, images_BCHW: Tensor, image: Features, masks: Masks, terms: dict[str, Tensor], logs: dict[str, Tensor]
+    ) -> None:
+        """Pixel errors of all strategies in one pass of the decoder, against the WHOLE image in [-1, 1]."""
+        if self._masking.on == "feature":
+            features_SBND = image.patches_BND * (~masks.hidden_SBN)[:, :, :, None].to(image.patches_BND.dtype)
+        else:
+            features_SBND = self._visible_features(images_BCHW, masks.hidden_SBN)
+        errors_S = losses.reconstruction(self.decoder(features_SBND), 2 * images_BCHW.float() - 1)
+        names = self._masking.names
+        logs |= {f"reconstruction/{name}": error for name, error in zip(names, errors_S, strict=True)}
+        logs |= mask_logs(masks, names)
+        terms["reconstruction"] = self.config.reconstruction_weight * errors_S.sum()
+
+    def _visible_features(self, images_BCHW: Tensor, hidden_SBN: Tensor) -> Tensor:
+        """Features [S, B, N, D] of an encoder that sees visible patches only; a mask token at the hidden ones."""
+        hidden_MN = hidden_SBN.flatten(0, 1)
+        visible_MK = visible_patches(hidden_MN)
+        seen_MKD = self.encoder(images_BCHW.repeat(len(hidden_SBN), 1, 1, 1), visible_BK=visible_MK).patches_BND
+        tokens_MND = self.mask_token().to(seen_MKD.dtype).expand(*hidden_MN.shape, -1)
+        full_MND = tokens_MND.scatter(1, visible_MK[:, :, None].expand(-1, -1, seen_MKD.shape[2]), seen_MKD)
+        return full_MND.unflatten(0, hidden_SBN.shape[:2])
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """As usual, but the prototypes stand still during the first steps."""
+        if self.prototypes is None:
+            return default_groups(self)
+        frozen = self.prototypes.directions_KD
+        groups = [
+            ParameterGroup(
+                parameters=tuple(p for p in group.parameters if p is not frozen), decay_ratio=group.decay_ratio
+            )
+            for group in default_groups(self)
+        ]
+        return [*groups, ParameterGroup(parameters=(frozen,), frozen_steps=self._num_frozen)]
+
+    def after_step(self, step: int) -> None:
+        """Nothing to do."""
