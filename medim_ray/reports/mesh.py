@@ -204,11 +204,9 @@ def _read_mtrees(data: bytes, path: str) -> Found:
         match = _MTREES_LINE.fullmatch(line.strip())
         if not match or match[2] in owner:  # a cut tree number is no tree number, or that of another heading
             if number > 1 and number == len(lines):
-                raise ValueError(
-                    f"{path}: truncated in line {number} of an mtrees file ({line[:60]!r}); download it again"
-                )
+                raise ValueError(f"{path}: truncated in line {number} of an mtrees file; download it again")
             raise ValueError(
-                f"{path}: line {number} is not 'Heading;A01.234' ({line[:60]!r}); known formats are NLM's "
+                f"{path}: line {number} is not 'Heading;A01.234'; known formats are NLM's "
                 "desc20xx.xml, d20xx.bin and mtrees20xx.bin, also gzipped"
             )
         owner[match[2]] = match[1]

@@ -45,26 +45,32 @@ def read_reports(
         missing = [name for name in wanted if name not in reader.fieldnames]
         if missing:
             raise ValueError(f"{path}: no column {', '.join(missing)}; the file has {', '.join(reader.fieldnames)}")
-        ids: list[str] = []
-        texts: list[list[str]] = []
-        extras: list[list[str]] = []
+        rows: dict[str, dict[str, str]] = {}
         first_line: dict[str, int] = {}
-        for row in reader:
-            identifier = (row[id_column] or "").strip()
-            if not identifier:
-                raise ValueError(f"{path}: line {reader.line_num} has no {id_column}; every report needs an id")
-            if identifier in first_line:
-                raise ValueError(
-                    f"{path}: {id_column} of line {reader.line_num} repeats line {first_line[identifier]}; "
-                    "ids must be unique"
-                )
-            first_line[identifier] = reader.line_num
-            ids.append(identifier)
-            texts.append([row[name] or "" for name in text_columns])
-            extras.append([row[name] or "" for name in extra_columns])
-    if not ids:
+        try:
+            for row in reader:
+                identifier = _checked_id(row, id_column, f"{path}: line {reader.line_num}")
+                if identifier in rows:
+                    raise ValueError(
+                        f"{path}: {id_column} of line {reader.line_num} repeats line {first_line[identifier]}; "
+                        "ids must be unique"
+                    )
+                rows[identifier], first_line[identifier] = row, reader.line_num
+        except csv.Error as error:
+            raise ValueError(f"{path}: line {reader.line_num} is no CSV ({error})") from None
+    if not rows:
         raise ValueError(f"{path}: a header and no reports; nothing to tag")
-    return ids, texts, extras
+    texts = [[row[name] or "" for name in text_columns] for row in rows.values()]
+    return list(rows), texts, [[row[name] or "" for name in extra_columns] for row in rows.values()]
+
+
+def _checked_id(row: dict[str, str], id_column: str, place: str) -> str:
+    identifier = (row[id_column] or "").strip()
+    if not identifier:
+        raise ValueError(f"{place} has no {id_column}; every report needs an id")
+    if None in row:
+        raise ValueError(f"{place} has more fields than the header; quote texts that contain commas")
+    return identifier
 
 
 def run_tag(

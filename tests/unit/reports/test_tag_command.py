@@ -67,6 +67,8 @@ def test_urls_are_read_and_written() -> None:
         ("id,text\n1,a\n", ["text"], "no column uid"),
         ("uid,text\n1,a\n2,b\n1,c\n", ["text"], "uid of line 4 repeats line 2"),
         ("uid,text\n,a\n", ["text"], "line 2 has no uid"),
+        ("uid,text\n1,clear, no effusion\n", ["text"], "line 2 has more fields"),
+        ('uid,text\n1,"' + "a" * 200_000 + '"\n', ["text"], "line 1 is no CSV"),
         ("uid,text\n1,a\n", [], "text_columns is empty"),
     ],
 )
