@@ -96,7 +96,7 @@ def soften(layer_HW: Array, pixels: float) -> Array:
 
 
 class Canvas:
-    """The pixel grid in canonical coordinates: `num` x `num` pixels of side 1 / `size`, with u along W and v along H."""
+    """The pixel grid in canonical coordinates: `num` x `num` pixels of side 1 / `size`, u along W, v along H."""
 
     def __init__(self, *, size: int) -> None:
         self.size = size

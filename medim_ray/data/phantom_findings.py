@@ -182,7 +182,7 @@ def _nodule(scene: _Scene, finding: Finding, side: str) -> NDArray[np.bool_]:
     edge_HW = 1 + wobble[0] * np.cos(3 * angle_HW) + wobble[1] * np.sin(2 * angle_HW)
     far_HW = np.hypot(canvas.u_1W - u, canvas.v_H1 - v) / (radius * edge_HW)
     ball_HW = np.clip(1 - far_HW**2, 0, 1) ** 0.4
-    scene.layers.added_HW += scene.rng.uniform(0.21, 0.32) * canvas.blur(ball_HW.astype(np.float32), 0.002)
+    scene.layers.added_HW += scene.rng.uniform(0.28, 0.40) * canvas.blur(ball_HW.astype(np.float32), 0.002)
     return np.asarray(far_HW < 1)
 
 
@@ -218,21 +218,21 @@ def _edema(scene: _Scene, finding: Finding, side: str) -> NDArray[np.bool_]:
 def _atelectasis(scene: _Scene, finding: Finding, side: str) -> NDArray[np.bool_]:
     """One or two plates seen from the edge: nearly level bands."""
     chest, canvas = scene.chest, scene.canvas
-    length = 0.09 + 0.06 * finding.grade
+    length = 0.10 + 0.06 * finding.grade
     u, v = chest.place(scene.rng, side, finding.zone, 0.03)
     mask_HW = np.zeros((canvas.num, canvas.num), bool)
     lung_HW = side_lung(chest, canvas, SIDES[side])
     for plate in range(1 + int(scene.rng.random() < 0.4)):
         tilt = np.deg2rad(scene.rng.uniform(-24, 24))
-        half_width = scene.rng.uniform(0.0075, 0.011) * (1 - 0.25 * plate)
-        v += 0.026 * plate
+        half_width = scene.rng.uniform(0.0095, 0.014) * (1 - 0.25 * plate)
+        v += 0.032 * plate
         du, dv = canvas.u_1W - u, canvas.v_H1 - v
         along_HW = du * np.cos(tilt) + dv * np.sin(tilt)
         across_HW = -du * np.sin(tilt) + dv * np.cos(tilt) - 0.12 * along_HW**2 / length
         profile_HW = np.exp(-0.5 * (across_HW / (0.62 * half_width)) ** 2)
         profile_HW *= np.clip((0.5 * length - np.abs(along_HW)) / 0.02, 0, 1)
         plate_HW = profile_HW * np.minimum(lung_HW * 2, 1)
-        scene.layers.added_HW += scene.rng.uniform(0.22, 0.32) * plate_HW.astype(np.float32)
+        scene.layers.added_HW += scene.rng.uniform(0.30, 0.42) * plate_HW.astype(np.float32)
         mask_HW |= (profile_HW > 0.3) & (lung_HW > 0.08)
     return mask_HW
 
@@ -284,16 +284,16 @@ def _tube(scene: _Scene, finding: Finding, side: str) -> NDArray[np.bool_]:
         width = 0.017
     else:
         sign = SIDES[side]
-        u, v = chest.place(rng, side, finding.zone, 0.02)
+        u, v = min((chest.place(rng, side, finding.zone, 0.02) for _ in range(2)), key=lambda tip: abs(tip[0]))
         low, high = (chest.zone_edges(sign)[ZONES.index(finding.zone) + k] for k in (0, 1))
-        enter = float(np.clip(v + rng.uniform(0.01, 0.10), low + 0.11, high - 0.04))
+        enter = float(np.clip(v + rng.uniform(0.0, 0.12), low + 0.11, high - 0.04))
         wall = sign * float(chest.lateral(np.array([enter]))[0])
-        rise = rng.uniform(0.2, 0.6) * (enter - v)
-        path_N2 = _smooth([(wall + sign * 0.06, enter + 0.03), (wall, enter), (0.6 * wall + 0.4 * u, v + rise), (u, v)])
-        width = 0.015
+        bend = (0.45 * wall + 0.55 * u, max(low + 0.02, v - rng.uniform(-0.02, 0.05)))
+        path_N2 = _smooth([(wall + sign * 0.05, enter + 0.06), (wall + sign * 0.01, enter + 0.02), bend, (u, v)])
+        width = 0.016
     band_HW = canvas.lines(path_N2, width=width)
     stripe_HW = canvas.lines(np.add(path_N2, (0.0, 0.003 if finding.side else 0.0)), width=0.005)
-    scene.layers.added_HW += canvas.blur(0.14 * band_HW + 0.26 * stripe_HW, 0.0015)
+    scene.layers.added_HW += canvas.blur(0.24 * band_HW + 0.40 * stripe_HW, 0.0015)
     is_inside_HW = True if finding.side == "" else side_lung(chest, canvas, SIDES[side]) > 0.02
     return np.asarray((band_HW > 0.5) & is_inside_HW)
 
