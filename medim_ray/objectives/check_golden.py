@@ -7,7 +7,7 @@ unknown or missing. A kind of file is one line in KINDS. Nothing is trained here
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,36 +21,8 @@ from torch.nn import functional as F
 from medim_ray.draws import Draws
 from medim_ray.masking.report import ReportMasking, high_patches, select_hidden
 from medim_ray.objectives import losses
-
-Arrays = Mapping[str, NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One line: `key` is the `out_*` of the file that it accounts for. relative: error and tolerance are relative to
-    the reference."""
-
-    key: str
-    what: str
-    reference: NDArray[Any]
-    ours: NDArray[Any]
-    tolerance: float
-    relative: bool = True
-
-    @property
-    def error(self) -> float:
-        """Largest error over the entries; NaN where shapes differ."""
-        if self.reference.shape != self.ours.shape:
-            return float("nan")
-        difference = np.abs(self.reference.astype(np.float64) - self.ours.astype(np.float64))
-        if self.relative:
-            scale = np.abs(self.reference.astype(np.float64))
-            difference = np.where(difference == 0, 0.0, difference / np.where(scale == 0, 1e-30, scale))
-        return float(difference.max(initial=0.0))
-
-    @property
-    def is_ok(self) -> bool:
-        return self.error <= self.tolerance  # False for NaN
+from medim_ray.objectives.comparison import Arrays, Comparison
+from medim_ray.objectives.golden_dino import DINO_OUTPUTS, compare_dino
 
 
 @dataclass(frozen=True)
@@ -123,6 +95,7 @@ def _compare_masks(name: str, arrays: Arrays, words_BW: Tensor, attention_BWN: T
 
 KINDS: dict[str, Kind] = {  # by an input that only such a file has
     "img_feat": Kind(MEDIM_OUTPUTS, compare_medim),
+    "in_collated_global_crops": Kind(DINO_OUTPUTS, compare_dino),
 }
 
 

@@ -5,13 +5,10 @@ Reads dinov2_step_*.npz (PAPERS.md, golden notes). The command line and the tabl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from medim_ray.masking.block import StepBlockMasking
@@ -20,10 +17,9 @@ from medim_ray.models.layouts import MASK_TOKEN, to_timm
 from medim_ray.models.load import load_head_state, load_weights
 from medim_ray.models.vit import ImageEncoder
 from medim_ray.objectives.base import Parts
+from medim_ray.objectives.comparison import Arrays, Comparison
 from medim_ray.objectives.rad_dino import RadDino
 from medim_ray.types import Batch
-
-Arrays = Mapping[str, NDArray[Any]]
 
 # The file's name of a loss -> ours, as displayed by DINOv2.
 LOSSES = {
@@ -32,51 +28,42 @@ LOSSES = {
     "out_koleo_loss": "koleo",
     "out_ibot_loss": "ibot",
 }
+CENTRES = {"out_dino_center": "dino_centre_K", "out_ibot_center": "ibot_centre_K"}
+DINO_OUTPUTS = ("out_total_backward", *LOSSES, *CENTRES)
 TEACHER_TEMPERATURE = 0.05
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One number (or the worst one of an array) of the file against ours; `error` must be at most `tolerance`."""
-
-    name: str
-    ours: float
-    golden: float
-    error: float
-    tolerance: float
-
-
-def compare(data: Arrays, centring: str) -> Iterator[Comparison]:
-    """Every output of one golden step. centring: "centre" or "sinkhorn", from the file's name."""
-    objective = build(data, centring)
-    output = objective(batch_of(data))
+def compare_dino(arrays: Arrays) -> list[Comparison]:
+    """Displayed losses and the total that is back-propagated (1e-5), gradient norms (1e-4), centres after the step."""
+    objective = build(arrays)
+    output = objective(batch_of(arrays))
     output.loss.backward()
-    yield _relative("total", float(output.loss.detach()), float(data["out_total_backward"]), 1e-5)
-    for golden, ours in LOSSES.items():
-        yield _relative(ours, float(output.logs[ours]), float(data[golden]), 1e-5)
+    ours = {"out_total_backward": output.loss.detach()} | {key: output.logs[name] for key, name in LOSSES.items()}
+    lines = [Comparison(key, LOSSES.get(key, "total"), arrays[key], value.numpy(), 1e-5) for key, value in ours.items()]
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name
-            norm = float(parameter.grad.norm())
-            yield _relative(f"gradient {name}", norm, float(data[f"gradnorm_{_hub_name(name)}"]), 1e-4)
+            key = f"gradnorm_{_hub_name(name)}"
+            lines.append(Comparison(key, _hub_name(name), arrays[key], parameter.grad.norm().numpy(), 1e-4))
     objective.after_step(0)
-    for kind in ("dino", "ibot"):
-        centre_K = getattr(objective, f"{kind}_centre_K").numpy()
-        golden_K = data[f"out_{kind}_center"].reshape(-1)
-        worst = int(np.abs(centre_K - golden_K).argmax())
-        error = float(abs(centre_K[worst] - golden_K[worst]))
-        yield Comparison(f"centre {kind}", float(centre_K[worst]), float(golden_K[worst]), error, 1e-6)
+    for key, name in CENTRES.items():
+        centre_K = getattr(objective, name).numpy()
+        lines.append(Comparison(key, name, arrays[key].reshape(-1), centre_K, 1e-6, relative=False))
+    return lines
 
 
-def build(data: Arrays, centring: str) -> RadDino:
-    """The objective with the file's student, teacher and centres."""
-    tensors = {key: torch.from_numpy(np.array(value)) for key, value in data.items() if value.dtype == np.float32}
+def build(arrays: Arrays) -> RadDino:
+    """The objective with the file's student, teacher and centres.
+
+    A file of a Sinkhorn step is known by its centres, which such a step leaves alone.
+    """
+    tensors = {key: torch.from_numpy(np.array(value)) for key, value in arrays.items() if value.dtype == np.float32}
     num_prototypes, bottleneck = tensors["student.dino_head.last_layer.weight_v"].shape
     hidden, width = tensors["student.dino_head.mlp.0.weight"].shape
     head = DinoHead.Config(num_prototypes=num_prototypes, hidden=hidden, bottleneck=bottleneck)
     config = RadDino.Config(
         head=head,
-        centring="sinkhorn" if centring == "sinkhorn" else "centre",
+        centring="sinkhorn" if np.array_equal(arrays["in_dino_center"], arrays["out_dino_center"]) else "centre",
         teacher_temperature_start=TEACHER_TEMPERATURE,
         teacher_temperature=TEACHER_TEMPERATURE,
     )
@@ -109,13 +96,13 @@ def build(data: Arrays, centring: str) -> RadDino:
     return objective
 
 
-def batch_of(data: Arrays) -> Batch:
+def batch_of(arrays: Arrays) -> Batch:
     """The file's crops and masks as a batch."""
-    masks_GN = torch.from_numpy(data["in_collated_masks"])
+    masks_GN = torch.from_numpy(arrays["in_collated_masks"])
     num = len(masks_GN) // 2
     views = {
-        "global": torch.from_numpy(data["in_collated_global_crops"]),
-        "local": torch.from_numpy(data["in_collated_local_crops"]),
+        "global": torch.from_numpy(arrays["in_collated_global_crops"]),
+        "local": torch.from_numpy(arrays["in_collated_local_crops"]),
     }
     columns = {"mask/block_BSN": masks_GN.unflatten(0, (2, num)).transpose(0, 1)}
     return Batch(step=0, image_ids=tuple(f"golden{i}" for i in range(num)), views=views, columns=columns)
@@ -128,7 +115,3 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _hub_name(name: str) -> str:
     name = name.replace("student_encoder.backbone.", "backbone.").replace("student_dino_head.", "dino_head.")
     return name.replace("mask_token.token_D", "backbone.mask_token")
-
-
-def _relative(name: str, ours: float, golden: float, tolerance: float) -> Comparison:
-    return Comparison(name, ours, golden, abs(ours - golden) / max(abs(golden), 1e-12), tolerance)

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medim_ray.objectives.golden_dino import compare
+from medim_ray.objectives.check_golden import check
+from medim_ray.objectives.golden_dino import build, compare_dino
 
 GOLDEN = (Path(__file__).parents[2] / "../shared/golden").resolve()
 
@@ -16,8 +17,20 @@ GOLDEN = (Path(__file__).parents[2] / "../shared/golden").resolve()
 @pytest.mark.parametrize("seed", [7, 11])
 @pytest.mark.parametrize(("file", "centring"), [("centering", "centre"), ("sinkhorn_knopp", "sinkhorn")])
 def test_step_is_dinov2s(file: str, centring: str, seed: int) -> None:
-    rows = list(compare(np.load(GOLDEN / f"dinov2_step_{file}_{seed}.npz"), centring))
-    # 5 losses, 57 parameters of the student, 2 centres: a parameter that gets no gradient is an error of `compare`.
-    assert len(rows) == 5 + 57 + 2
-    wrong = [row for row in rows if not row.error <= row.tolerance]
-    assert not wrong, wrong
+    path = GOLDEN / f"dinov2_step_{file}_{seed}.npz"
+    arrays = np.load(path)
+    assert build(arrays).config.centring == centring
+    lines = compare_dino(arrays)
+    # 5 losses, 57 parameters of the student, 2 centres: a parameter that gets no gradient is an error of its own.
+    assert len(lines) == 5 + 57 + 2
+    assert not [line.what for line in lines if not line.is_ok]
+    assert check(path) == 0
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason=f"golden numbers are not here: {GOLDEN}")
+def test_a_changed_number_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arrays = dict(np.load(GOLDEN / "dinov2_step_centering_7.npz"))
+    arrays["out_ibot_loss"] = arrays["out_ibot_loss"] * (1 + 3e-5)
+    np.savez(tmp_path / "changed.npz", **arrays)
+    assert check(tmp_path / "changed.npz") == 1
+    assert "FAILED ibot: error 3.00e-05 is over 1e-05" in capsys.readouterr().out
