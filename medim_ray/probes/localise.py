@@ -28,11 +28,20 @@ from medim_ray.data.reader import ReportEncoder, TextRows
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.transforms import cut
 from medim_ray.draws import Draws
-from medim_ray.masking.base import Samples
 from medim_ray.masking.report import WORDS, ReportMasking, select_hidden
-from medim_ray.objectives import OBJECTIVES
+from medim_ray.objectives.losses import word_patch_attention
+from medim_ray.objectives.pixels import whole_images
 from medim_ray.probes.bootstrap import Estimate, auroc, bootstrap, mean
-from medim_ray.probes.rows import Columns, RowList, RowReader, centre_columns, has_truth, list_rows, work_items
+from medim_ray.probes.rows import (
+    Columns,
+    RowList,
+    RowReader,
+    centre_columns,
+    centre_samples,
+    has_truth,
+    list_rows,
+    work_items,
+)
 from medim_ray.probes.stream import item_of, pooled
 from medim_ray.train.build import build_crop, build_objective, open_tokenizer
 from medim_ray.train.runs import LoadedRun
@@ -119,8 +128,8 @@ def _judged_rows(run: LoadedRun) -> tuple[str, RowList]:
     """Why there is nothing to judge, or '' and the held-out images with truth."""
     every = list_rows(run.shards)
     none = every.take([])
-    if not OBJECTIVES[run.config.objective.name].needs_text:
-        return f"objective {run.config.objective.name} has no word-to-patch attention", none
+    if problem := ModelMaps.of_no_use(run.objective):
+        return problem, none
     with_truth = np.flatnonzero(has_truth(run.shards)).tolist()
     if not with_truth:
         return "no ground truth in these shards", none
@@ -136,15 +145,28 @@ def _weights(run: LoadedRun) -> dict[str, Tensor]:
 
 
 class ModelMaps:
-    """The word-to-patch attention of an objective."""
+    """The word-to-patch attention of an objective that aligns words with patches."""
 
     def __init__(self, objective: Any) -> None:
         self._objective = objective
 
+    @staticmethod
+    def of_no_use(objective: Any) -> str:
+        """Why an objective has no such attention, '' where it has."""
+        if not hasattr(objective, "word_projection"):
+            return f"objective.name={objective.config.name} of this run aligns no words with patches: no maps to judge"
+        return ""
+
     @torch.no_grad()
     def __call__(self, batch: Batch, text: TextRows) -> Tensor:
-        attention_BWN: Tensor = self._objective.word_attention(batch)
-        return attention_BWN
+        model, columns = self._objective, batch.columns
+        image = model.encoder(whole_images(batch))
+        report = model.text(columns[types.TOKEN_IDS], columns[types.TOKEN_IS_PAD], columns[types.WORD_OF_TOKEN])
+        return word_patch_attention(
+            model.word_projection(report.words_BWD),
+            model.patch_projection(image.patches_BND),
+            model.config.local_temperature,
+        )
 
 
 class _Judge:
@@ -247,20 +269,8 @@ def kdm_masking(config: RunConfig) -> ReportMasking:
 
 def mention_words(kdm: ReportMasking, columns: Columns, text: TextRows, grid: Grid) -> NDArray[np.float32]:
     """[B, W] KDM's weight of each word."""
-    image_ids = [str(i) for i in columns["image_id"]]
-    num = len(image_ids)
-    zeros = np.zeros(num, dtype=np.int64)
-    samples = Samples(
-        image_ids=image_ids,
-        boxes_B4=columns[types.BOX],
-        text=text.columns,
-        mentions=text.mentions,
-        steps_B=zeros,
-        positions_B=np.arange(num),
-        global_batch=num,
-        seed=0,
-    )
-    words_BSW: NDArray[np.float32] = kdm.plan(samples, grid, Draws.of(0, zeros, image_ids))[WORDS]
+    samples, draws = centre_samples(columns, text, seed=0)
+    words_BSW: NDArray[np.float32] = kdm.plan(samples, grid, draws)[WORDS]
     return words_BSW[:, 0]
 
 

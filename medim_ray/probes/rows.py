@@ -15,9 +15,12 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from medim_ray import types
 from medim_ray.data.reader import EPOCH, IMAGE_ID, STEP, ReportEncoder, TextRows, crop_views, decode_gray, text_rows
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.transforms import Crop
+from medim_ray.draws import Draws
+from medim_ray.masking.base import Samples
 
 Columns = dict[str, NDArray[Any]]
 
@@ -131,3 +134,20 @@ def centre_columns(
         **text.columns,
     }
     return columns, text
+
+
+def centre_samples(columns: Columns, text: TextRows, seed: int) -> tuple[Samples, Draws]:
+    """What a masking plans from, for the rows of `centre_columns`: epoch 0, one global batch."""
+    image_ids = [str(image_id) for image_id in columns[IMAGE_ID]]
+    zeros = np.zeros(len(image_ids), dtype=np.int64)
+    samples = Samples(
+        image_ids=image_ids,
+        boxes_B4=columns[types.BOX],
+        text=text.columns,
+        mentions=text.mentions,
+        steps_B=zeros,
+        positions_B=np.arange(len(image_ids)),
+        global_batch=len(image_ids),
+        seed=seed,
+    )
+    return samples, Draws.of(seed, zeros, image_ids)

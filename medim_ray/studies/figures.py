@@ -1,0 +1,154 @@
+"""Figures as inline SVG that follow the page's light or dark colours. Knows numbers, not runs.
+
+Matplotlib draws with stand-in colours, which are replaced by CSS variables of templates/style.css; text stays text.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+# Stand-ins for the colours of the page: matplotlib wants numbers, the page has variables.
+_COLOURS = {"#010101": "--ink", "#020202": "--muted", "#030303": "--line", "#040404": "--c1", "#050505": "--c2"}
+INK, MUTED, LINE, FIRST, SECOND = _COLOURS
+_MAX_POINTS = 300
+_FIGURES = itertools.count()
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+}
+
+
+def curve(steps_K: NDArray[np.float64], values_K: NDArray[np.float64], name: str, floor: float | None = None) -> Markup:
+    """A series over the steps: smoothed line, with the raw values (or their range in a bucket of steps) behind it.
+
+    NaN is a gap. floor: the lower end of the axis, where the number has one.
+    """
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(3.7, 1.9), layout="constrained")
+        axes = figure.add_subplot()
+        x, low, middle, high = _buckets(steps_K, values_K)
+        if len(x) < len(steps_K):
+            axes.fill_between(x, low, high, color=FIRST, alpha=0.18, linewidth=0)
+        else:
+            axes.plot(
+                x, middle, color=FIRST, alpha=0.35, linewidth=1.0, marker="o" if len(x) < 3 else None, markersize=4
+            )
+        axes.plot(x, _smooth(middle), color=FIRST, linewidth=1.8)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.margins(x=0.01)
+        if floor is not None and np.isfinite(values_K).any():
+            axes.set_ylim(floor, max(float(np.nanmax(values_K)) * 1.05, floor + 1e-6))
+        axes.set_xlabel("step")
+        return _svg(figure, f"{name} over the steps")
+
+
+def _buckets(
+    steps_K: NDArray[np.float64], values_K: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Steps with the least, mean and greatest value of at most `_MAX_POINTS` runs of steps."""
+    if len(steps_K) <= _MAX_POINTS:
+        return steps_K, values_K, values_K, values_K
+    parts = np.array_split(np.arange(len(steps_K)), _MAX_POINTS)
+    parts = [part for part in parts if np.isfinite(values_K[part]).any()]
+    columns = [
+        (steps_K[p].mean(), np.nanmin(values_K[p]), np.nanmean(values_K[p]), np.nanmax(values_K[p])) for p in parts
+    ]
+    x, low, middle, high = np.array(columns).reshape(-1, 4).T
+    return x, low, middle, high
+
+
+def _smooth(values_K: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Exponential mean over about a twentieth of the points, without the bias of its start."""
+    decay = 1.0 - 1.0 / max(1.0, len(values_K) / 20)
+    out, total, weight = np.empty_like(values_K), 0.0, 0.0
+    for i, value in enumerate(values_K):
+        if np.isfinite(value):
+            total, weight = decay * total + value, decay * weight + 1.0
+        out[i] = total / weight if np.isfinite(value) else np.nan
+    return out
+
+
+def _svg(figure: Figure, description: str) -> Markup:
+    """The figure as an inline SVG element that scales with its place; no namespace, no metadata, ids of its own."""
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{description}">', text
+    )
+    number = next(_FIGURES)
+    text = re.sub(r'(?<= id=")', f"f{number}-", text)
+    text = re.sub(r'(?<=href="#)|(?<=url\(#)', f"f{number}-", text)
+    text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 var(--font)", text)
+    for stand_in, variable in _COLOURS.items():
+        text = text.replace(stand_in, f"var({variable})")
+    return Markup(text)
+
+
+def interval_bar(
+    numbers: Mapping[str, float | None], lowest: float, highest: float, chance: float | None, kind: str
+) -> Markup:
+    """A dot with its interval on an axis from `lowest` to `highest`, a tick at chance; `kind` is a CSS class."""
+
+    def place(value: float) -> float:
+        return round(100 * (min(max(value, lowest), highest) - lowest) / (highest - lowest), 2)
+
+    value, low, high = (numbers[key] for key in ("value", "low", "high"))
+    parts = ['<line class="axis" x1="0" x2="100" y1="8" y2="8"/>']
+    if chance is not None:
+        parts.append(f'<line class="chance" x1="{place(chance)}" x2="{place(chance)}" y1="1" y2="15"/>')
+    if low is not None and high is not None:
+        parts.append(f'<line class="range" x1="{place(low)}" x2="{place(high)}" y1="8" y2="8"/>')
+    dot = f'<i style="left:{place(value)}%"></i>' if value is not None else ""
+    svg = f'<svg viewBox="0 0 100 16" preserveAspectRatio="none" aria-hidden="true">{"".join(parts)}</svg>'
+    return Markup(f'<span class="interval {kind}">{svg}{dot}</span>')
+
+
+def outline(contours: Sequence[NDArray[np.int32]], size: int) -> str:
+    """SVG path of closed polygons of (x, y) points of an image of `size` pixels a side, in per mille of the side."""
+    parts = []
+    for points in contours:
+        scaled = np.round(1000 * (points.reshape(-1, 2) + 0.5) / size).astype(int)
+        parts.append("M" + "L".join(f"{x} {y}" for x, y in scaled) + "Z")
+    return "".join(parts)
+
+
+def squares(is_set_N: NDArray[np.bool_], width: int) -> str:
+    """SVG path of unit squares, row by row, where `is_set_N`; runs in a row are one rectangle."""
+    parts = []
+    for y, row in enumerate(is_set_N.reshape(-1, width)):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(np.int8), [0]])))
+        parts += [f"M{start} {y}h{end - start}v1h-{end - start}z" for start, end in edges.reshape(-1, 2)]
+    return "".join(parts)

@@ -1,0 +1,264 @@
+"""`medim-ray masks`: what each masking strategy sees and hides on some images of a run, as one HTML file.
+
+Images, heat maps, hidden patches and outlines are layers of inline SVG over one copy of the image. No Ray: few images.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import fsspec
+import jinja2
+import numpy as np
+import torch
+from matplotlib import colormaps
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medim_ray.data.collate import to_batch
+from medim_ray.data.reader import ReportEncoder, TextRows, decode_gray
+from medim_ray.data.transforms import cut
+from medim_ray.masking.base import Masks
+from medim_ray.masking.report import SENTENCE, ReportMasking
+from medim_ray.masking.uniform import UniformMasking
+from medim_ray.probes.localise import ModelMaps, crop_mask
+from medim_ray.probes.rows import Columns, RowReader, centre_columns, centre_samples, list_rows, work_items
+from medim_ray.studies.figures import outline, squares
+from medim_ray.train.build import build_crop, build_masking, needs_text, open_tokenizer
+from medim_ray.train.runs import LoadedRun, load_run
+from medim_ray.types import BOX
+
+_SHOWN_SIZE = 256  # pixels of the image in the page; the model's crop may be smaller
+_TITLES = {"kdm": "KDM", "sdm": "SDM"}
+_SPLIT_ORDER = {"test": 0, "val": 1, "train": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One picture over the image. heat: PNG of the map as a data URI; hidden: SVG path in patch units; '' where none.
+
+    ratio: share of the patches that is hidden, NaN where the panel shows a map.
+    """
+
+    title: str
+    caption: str
+    heat: str = ""
+    hidden: str = ""
+    ratio: float = float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One image. outlines: (finding, SVG path in per mille of the side) of the truth, where known.
+
+    words: (word or words of a mention, it is negated); sentence: what SDM drew; both '' without text.
+    """
+
+    image: str
+    split: str
+    outlines: Sequence[tuple[str, str]]
+    words: Sequence[tuple[str, bool]]
+    sentence: str
+    panels: Sequence[Panel]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """ratios: strategy -> mean share hidden over the entries. note: what is not shown."""
+
+    grid_width: int
+    grid_height: int
+    entries: Sequence[Entry]
+    ratios: Mapping[str, float]
+    checkpoint: str
+    step: int
+    note: str
+
+    @property
+    def has_truth(self) -> bool:
+        """Lesions are outlined."""
+        return any(entry.outlines for entry in self.entries)
+
+    @property
+    def has_words(self) -> bool:
+        """Words of reports are shown."""
+        return any(entry.words or entry.sentence for entry in self.entries)
+
+
+def templates() -> jinja2.Environment:
+    """The page templates; everything put into them is escaped."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("medim_ray.studies"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def write_gallery(run_dir: str, *, num: int = 16, out: str = "masks.html", text: bool = True) -> str:
+    """Writes the gallery of `num` images (all, where there are fewer) to `out`, any fsspec URL; returns `out`.
+
+    text: show mentions and sentences of the reports. ValueError: no run, no checkpoint, num below 1.
+    """
+    if num < 1:
+        raise ValueError(f"num={num}: a gallery shows at least 1 image")
+    page = templates().get_template("masks.html.j2").render(gallery=make_gallery(load_run(run_dir), num, text))
+    with fsspec.open(out, "w", encoding="utf-8") as file:
+        file.write(page)
+    return out
+
+
+def make_gallery(run: LoadedRun, num: int, text: bool = True) -> Gallery:
+    """The gallery's content: held-out images first, in the order of the shards, masks of epoch 0."""
+    config = run.config
+    reports = None
+    if needs_text(config):
+        reports = ReportEncoder(open_tokenizer(config, run.shards), config.text.num_tokens)
+    crop = build_crop(config)
+    rows = _rows(run, num)
+    columns, encoded = centre_columns(rows, crop, reports)
+    attention_BWN = None
+    if not ModelMaps.of_no_use(run.objective):
+        attention_BWN = ModelMaps(run.objective)(to_batch(columns, crop.views, torch.device("cpu")), encoded)
+    strategies = _strategies(run, has_attention=attention_BWN is not None)
+    layers, ratios = _layers(run, strategies, columns, encoded, attention_BWN)
+    grid = run.objective.encoder.grid
+    size = crop.views[0].size
+    note = "" if text or reports is None else "The words of the reports are not shown (text=false)."
+    entries = [
+        Entry(
+            image=_image_uri(row, columns[BOX][i]),
+            split=row["split"],
+            outlines=_outlines(row, columns[BOX][i], size),
+            words=_words(row, encoded, i) if text else (),
+            sentence=_sentence(row, layers, i) if text else "",
+            panels=[panel for panels in layers.panels for panel in panels[i]],
+        )
+        for i, row in enumerate(rows)
+    ]
+    return Gallery(
+        grid_width=grid.width,
+        grid_height=grid.height,
+        entries=entries,
+        ratios=ratios,
+        checkpoint=run.checkpoint,
+        step=run.step,
+        note=note,
+    )
+
+
+def _rows(run: LoadedRun, num: int) -> list[dict[str, Any]]:
+    every = list_rows(run.shards)
+    order = sorted(range(len(every)), key=lambda i: _SPLIT_ORDER.get(every.splits[i], 3))
+    chosen = every.take(order[:num])
+    reader = RowReader.of(run.shards, "image_id", "image", "split", "report", "sentences", "truth")
+    found: dict[int, dict[str, Any]] = {}
+    for item in work_items(chosen):
+        found.update(zip(item["positions"], reader(item), strict=True))
+    return [found[i] for i in range(len(chosen))]
+
+
+def _strategies(run: LoadedRun, has_attention: bool) -> list[tuple[str, Any]]:
+    """(remark, masking): the run's own, both report-guided ones where the run can make maps, and uniform as control."""
+    own = build_masking(run.config)
+    strategies: list[tuple[str, Any]] = [("", own)] if has_attention or not own.needs_attention else []
+    if has_attention and not isinstance(run.config.masking, ReportMasking.Config):
+        strategies.append(("not used in training", ReportMasking(ReportMasking.Config())))
+    if not isinstance(run.config.masking, UniformMasking.Config):
+        ratio = float(getattr(run.config.masking, "ratio", 0.5))
+        strategies.append(("control", UniformMasking(UniformMasking.Config(ratio=ratio))))
+    return strategies
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layers:
+    """panels: for each strategy, the panels of each image; sentence_B: what SDM drew, None without SDM."""
+
+    panels: list[list[list[Panel]]]
+    sentence_B: NDArray[np.int16] | None
+
+
+def _layers(
+    run: LoadedRun,
+    strategies: Sequence[tuple[str, Any]],
+    columns: Columns,
+    encoded: TextRows,
+    attention_BWN: Tensor | None,
+) -> tuple[_Layers, dict[str, float]]:
+    samples, draws = centre_samples(columns, encoded, run.config.seed)
+    grid = run.objective.encoder.grid
+    sentence_B = None
+    panels, ratios = [], {}
+    for remark, masking in strategies:
+        planned = masking.plan(samples, grid, draws)
+        sentence_B = planned.get(SENTENCE, sentence_B)
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in (encoded.columns | planned).items()}
+        masks = masking.resolve(tensors, attention_BWN)
+        for s, name in enumerate(masking.names):
+            title = _TITLES.get(name, name)
+            panels.append([_panels(masks, s, i, title, remark, grid.width) for i in range(len(samples))])
+            ratios[title] = float(masks.hidden_SBN[s].float().mean())
+    return _Layers(panels=panels, sentence_B=sentence_B), ratios
+
+
+def _panels(masks: Masks, s: int, i: int, title: str, remark: str, grid_width: int) -> list[Panel]:
+    """The map of a strategy, where it has one, and what it hides."""
+    hidden_N = masks.hidden_SBN[s, i].numpy()
+    is_fallback = bool(masks.fallback_SB[s, i])
+    panels = []
+    if masks.maps_SBN is not None:
+        caption = "no word to go by" if is_fallback else remark
+        heat = "" if is_fallback else _heat_uri(masks.maps_SBN[s, i].float().numpy(), grid_width)
+        panels.append(Panel(title=f"{title} map", caption=caption, heat=heat))
+    remark = "fallback: random patches" if is_fallback else remark if masks.maps_SBN is None else ""
+    hidden = squares(hidden_N, grid_width)
+    panels.append(Panel(title=f"{title} hides", caption=remark, hidden=hidden, ratio=float(hidden_N.mean())))
+    return panels
+
+
+def _heat_uri(map_N: NDArray[np.float32], grid_width: int) -> str:
+    """A map as a PNG of one pixel a patch, transparent where it is lowest."""
+    low, high = float(map_N.min()), float(map_N.max())
+    shares = (map_N - low) / (high - low) if high > low else np.zeros_like(map_N)
+    rgba = colormaps["inferno"](0.25 + 0.7 * shares)
+    rgba[:, 3] = 0.85 * shares
+    pixels = np.round(255 * rgba.reshape(-1, grid_width, 4)).astype(np.uint8)
+    return _uri(".png", pixels[:, :, [2, 1, 0, 3]])
+
+
+def _image_uri(row: Mapping[str, Any], box_4: NDArray[np.float32]) -> str:
+    return _uri(".jpg", cut(decode_gray(row["image"], row["image_id"]), box_4, _SHOWN_SIZE))
+
+
+def _uri(kind: str, pixels: NDArray[np.uint8]) -> str:
+    done, encoded = cv2.imencode(kind, pixels)
+    assert done, f"OpenCV can't write {kind}"
+    mime = {".png": "image/png", ".jpg": "image/jpeg"}[kind]
+    return f"data:{mime};base64,{base64.b64encode(encoded.tobytes()).decode()}"
+
+
+def _outlines(row: Mapping[str, Any], box_4: NDArray[np.float32], size: int) -> list[tuple[str, str]]:
+    found = []
+    for lesion in row["truth"]:
+        mask_HW = crop_mask(lesion["mask"], box_4, max(size, _SHOWN_SIZE))
+        contours, _ = cv2.findContours(mask_HW.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+        if contours:
+            found.append((lesion["finding"], outline(contours, mask_HW.shape[0])))
+    return found
+
+
+def _words(row: Mapping[str, Any], encoded: TextRows, i: int) -> list[tuple[str, bool]]:
+    """The mentions of the report in order, once each."""
+    words = {row["report"][m.start : m.end].lower(): m.assertion == "absent" for m in encoded.mentions[i]}
+    return list(words.items())
+
+
+def _sentence(row: Mapping[str, Any], layers: _Layers, i: int) -> str:
+    if layers.sentence_B is None or layers.sentence_B[i] < 0:
+        return ""
+    return str(row["sentences"][int(layers.sentence_B[i])])

@@ -1,0 +1,273 @@
+"""`medim-ray report`: RUN/report.html, one self-contained page of a run: probes, maps, curves, masks, configuration.
+
+It shows what lies in the run folder (metrics.jsonl, result.json, config.yaml, the newest checkpoint) and computes no
+metric itself. Opening it needs no network.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+import medim_ray
+from medim_ray.config.schema import RunConfig
+from medim_ray.data.shards import ShardSet
+from medim_ray.probes.command import ENCODERS, read_result
+from medim_ray.studies.figures import curve, interval_bar
+from medim_ray.studies.gallery import Gallery, make_gallery, templates
+from medim_ray.train.checkpoint import CheckpointStore
+from medim_ray.train.metrics import METRICS, read_metrics
+from medim_ray.train.runs import CONFIG, load_run, open_config
+
+REPORT = "report.html"
+_NUM_IMAGES = 8
+_PLACE = ("step", "epoch")
+_THROUGHPUT = {"samples_per_s": "images per second", "data_wait_ratio": "share of the step spent waiting for data"}
+_OPTIMISER = {"lr": "learning rate", "grad_norm": "gradient norm"}
+_HIDDEN = {*_PLACE, *_THROUGHPUT, *_OPTIMISER, "step_s"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """One series over the steps; summary: its last or typical value."""
+
+    name: str
+    summary: str
+    svg: Markup
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChartGroup:
+    """Charts under one heading; note: what is there to say instead of, or beside, them."""
+
+    title: str
+    note: str
+    charts: Sequence[Chart]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """The top and the foot of the page. tiles: (value, meaning); facts: (name, value)."""
+
+    title: str
+    subtitle: str
+    tiles: Sequence[tuple[str, str]]
+    facts: Sequence[tuple[str, str]]
+    run_dir: str
+    step: int
+    written: str
+    version: str
+    commit: str
+    machine: str
+
+
+def write_report(run_dir: str, num_images: int = _NUM_IMAGES) -> str:
+    """Writes RUN/report.html from whatever the run has by now and returns its path or URL.
+
+    num_images: images in the mask gallery. ValueError where `run_dir` is no run folder.
+    """
+    config = open_config(run_dir)
+    records = read_metrics(run_dir)
+    result = read_result(run_dir)
+    gallery, gallery_note = _gallery(run_dir, num_images)
+    fs, root = fsspec.core.url_to_fs(run_dir)
+    root = root.rstrip("/")
+    config_text = fs.cat_file(f"{root}/{CONFIG}").decode()
+    page = (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            head=_head(run_dir, config, config_text, records),
+            result=result,
+            encoders=ENCODERS,
+            prevalence=_prevalence(result),
+            protocols=sorted({task["protocol"] for task in result["labels"].values()}) if result else [],
+            bar=interval_bar,
+            groups=chart_groups(records),
+            gallery=gallery,
+            gallery_note=gallery_note,
+            config_text=config_text,
+            config_lines=config_text.count("\n"),
+        )
+    )
+    fs.pipe_file(f"{root}/{REPORT}.partial", page.encode())
+    fs.mv(f"{root}/{REPORT}.partial", f"{root}/{REPORT}")
+    return f"{run_dir.rstrip('/')}/{REPORT}"
+
+
+def _gallery(run_dir: str, num_images: int) -> tuple[Gallery | None, str]:
+    """The gallery of the newest checkpoint, or None and why there is none."""
+    if CheckpointStore(run_dir).newest() is None:
+        return None, "No checkpoint is committed yet, so there is no model to draw masks with."
+    return make_gallery(load_run(run_dir), num_images), ""
+
+
+def _prevalence(result: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """Share of positives of each two-class label: the AUPRC of chance."""
+    shares: dict[str, float | None] = {}
+    for label, task in (result["labels"] if result else {}).items():
+        counts = task["counts"]
+        shares[label] = counts[task["positive"]] / sum(counts.values()) if task["positive"] else None
+    return shares
+
+
+# --- Charts --------------------------------------------------------------------------------------------------------
+
+
+def chart_groups(records: Sequence[Mapping[str, Any]]) -> list[ChartGroup]:
+    """Loss and everything else that the objective logs, throughput, optimiser; a word where there is nothing yet."""
+    names = list(dict.fromkeys(name for record in records for name in record if name not in _HIDDEN))
+    names.sort(key=lambda name: name != "loss")
+    loss = [_chart(records, name, name, None, "last {:.4g}") for name in names]
+    speed = [
+        _chart(records, "samples_per_s", _THROUGHPUT["samples_per_s"], 0.0, "median {:.1f}"),
+        _chart(records, "data_wait_ratio", _THROUGHPUT["data_wait_ratio"], 0.0, "median {:.1%}"),
+    ]
+    optimiser = [_chart(records, name, title, 0.0, "last {:.3g}") for name, title in _OPTIMISER.items()]
+    note = "" if records else "No step is recorded yet."
+    return [
+        ChartGroup(title="Loss and its terms", note=note or _gaps(records), charts=_drawn(loss)),
+        ChartGroup(title="Throughput", note=note, charts=_drawn(speed)),
+        ChartGroup(title="Optimiser", note=note, charts=_drawn(optimiser)),
+    ]
+
+
+def _drawn(charts: Sequence[Chart | None]) -> list[Chart]:
+    return [chart for chart in charts if chart is not None]
+
+
+def _gaps(records: Sequence[Mapping[str, Any]]) -> str:
+    """Where the loss was not a finite number."""
+    steps = [record["step"] for record in records if not np.isfinite(_number(record.get("loss")))]
+    if not steps:
+        return ""
+    return f"The loss was not finite at {len(steps)} steps, first at step {steps[0]}: gaps in the curves."
+
+
+def _chart(
+    records: Sequence[Mapping[str, Any]], name: str, title: str, floor: float | None, summary: str
+) -> Chart | None:
+    """None where no record has a finite number under this name."""
+    steps, values = series(records, name)
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return None
+    typical = float(np.median(finite)) if summary.startswith("median") else float(finite[-1])
+    return Chart(name=title, summary=summary.format(typical), svg=curve(steps, values, title, floor))
+
+
+def series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps and values of one number; NaN where it was not finite or not logged."""
+    steps = np.array([record["step"] for record in records], dtype=np.float64)
+    return steps, np.array([_number(record.get(name)) for record in records], dtype=np.float64)
+
+
+def _number(value: Any) -> float:
+    """metrics.jsonl holds null where there is no number, and names of numbers that are not finite."""
+    return float("nan") if value is None or not np.isfinite(float(value)) else float(value)
+
+
+# --- Head ----------------------------------------------------------------------------------------------------------
+
+
+def _head(run_dir: str, config: RunConfig, config_text: str, records: Sequence[Mapping[str, Any]]) -> Head:
+    train = config.train
+    newest = CheckpointStore(run_dir).newest()
+    steps = records[-1]["step"] + 1 if records else 0
+    masks = f", {config.masking.name} masks" if hasattr(config.masking, "ratio") else f", {config.masking.name}"
+    ratio = f" at ratio {config.masking.ratio}" if hasattr(config.masking, "ratio") else ""
+    commented = [line[2:] for line in config_text.split("\n") if line.startswith("# ")]
+    facts = [
+        ("Run", " · ".join([Path(run_dir.rstrip("/")).name, *commented[:1]])),
+        ("When", _when(run_dir)),
+        ("Data", _data(config)),
+        (
+            "Spread over",
+            f"{train.num_workers} workers, ZeRO stage {train.zero}, global batch {train.global_batch} "
+            f"({train.local_micro_batch} a forward, {train.accumulation} accumulated), {train.precision}",
+        ),
+        ("Checkpoint", f"{newest.name}, {newest.step} steps" if newest else "none committed yet"),
+        *(("Software", line) for line in commented[1:]),
+    ]
+    return Head(
+        title=f"{config.objective.name} · {config.encoder.name} at {config.encoder.image_size} px",
+        subtitle=f"Pretraining run, {steps} of {train.steps} steps{masks}{ratio}",
+        tiles=_tiles(config, records),
+        facts=facts,
+        run_dir=run_dir,
+        step=newest.step if newest else 0,
+        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        version=medim_ray.__version__,
+        commit=_commit(),
+        machine=_machine(),
+    )
+
+
+def _tiles(config: RunConfig, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    if not records:
+        return [("0", f"of {config.train.steps} steps")]
+    _, loss = series(records, "loss")
+    tail = loss[-max(1, len(loss) // 10) :]
+    finite = tail[np.isfinite(tail)]
+    seconds = float(np.nansum(series(records, "step_s")[1]))
+    wait = float(np.nanmedian(series(records, "data_wait_ratio")[1]))
+    return [
+        (f"{records[-1]['step'] + 1:,}", f"of {config.train.steps:,} steps"),
+        (f"{len(records) * config.train.global_batch:,}", "images seen"),
+        (f"{finite.mean():.4g}" if len(finite) else "not finite", "loss, mean of the last tenth"),
+        (f"{np.nanmedian(series(records, 'samples_per_s')[1]):.1f}", "images per second, median"),
+        (f"{wait:.0%}", "of a step spent waiting for data, median"),
+        (_duration(seconds), "in training steps"),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _when(run_dir: str) -> str:
+    fs, root = fsspec.core.url_to_fs(run_dir)
+    path = f"{root.rstrip('/')}/{METRICS}"
+    if not fs.exists(path):
+        return "no step yet"
+    return f"last step recorded {fs.modified(path).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _data(config: RunConfig) -> str:
+    manifest = ShardSet.open(config.data.shards).manifest
+    sources = ", ".join(f"{name} {num:,}" for name, num in manifest.sources.items())
+    splits = ", ".join(f"{name} {num:,}" for name, num in manifest.splits.items())
+    patients = sum(manifest.patients.values())
+    return f"{Path(config.data.shards.rstrip('/')).name}: {sources} images ({splits}), {patients:,} patients"
+
+
+def _commit() -> str:
+    """The commit of the package that writes the report, where it lies in a git work tree; '' elsewhere."""
+    folder = Path(medim_ray.__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def _machine() -> str:
+    """Processor, cores and memory of the machine that writes the report."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{platform.machine()} with {os.cpu_count()} cores and {memory:.0f} GiB, Python {platform.python_version()}"
