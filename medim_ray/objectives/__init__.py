@@ -2,4 +2,5 @@
 
 from medim_ray.objectives import mae as mae
 from medim_ray.objectives import medim as medim
+from medim_ray.objectives import rad_dino as rad_dino
 from medim_ray.objectives.base import OBJECTIVES as OBJECTIVES
