@@ -118,7 +118,7 @@ def vit_pass(
     forward = (MOVED_FORWARD_LAYERSCALE if vit.layer_scale else MOVED_FORWARD) - 8 + 2 * wide
     backward = (MOVED_BACKWARD_LAYERSCALE if vit.layer_scale else MOVED_BACKWARD) - 12 + 3 * wide
     moved = forward + (backward if trained else 0.0)
-    inputs = element_bytes * 3.0 * vit.patch_size**2 * num_patches * num_crops
+    inputs = element_bytes * float(vit.patch_size) ** 2 * num_patches * num_crops
     ends = inputs + element_bytes * width * num_tokens * num_crops
     per_block = element_bytes * tokens * (kept * width + vit.num_heads / 3)
     return Pass(
@@ -155,13 +155,14 @@ def traced_pass(name: str, run: Callable[[], Tensor], parameters: list[nn.Parame
 
     run: forward of the modules, returns any tensor that depends on all of them.
     """
-    own = {id(p) for p in parameters}
+    own = {p.untyped_storage()._cdata for p in parameters}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        if id(tensor) not in own and tensor.untyped_storage()._cdata not in kept:
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
         alive.append(tensor)
         return tensor
 

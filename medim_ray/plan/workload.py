@@ -15,16 +15,17 @@ import torch
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.transforms import CROPS, View
 from medim_ray.masking import MASKINGS
+from medim_ray.models.text import TextEncoder
 from medim_ray.objectives import OBJECTIVES
 from medim_ray.objectives.base import Parts
 from medim_ray.plan.constants import Code, assumption
-from medim_ray.plan.flops import Pass, Vit, meta_encoder, mlp_pass, vit_of, vit_pass
+from medim_ray.plan.flops import Pass, Vit, meta_encoder, mlp_pass, traced_pass, vit_of, vit_pass
 
 # Bytes that a row of prototype scores keeps per prototype: two tensors in the model's format, scores, scores over
 # temperature and targets in float32, and their product while it is summed (objectives/dino_losses.py).
 _SCORE_FLOAT32_BYTES = 16
-# Bytes that a predicted pixel keeps beside itself: its float32 copy, the target and their difference.
-_PIXEL_FLOAT32_BYTES = 12
+# Tokens of the vocabulary: that of `prepare` (models/text.py, train_tokenizer), and Bio_ClinicalBERT's.
+_VOCABULARY = {"bert": 2_000, "hf": 28_996}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,16 +97,24 @@ def _meta_objective(config: RunConfig) -> Any:
     cls = OBJECTIVES[config.objective.name]
     masking: Any = MASKINGS[config.masking.name](config.masking)
     with torch.device("meta"):
+        text = TextEncoder(_text_config(config), _VOCABULARY[config.text.name]) if cls.needs_text else None
         return cls(
             config.objective,
             Parts(
                 encoder=meta_encoder(config.encoder),
-                text=None,
+                text=text,
                 masking=masking,
                 num_steps=config.train.steps,
                 global_batch=config.train.global_batch,
             ),
         )
+
+
+def _text_config(config: RunConfig) -> TextEncoder.Config:
+    """The report encoder without its files: a model of transformers is planned as BERT-base (Bio_ClinicalBERT)."""
+    if config.text.name == "bert":
+        return config.text
+    return dataclasses.replace(config.text, name="bert", path=None, width=768, depth=12, num_heads=12)
 
 
 def _stored_side(views: tuple[View, ...]) -> float:
@@ -209,13 +218,7 @@ def _mae(config: RunConfig, module: Any, code: Code, element_bytes: int) -> list
         ),
         mlp_pass("decoder, projection", [vit.width, decoder.width], num_visible + 1.0, element_bytes=element_bytes),
         vit_pass(decoder, "decoder, all patches", num_patches + 1.0, 1, num_patches=0, element_bytes=element_bytes),
-        mlp_pass(
-            "decoder, pixels",
-            [decoder.width, pixels],
-            num_patches,
-            element_bytes=element_bytes,
-            row_bytes=_PIXEL_FLOAT32_BYTES * pixels,
-        ),
+        mlp_pass("decoder, pixels", [decoder.width, pixels], num_patches, element_bytes=element_bytes),
     ]
 
 
@@ -234,18 +237,101 @@ def _simmim(config: RunConfig, module: Any, code: Code, element_bytes: int) -> l
             element_bytes=element_bytes,
             block_share=_drop_path_share(config, code),
         ),
-        mlp_pass(
-            "pixels",
-            [vit.width, pixels],
-            num_patches,
-            element_bytes=element_bytes,
-            row_bytes=_PIXEL_FLOAT32_BYTES * pixels,
-        ),
+        mlp_pass("pixels", [vit.width, pixels], num_patches, element_bytes=element_bytes),
     ]
+
+
+def _medim(config: RunConfig, module: Any, code: Code, element_bytes: int) -> list[Pass]:
+    """Image and report encoder, four projections, the alignment, and the decoder on one or two masked copies."""
+    encoder, objective, text = module.encoder, config.objective, module.text
+    num_patches, num_words = encoder.grid.num_patches, config.text.num_tokens - 1
+    passes = [_image_pass(config, module, code, element_bytes), _text_pass(config, text, element_bytes)]
+    sizes = [objective.projection_hidden, objective.projection_dim]
+    if objective.ita_weight or objective.proto_weight:
+        for name, width in (("image projection", encoder.width), ("report projection", text.width)):
+            passes.append(mlp_pass(name, [width, *sizes], 1.0, element_bytes=element_bytes))
+    if objective.local_weight or (objective.reconstruction_weight and module._masking.needs_attention):
+        trained = objective.local_weight > 0
+        for name, width, rows in (
+            ("patch projection", encoder.width, num_patches),
+            ("word projection", text.width, num_words),
+        ):
+            passes.append(mlp_pass(name, [width, *sizes], rows, element_bytes=element_bytes, trained=trained))
+        # Word x patch scores, the attended vectors and their contrast, in float32 and in both directions.
+        wide = [objective.projection_dim, num_patches, objective.projection_dim, num_words]
+        passes.append(mlp_pass("alignment", wide, 2.0 * num_words, element_bytes=4, trained=trained))
+    if objective.reconstruction_weight:
+        passes += _reconstruction_passes(config, module, code, element_bytes)
+    return passes
+
+
+def _image_pass(config: RunConfig, module: Any, code: Code, element_bytes: int) -> Pass:
+    """The whole image through a ViT or a ResNet."""
+    encoder, size = module.encoder, config.encoder.image_size
+    vit = vit_of(encoder)
+    if vit is None:
+        return traced_pass(
+            "image encoder",
+            lambda: encoder(torch.empty(1, 1, size, size)).patches_BND,
+            list(encoder.parameters()),
+            element_bytes,
+        )
+    return vit_pass(
+        vit,
+        "image encoder",
+        float(vit.num_tokens(size)),
+        1,
+        num_patches=encoder.grid.num_patches,
+        element_bytes=element_bytes,
+        block_share=_drop_path_share(config, code),
+    )
+
+
+def _text_pass(config: RunConfig, text: Any, element_bytes: int) -> Pass:
+    """The report through a BERT, whose block has the products of a ViT's."""
+    bert = text.model.config
+    shape = Vit(
+        width=bert.hidden_size,
+        depth=bert.num_hidden_layers,
+        num_heads=bert.num_attention_heads,
+        mlp_width=bert.intermediate_size,
+        patch_size=1,
+        num_prefix_tokens=0,
+        layer_scale=False,
+    )
+    tokens = float(config.text.num_tokens)
+    trained = config.text.trainable
+    return vit_pass(shape, "report encoder", tokens, 1, num_patches=0, element_bytes=element_bytes, trained=trained)
+
+
+def _reconstruction_passes(config: RunConfig, module: Any, code: Code, element_bytes: int) -> list[Pass]:
+    """The decoder on every masked copy; with input masking also the encoder on the visible patches of each."""
+    encoder, num_masks = module.encoder, len(module._masking.names)
+    num_patches = encoder.grid.num_patches
+    decoder = traced_pass(
+        "decoder",
+        lambda: module.decoder(torch.empty(num_masks, 1, num_patches, encoder.width, requires_grad=True)),
+        list(module.decoder.parameters()),
+        element_bytes,
+    )
+    if module._masking.on == "feature":
+        return [decoder]
+    vit = _need_vit(encoder, "medim")
+    again = vit_pass(
+        vit,
+        "image encoder, visible patches",
+        num_patches * _visible_ratio(config) + vit.num_prefix_tokens,
+        num_masks,
+        num_patches=num_patches,
+        element_bytes=element_bytes,
+        block_share=_drop_path_share(config, code),
+    )
+    return [decoder, again]
 
 
 _PASSES: dict[str, Callable[[RunConfig, Any, Code, int], list[Pass]]] = {
     "mae": _mae,
+    "medim": _medim,
     "rad_dino": _rad_dino,
     "simmim": _simmim,
 }

@@ -1,0 +1,150 @@
+"""`medim-ray plan`: its JSON, its table, its page, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from medim_ray.plan.clusters import load_cluster
+from medim_ray.plan.command import run_plan
+
+ROOT = Path(__file__).parents[3]
+CLUSTERS = ROOT / "configs" / "clusters"
+RAD_DINO = ROOT / "configs" / "plan" / "rad_dino_public.yaml"
+CLUSTER = f"cluster={CLUSTERS / 'rad_dino_public.yaml'}"
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *overrides: str, compare: bool = False) -> dict[str, Any]:
+    capsys.readouterr()
+    assert run_plan(RAD_DINO, [CLUSTER, *overrides], as_json=True, compare=compare) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert isinstance(tree, dict)
+    return tree
+
+
+def test_json_has_the_promised_keys_and_nothing_else_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    tree = as_json(capsys)
+    assert tree["hours"] > 0
+    assert tree["cost"] == pytest.approx(tree["hours"] * 64 * 3.673)
+    assert "compute" in tree["bottleneck"]
+    assert set(tree["memory_bytes"]) == {"0", "1", "2", "3"}
+    assert tree["memory_bytes"]["2"] < tree["memory_bytes"]["1"]
+    assert tree["fact"]["sentences"]
+    assert max(point["num_gpus"] for point in tree["curve"]) == 10_000
+    assert 0 < tree["goodput"]["simulated"] <= 1
+
+
+def test_hours_follow_the_steps_and_the_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    whole, half = as_json(capsys), as_json(capsys, "train.num_workers=32", "train.micro_batch=40")
+    assert half["hours"] == pytest.approx(2 * whole["hours"], rel=0.05)
+    assert as_json(capsys, "train.steps=70000")["hours"] == pytest.approx(2 * whole["hours"])
+    assert "fact" not in half
+
+
+def test_a_slow_network_becomes_the_bottleneck(capsys: pytest.CaptureFixture[str]) -> None:
+    tree = as_json(capsys, "cluster.inter_node=0.05", "cluster.code=medim_ray")
+    assert tree["bottleneck_kind"] == "communication"
+    assert "between nodes" in tree["lift"]
+
+
+def test_few_cores_make_decoding_the_bottleneck(capsys: pytest.CaptureFixture[str]) -> None:
+    tree = as_json(capsys, "cluster.cores_per_node=4")
+    assert tree["bottleneck_kind"] == "decode"
+    assert tree["decode_cores"] > 1
+
+
+def test_compare_marks_the_fastest_and_the_cheapest(capsys: pytest.CaptureFixture[str]) -> None:
+    comparison = as_json(capsys, compare=True)["comparison"]
+    fitting = [row for row in comparison["rows"] if row["fits"]]
+    assert 0 < len(fitting) < len(comparison["rows"])
+    assert comparison["fastest"]["hours"] == min(row["hours"] for row in fitting)
+    assert comparison["cheapest"]["cost"] == min(row["cost"] for row in fitting)
+    assert {row["stage"] for row in comparison["rows"]} == {0, 1, 2, 3}
+
+
+def test_the_table_and_the_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "plan.html"
+    assert run_plan(RAD_DINO, [CLUSTER], compare=True, html=out) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("bottleneck", "Memory of one GPU", "40 h for 100,000 iterations", "Daly"):
+        assert part in text
+    page = out.read_text(encoding="utf-8")
+    assert page.count("<svg") == 4
+    assert "NVIDIA A100 datasheet" in page
+    assert "src=" not in page
+
+
+def test_plan_imports_neither_ray_nor_deepspeed() -> None:
+    code = (
+        "import sys; from medim_ray.plan.command import run_plan; "
+        f"run_plan({str(RAD_DINO)!r}, [{CLUSTER!r}], as_json=True); "
+        "assert not {'ray', 'deepspeed'} & set(sys.modules), 'imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["hours"] > 0
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("cluster.gpu=a100-80gb", ["cluster.gpu", "a100-80gb-sxm", "h100-80gb-sxm"]),
+        ("cluster.price_per_gpu_hour=-1", ["price_per_gpu_hour", "0 or more"]),
+        ("cluster.price_per_gpu_hour=null", ["price_per_gpu_hour is missing", "azure_nc96ads_a100_v4"]),
+        ("cluster.price_per_gpu_hour=cheap", ["cluster.price_per_gpu_hour", "aws_p5_capacity_block"]),
+        ("cluster.inter_node=0", ["inter_node=0", "above 0", "ethernet_100g"]),
+        ("cluster.intra_node=0", ["intra_node=0", "above 0", "nvlink3"]),
+        ("cluster.storage=-1", ["storage=-1", "above 0"]),
+        ("cluster.num_nodes=8", ["train.num_workers=64", "32 GPUs", "cluster.num_nodes=16"]),
+        ("cluster.num_nodes=0", ["num_nodes=0", "at least 1"]),
+        ("cluster.straggler_slowdown=0.5", ["straggler_slowdown", "at least 1"]),
+        ("cluster.code=other", ["cluster.code", "medim_ray"]),
+        ("cluster.gpu_kind=x", ["gpu_kind", "Did you mean"]),
+        ("cluster.peak_tflops=much", ["peak_tflops", "probe"]),
+        ("train.num_wokers=4", ["train.num_wokers", "train.num_workers"]),
+    ],
+)
+def test_bad_input_names_the_field_and_the_fix(override: str, expected: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        run_plan(RAD_DINO, [CLUSTER, override], as_json=True)
+    for part in expected:
+        assert part in str(error.value)
+
+
+def test_a_batch_that_fits_nowhere_says_what_would_fit() -> None:
+    with pytest.raises(ValueError, match=r"train\.micro_batch=1280: .* use train\.micro_batch=(\d+) with") as error:
+        run_plan(RAD_DINO, [CLUSTER, "train.num_workers=2"], as_json=True)
+    micro = int(str(error.value).split("use train.micro_batch=")[1].split(" ")[0])
+    assert run_plan(RAD_DINO, [CLUSTER, "train.num_workers=2", f"train.micro_batch={micro}"], as_json=True) == 0
+
+
+def test_a_model_that_fits_nowhere_is_said_to_be_too_large() -> None:
+    with pytest.raises(ValueError, match="not even one image fits"):
+        run_plan(RAD_DINO, [CLUSTER, "cluster.memory_gb=1"], as_json=True)
+
+
+def test_a_batch_that_fits_only_with_checkpointing_is_planned_with_it(capsys: pytest.CaptureFixture[str]) -> None:
+    tree = as_json(capsys, "train.num_workers=32")
+    assert not tree["fits"]
+    assert tree["setting"]["checkpointed"]
+    assert "train.micro_batch=80 does not fit" in tree["warnings"][0]
+
+
+def test_the_cluster_must_be_named_once() -> None:
+    for overrides in ([], [CLUSTER, CLUSTER], ["cluster="]):
+        with pytest.raises(ValueError, match="cluster is missing"):
+            run_plan(RAD_DINO, overrides)
+
+
+@pytest.mark.parametrize("file", sorted(CLUSTERS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_cluster_loads_and_names_its_sources(file: Path) -> None:
+    cluster = load_cluster(file)
+    assert cluster.num_gpus >= 2
+    given = {key for key, value in yaml.safe_load(file.read_text(encoding="utf-8")).items() if isinstance(value, str)}
+    assert given >= {"gpu", "intra_node", "inter_node", "storage", "price_per_gpu_hour"}

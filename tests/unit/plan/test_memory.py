@@ -1,0 +1,103 @@
+"""Memory by ZeRO stage: the formulas of the ZeRO paper, and what follows from them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medim_ray.config.loader import load
+from medim_ray.config.schema import RunConfig
+from medim_ray.objectives import OBJECTIVES
+from medim_ray.plan.clusters import Cluster, resolve
+from medim_ray.plan.memory import STAGES, fits, largest_micro_batch, lowest_stage, memory
+from medim_ray.plan.workload import Workload, workload
+from tests.unit.plan.layouts import GPUS
+
+WORK = Workload(
+    name="x",
+    passes=(),
+    num_trained=1_000_000,
+    num_frozen=0,
+    element_bytes=2,
+    views=(),
+    image_bytes=0.0,
+    stored_pixels=1.0,
+    cut_pixels=1.0,
+)
+
+
+def real_work(*more: str) -> Workload:
+    return workload(load(RunConfig, None, ["encoder.name=vit_small_patch16_224", *more]), resolve(GPUS).code)
+
+
+@pytest.mark.parametrize(("stage", "formula"), [(1, 2 + 2 + 12 / 8), (2, 2 + 2 / 8 + 12 / 8), (3, (2 + 2 + 12) / 8)])
+def test_states_in_bf16_follow_the_zero_paper(stage: int, formula: float) -> None:
+    work = dataclasses.replace(WORK, passes=real_work().passes)
+    need = memory(work, stage=stage, num_gpus=8, micro_batch=1, checkpointed=False)
+    assert need.states == pytest.approx(formula * 1e6)
+
+
+def test_states_in_fp32_on_one_worker_are_sixteen_bytes_a_parameter() -> None:
+    work = dataclasses.replace(WORK, passes=real_work().passes, element_bytes=4)
+    need = memory(work, stage=0, num_gpus=1, micro_batch=1, checkpointed=False)
+    assert need.states == 16e6
+    assert need.buffers == need.gathered == 0
+
+
+def test_a_teacher_costs_four_bytes_and_is_shared_at_stage_three() -> None:
+    work = dataclasses.replace(WORK, passes=real_work().passes, num_frozen=500_000)
+    teacher = [memory(work, stage=s, num_gpus=4, micro_batch=1, checkpointed=False).teacher for s in STAGES]
+    assert teacher == [2e6, 2e6, 2e6, 0.5e6]
+
+
+def test_parameters_are_counted_from_the_objective_itself() -> None:
+    config = load(RunConfig, None, ["objective.name=mae", "encoder.name=vit_small_patch16_224"])
+    work = workload(config, resolve(GPUS).code)
+    assert work.num_frozen == 0
+    # timm: 21.67 M without the classifier; the decoder of two blocks of width 128 is small beside it.
+    assert 21.6e6 < work.num_trained < 22.6e6
+
+
+def test_a_rad_dino_run_has_a_teacher_as_large_as_its_student(recipe: RunConfig, gpus: Cluster) -> None:
+    work = workload(recipe, gpus.code)
+    width = 768
+    assert work.num_trained - work.num_frozen == width  # the mask token is the student's alone
+    assert set(OBJECTIVES) >= {"mae", "rad_dino"}
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    stage=st.sampled_from(STAGES),
+    num=st.sampled_from([1, 2, 8, 64]),
+    checkpointed=st.booleans(),
+    precision=st.sampled_from(["fp32", "bf16"]),
+)
+def test_the_largest_micro_batch_fits_and_the_next_does_not(
+    stage: int, num: int, checkpointed: bool, precision: str
+) -> None:
+    cluster = resolve(GPUS)
+    work = real_work(f"train.precision={precision}")
+    layout = {"stage": stage, "num_gpus": num, "checkpointed": checkpointed}
+    most = largest_micro_batch(cluster, work, **layout)  # type: ignore[arg-type]
+    assert most > 0
+    assert fits(cluster, work, micro_batch=most, **layout)  # type: ignore[arg-type]
+    assert not fits(cluster, work, micro_batch=most + 1, **layout)  # type: ignore[arg-type]
+
+
+def test_checkpointing_saves_memory_and_costs_a_forward_pass() -> None:
+    work = real_work("objective.name=mae")
+    assert work.kept_bytes(True) < work.kept_bytes(False) / 2
+    assert 1.2 < work.flops(True) / work.flops(False) < 1.35
+
+
+def test_the_lowest_stage_that_fits_rises_with_the_model(gpus: Cluster) -> None:
+    work = dataclasses.replace(WORK, passes=real_work().passes, num_trained=10**9)
+    assert lowest_stage(gpus, work, num_gpus=64, micro_batch=1) == 0
+    large = dataclasses.replace(work, num_trained=9 * 10**9)
+    assert lowest_stage(gpus, large, num_gpus=64, micro_batch=1) in (1, 2)
+    larger = dataclasses.replace(work, num_trained=40 * 10**9)
+    assert lowest_stage(gpus, larger, num_gpus=64, micro_batch=1) == 3
+    assert lowest_stage(gpus, dataclasses.replace(work, num_trained=10**13), num_gpus=64, micro_batch=1) is None
