@@ -137,7 +137,7 @@ class BlockMasking:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.on = config.on
+        self.on: str = config.on
 
     def plan(self, samples: Samples, grid: Grid, draws: Draws) -> dict[str, NDArray[Any]]:
         """{"mask/block_BSN": bool, S = 1}."""
