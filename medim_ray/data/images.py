@@ -53,7 +53,9 @@ class ImageEncoder:
         format: Literal["jpeg", "png"] = field(
             default="jpeg", metadata={"help": "jpeg (8 bit, lossy) or png (lossless, 8 or 16 bit)"}
         )
-        quality: int = field(default=95, metadata={"help": "JPEG quality, 1 to 100; png has none"})
+        quality: int | None = field(
+            default=None, metadata={"help": "JPEG quality, 1 to 100; null: 95, and the only choice for png"}
+        )
         bits: Literal[8, 16] = field(
             default=8, metadata={"help": "16 keeps 16-bit files at 16 bit (png only); 8-bit files stay 8 bit"}
         )
@@ -70,8 +72,10 @@ class ImageEncoder:
                 )
             if self.format not in ("jpeg", "png"):
                 raise ValueError(f"format={self.format!r}: use jpeg or png")
-            if not 1 <= self.quality <= 100:
+            if self.quality is not None and not 1 <= self.quality <= 100:
                 raise ValueError(f"quality={self.quality}: JPEG quality is between 1 and 100")
+            if self.quality is not None and self.format == "png":
+                raise ValueError(f"quality={self.quality} with format=png: PNG is lossless; set quality to null")
             if self.bits not in (8, 16):
                 raise ValueError(f"bits={self.bits}: use 8 or 16")
             if self.bits == 16 and self.format != "png":
@@ -99,7 +103,7 @@ class ImageEncoder:
     def encode(self, image_HW: Gray) -> Encoded:
         """The file of pixels that `prepare` returned. The same pixels give the same bytes."""
         if self.config.format == "jpeg":
-            ok, data = cv2.imencode(".jpg", image_HW, [cv2.IMWRITE_JPEG_QUALITY, self.config.quality])
+            ok, data = cv2.imencode(".jpg", image_HW, [cv2.IMWRITE_JPEG_QUALITY, self.config.quality or 95])
         else:
             ok, data = cv2.imencode(".png", image_HW)
         assert ok, "OpenCV could not encode a grayscale image"

@@ -36,11 +36,10 @@ class PhantomSource:
     def plan(self) -> pa.Table:
         """See `Source`. The location of a row is the number of its study."""
         config = self.config
-        patients = [phantom._plan(index, config.seed).patient_number for index in range(config.num_images)]
         nothing = [""] * config.num_images
         return plan_table(
             image_id=[f"phantom-{config.seed}-{index:06d}" for index in range(config.num_images)],
-            patient_id=[f"phantom-{config.seed}-p{number:06d}" for number in patients],
+            patient_id=[phantom.patient_id(index, seed=config.seed) for index in range(config.num_images)],
             location=[str(index) for index in range(config.num_images)],
             view=nothing,
             report=nothing,

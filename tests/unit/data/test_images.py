@@ -170,6 +170,7 @@ def test_masks_follow_the_image_to_its_size() -> None:
         ({"longest_side": 8}, "longest_side=8"),
         ({"bits": 16}, "use format=png"),
         ({"quality": 0}, "quality=0"),
+        ({"quality": 90, "format": "png"}, "PNG is lossless"),
         ({"format": "gif"}, "use jpeg or png"),
     ],
 )
