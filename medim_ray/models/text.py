@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import tokenizers
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 SPECIAL_TOKENS = {
@@ -161,7 +162,7 @@ def _from_path(config: TextEncoder.Config, vocab_size: int) -> Any:
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{where}: no readable weights there ({_line(error)})") from None
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
