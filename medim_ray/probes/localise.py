@@ -49,6 +49,7 @@ from medim_ray.types import Batch, Grid
 
 RATIO = 0.25
 CHANCE = {"map_auroc": 0.5, "lesion_lift": 1.0}
+_NAMES = {"map_auroc": "map AUROC", "lesion_lift": "lesion lift"}
 _NUM_DRAWS = 32  # of the law's noise; the share hidden is their mean
 _HELD_OUT = ("val", "test")
 
@@ -81,7 +82,7 @@ class Localisation:
             for metric, chance in CHANCE.items():
                 estimate = sources[source][metric]
                 low, high = estimate.interval()
-                name = f"{strategy.upper()} {metric.replace('_', ' ')} {estimate.value:.2f} [{low:.2f}, {high:.2f}]"
+                name = f"{strategy.upper()} {_NAMES[metric]} {estimate.value:.2f} [{low:.2f}, {high:.2f}]"
                 if high < chance:
                     lines.append(f"{name} is below chance ({chance}): the map lights what is not the lesion")
                 elif not low > chance:

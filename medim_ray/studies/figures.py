@@ -48,7 +48,7 @@ _STYLE = {
 def curve(steps_K: NDArray[np.float64], values_K: NDArray[np.float64], name: str, floor: float | None = None) -> Markup:
     """A series over the steps: smoothed line, with the raw values (or their range in a bucket of steps) behind it.
 
-    NaN is a gap. floor: the lower end of the axis, where the number has one.
+    NaN is a gap; at least one value is finite. floor: the lower end of the axis, where the number has one.
     """
     with rc_context(_STYLE):
         figure = Figure(figsize=(3.7, 1.9), layout="constrained")
@@ -64,8 +64,11 @@ def curve(steps_K: NDArray[np.float64], values_K: NDArray[np.float64], name: str
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.margins(x=0.01)
-        if floor is not None and np.isfinite(values_K).any():
-            axes.set_ylim(floor, max(float(np.nanmax(values_K)) * 1.05, floor + 1e-6))
+        bottom, top = float(np.nanmin(values_K)), float(np.nanmax(values_K))
+        if floor is not None:
+            axes.set_ylim(floor, max(1.05 * top, floor + 1e-6))
+        elif top - bottom <= 1e-6 * abs(top):  # flat: rounding errors are no signal
+            axes.set_ylim(bottom - 0.1 * abs(top) - 1e-6, top + 0.1 * abs(top) + 1e-6)
         axes.set_xlabel("step")
         return _svg(figure, f"{name} over the steps")
 
@@ -76,7 +79,8 @@ def _buckets(
     """Steps with the least, mean and greatest value of at most `_MAX_POINTS` runs of steps."""
     if len(steps_K) <= _MAX_POINTS:
         return steps_K, values_K, values_K, values_K
-    parts = np.array_split(np.arange(len(steps_K)), _MAX_POINTS)
+    size = -(-len(steps_K) // _MAX_POINTS)
+    parts = [np.arange(start, min(start + size, len(steps_K))) for start in range(0, len(steps_K), size)]
     parts = [part for part in parts if np.isfinite(values_K[part]).any()]
     columns = [
         (steps_K[p].mean(), np.nanmin(values_K[p]), np.nanmean(values_K[p]), np.nanmax(values_K[p])) for p in parts
@@ -86,14 +90,17 @@ def _buckets(
 
 
 def _smooth(values_K: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Exponential mean over about a twentieth of the points, without the bias of its start."""
-    decay = 1.0 - 1.0 / max(1.0, len(values_K) / 20)
-    out, total, weight = np.empty_like(values_K), 0.0, 0.0
-    for i, value in enumerate(values_K):
-        if np.isfinite(value):
-            total, weight = decay * total + value, decay * weight + 1.0
-        out[i] = total / weight if np.isfinite(value) else np.nan
-    return out
+    """Mean over a window of about a twentieth of the points, centred; gaps stay gaps and count for nothing."""
+    half = len(values_K) // 40
+    valid_K = np.isfinite(values_K)
+    totals = np.concatenate([[0.0], np.cumsum(np.where(valid_K, values_K, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(valid_K)])
+    at_K = np.arange(len(values_K))
+    reach_K = np.minimum(half, np.minimum(at_K, len(values_K) - 1 - at_K))  # shrinks at the ends, stays centred
+    first_K, last_K = at_K - reach_K, at_K + reach_K + 1
+    num_K = counts[last_K] - counts[first_K]
+    means_K = (totals[last_K] - totals[first_K]) / np.maximum(num_K, 1)
+    return np.where(valid_K, means_K, np.nan)
 
 
 def _svg(figure: Figure, description: str) -> Markup:

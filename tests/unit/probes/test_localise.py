@@ -86,5 +86,5 @@ def test_maps_at_or_below_chance_are_warned_of_in_words() -> None:
         },
     )
     below, at = found.warnings()
-    assert "KDM map auroc 0.30" in below and "below chance" in below
+    assert "KDM map AUROC 0.30" in below and "below chance" in below
     assert "KDM lesion lift 1.00" in at and "not above chance" in at
