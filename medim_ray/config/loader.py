@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,29 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 C = TypeVar("C")
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.2 scalars: only true and false are booleans (`on` is a key of ours), and 1e-4 is a number."""
+
+
+_Yaml.yaml_implicit_resolvers = {
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF"))
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text, by the rules of YAML 1.2."""
+    return yaml.load(text, Loader=_Yaml)
 
 
 def component(registry: Any, default: str, meaning: str, **metadata: Any) -> Any:
@@ -155,7 +179,7 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[str, An
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist. Give --config the path of a YAML file, see configs/")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = parse_yaml(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -172,7 +196,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ValueError(f"override {text!r} is not of the form key.sub=value")
         try:
-            value = yaml.safe_load(raw) if raw.strip() else ""
+            value = parse_yaml(raw) if raw.strip() else ""
         except yaml.YAMLError:
             value = raw
         node = tree
@@ -300,7 +324,7 @@ def _convert(value: Any, hint: Any, key: str, where: str) -> Any:
         return {str(k): _convert(v, args[1], f"{key}.{k}", where) for k, v in value.items()}
     elif hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML 1.1 reads 1e-4 as text
+            return float(value)
         except ValueError:
             pass
     elif hint is str and isinstance(value, int | float) and not isinstance(value, bool):

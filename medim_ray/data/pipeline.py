@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, Dataset, ExecutionOptions
@@ -38,7 +39,9 @@ def train_stream(
     Each output block is one block of the plan, `plan.window_steps * plan.granule` rows.
     """
     num_blocks = plan.num_blocks(first_step, last_step)
-    return ray.data.range(num_blocks, override_num_blocks=num_blocks).map_batches(
+    # Objects, not read tasks: where all CPUs belong to workers, a task that asks for one would wait for ever.
+    numbers = ray.data.from_arrow([pa.table({"id": [index]}) for index in range(num_blocks)])
+    return numbers.map_batches(
         _DecodeActor,
         fn_constructor_args=(make_reader, plan, first_step),
         batch_size=1,

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import fsspec
-import yaml
 from torch import nn
 
-from medim_ray.config.loader import from_tree, run_hash, to_yaml
+from medim_ray.config.loader import from_tree, parse_yaml, run_hash, to_yaml
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.shards import ShardSet
 from medim_ray.objectives.base import Objective
@@ -38,7 +37,7 @@ def read_config(run_dir: str) -> RunConfig | None:
     path = f"{root.rstrip('/')}/{CONFIG}"
     if not fs.exists(path):
         return None
-    return from_tree(RunConfig, yaml.safe_load(fs.cat_file(path)), where=f"{run_dir}/{CONFIG}")
+    return from_tree(RunConfig, parse_yaml(fs.cat_file(path).decode()), where=f"{run_dir}/{CONFIG}")
 
 
 @dataclass(frozen=True, kw_only=True)

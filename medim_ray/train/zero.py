@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -45,6 +44,8 @@ def build_engine(module: nn.Module, train: TrainConfig) -> Any:
 
     The process group must exist (Ray Train makes it). The moments start at zero at every stage.
     """
+    import deepspeed  # takes seconds, and only workers need it
+
     groups: list[ParameterGroup] = module.parameter_groups()  # type: ignore[operator]
     optimizer = torch.optim.AdamW(
         [

@@ -8,9 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from medim_ray.config.loader import component, describe, from_tree, leaves, load, option, run_hash, to_tree, to_yaml
+from medim_ray.config.loader import (
+    component,
+    describe,
+    from_tree,
+    leaves,
+    load,
+    option,
+    parse_yaml,
+    run_hash,
+    to_tree,
+    to_yaml,
+)
 from medim_ray.registry import Registry
 
 PAINTS: Registry[Any] = Registry("paint")
@@ -97,8 +107,19 @@ def test_a_check_of_a_component_runs_and_names_its_group() -> None:
         load(Root, None, ["paint.name=water", "paint.drops=-1"])
 
 
-def test_exponent_notation_is_a_float() -> None:
+def test_scalars_are_those_of_yaml_1_2() -> None:
     assert load(Root, None, ["ratio=1e-4"]).ratio == 1e-4
+    assert parse_yaml("{on: input, a: 1, b: 1., c: 2e3, d: true, e: no, f: -3, g: null}") == {
+        "on": "input",
+        "a": 1,
+        "b": 1.0,
+        "c": 2000.0,
+        "d": True,
+        "e": "no",
+        "f": -3,
+        "g": None,
+    }
+    assert isinstance(parse_yaml("12"), int)
 
 
 def test_circular_parents_and_missing_files_are_errors(tmp_path: Path) -> None:
@@ -114,7 +135,7 @@ def test_circular_parents_and_missing_files_are_errors(tmp_path: Path) -> None:
 
 def test_yaml_reloads_to_an_equal_object() -> None:
     config = load(Root, None, ["paint.name=water", "names=[x]", "frame.size=[7,8]"])
-    assert from_tree(Root, yaml.safe_load(to_yaml(config))) == config
+    assert from_tree(Root, parse_yaml(to_yaml(config))) == config
 
 
 def test_hash_ignores_where_and_follows_what() -> None:
