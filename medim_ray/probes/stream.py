@@ -34,14 +34,14 @@ def pooled(
     with DataContext.current(context), _quiet("ray.data"):
         stream = ray.data.from_items(list(items), override_num_blocks=len(items))
         if before is not None:
-            stream = stream.map_batches(before, batch_size=1, batch_format="numpy", num_cpus=0.5)
+            stream = stream.map_batches(before, batch_size=1, batch_format="numpy", num_cpus=0.25)
         stream = stream.map_batches(
             actor,
             fn_constructor_args=actor_args,
             batch_size=None,
             batch_format="numpy",
             compute=ActorPoolStrategy(min_size=1, max_size=min(num_actors, len(items))),
-            num_cpus=0 if use_gpu else 1,
+            num_cpus=0 if use_gpu else 0.75,  # with one task before it: a single CPU
             num_gpus=1 if use_gpu else 0,
         )
         yield from stream.iter_batches(batch_size=None, batch_format="numpy")

@@ -26,9 +26,9 @@ from medim_ray.data.shards import ShardSet
 from medim_ray.probes.command import ENCODERS, read_result
 from medim_ray.studies.figures import curve, interval_bar
 from medim_ray.studies.gallery import Gallery, make_gallery, templates
-from medim_ray.train.checkpoint import CheckpointStore
 from medim_ray.train.metrics import METRICS, read_metrics
 from medim_ray.train.runs import CONFIG, load_run, open_config
+from medim_ray.train.store import CheckpointStore
 
 REPORT = "report.html"
 _NUM_IMAGES = 8

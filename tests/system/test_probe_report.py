@@ -1,0 +1,254 @@
+"""Probe, mask gallery and report of a small real run on phantoms: on real Ray, and looked at in a real browser."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from medim_ray.config.loader import load
+from medim_ray.config.schema import ProbeConfig, RunConfig
+from medim_ray.data.ingest import PrepareConfig, prepare
+from medim_ray.data.shards import ShardSet
+from medim_ray.probes.command import run_probe
+from medim_ray.probes.features import extract, frozen_encoder, raw_pixels
+from medim_ray.probes.rows import RowReader, centre_columns, list_rows, work_items
+from medim_ray.studies.gallery import write_gallery
+from medim_ray.studies.report import write_report
+from medim_ray.train.build import build_crop
+from medim_ray.train.launch import launch
+from medim_ray.train.runs import load_run
+
+pytestmark = pytest.mark.system
+ROOT = Path(__file__).parents[2]
+NUM_IMAGES = 120
+
+
+@pytest.fixture(scope="module")
+def run_dir(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two steps of MedIM on one worker: the masks are near those of random weights, the machinery is real."""
+    folder = tmp_path_factory.mktemp("probe")
+    shards = str(folder / "shards")
+    prepare(load(PrepareConfig, None, [
+        "source.name=phantom", f"source.num_images={NUM_IMAGES}", "source.size=96", "split.train=0.6", "split.val=0.2",
+        "split.test=0.2", "shards.row_group_rows=16", "shards.rows_per_file=32", f"out={shards}",
+    ]))  # fmt: skip
+    run = str(folder / "run")
+    config = load(RunConfig, ROOT / "configs/debug/medim-vit_tiny-2w-z1.yaml", [
+        f"data.shards={shards}", f"run.dir={run}", "encoder.image_size=64", "encoder.depth=2", "train.steps=2",
+        "train.num_workers=1", "train.zero=0", "track.aim=false",
+    ])  # fmt: skip
+    assert launch(config, Console(file=io.StringIO())).finished
+    return run
+
+
+@pytest.fixture(scope="module")
+def probed(run_dir: str) -> tuple[dict[str, Any], str]:
+    """result.json's content and what was printed."""
+    out = io.StringIO()
+    config = ProbeConfig(labels=("view", "sex", "cardiomegaly"), num_bootstrap=200, num_folds=3)
+    return run_probe(run_dir, config, console=Console(file=out, width=140)), out.getvalue()
+
+
+def test_probe_stands_beside_untrained_and_pixels_with_intervals(
+    run_dir: str, probed: tuple[dict[str, Any], str]
+) -> None:
+    result, printed = probed
+    assert json.loads(Path(run_dir, "result.json").read_text()) == result
+    assert result["step"] == 2 and result["checkpoint"].startswith("step-00000002")
+    assert list(result["labels"]) == ["view", "sex", "cardiomegaly"]
+    for label, task in result["labels"].items():
+        assert list(task["encoders"]) == ["trained", "untrained", "pixels"]
+        assert task["num_images"] == sum(task["counts"].values()) == NUM_IMAGES
+        assert 30 < task["num_patients"] < NUM_IMAGES
+        for numbers in task["encoders"].values():
+            for metric in ("auroc", "auprc"):
+                assert 0 <= numbers[metric]["low"] <= numbers[metric]["value"] <= numbers[metric]["high"] <= 1
+        assert label in printed
+    assert all(word in printed for word in ("trained", "untrained", "raw pixels", "AUROC", "AUPRC", "folds by patient"))
+    assert result["labels"]["view"]["classes"] == ["PA", "AP"]
+
+
+def test_localisation_is_judged_on_held_out_truth(probed: tuple[dict[str, Any], str]) -> None:
+    result, printed = probed
+    found = result["localisation"]
+    assert found["note"] == "" and 20 <= found["num_images"] <= 0.6 * NUM_IMAGES
+    assert set(found["strategies"]) == {"kdm", "sdm"}
+    for sources in found["strategies"].values():
+        for metrics in (sources["trained"], sources["untrained"]):
+            assert 0 < metrics["map_auroc"]["value"] < 1 and 0 < metrics["lesion_lift"]["value"] < 3.7
+            assert metrics["map_auroc"]["low"] < metrics["map_auroc"]["value"] < metrics["map_auroc"]["high"]
+    assert "KDM" in printed and "lesion lift" in printed
+    assert found["warnings"], "two steps teach no map, and that is said in words"
+    assert "warning: " in printed
+
+
+def test_features_are_those_of_a_plain_forward_in_the_order_of_the_rows(run_dir: str) -> None:
+    run = load_run(run_dir)
+    crop = build_crop(run.config)
+    rows = list_rows(run.shards).where(lambda split, labels: split == "val" and labels["sex"] == "F")
+    assert len(rows) > 5
+    encoders = {"trained": frozen_encoder(run.objective.encoder), "pixels": raw_pixels}
+    features = extract(run.shards, rows, crop, encoders).features
+    reader = RowReader.of(run.shards, "image_id", "image")
+    for item in work_items(rows):
+        stored = reader(item)
+        assert [row["image_id"] for row in stored] == [rows.image_ids[i] for i in item["positions"]]
+        columns, _ = centre_columns(stored, crop, None)
+        pixels = columns["view/image"][:, 0]
+        with torch.no_grad():
+            out = run.objective.encoder(torch.from_numpy(pixels)[:, None].float() / 255.0)
+        expected = torch.cat([out.global_BD, out.patches_BND.mean(dim=1)], dim=1).numpy()
+        np.testing.assert_allclose(features["trained"][item["positions"]], expected, atol=2e-5)
+        small = pixels.reshape(-1, 32, 2, 32, 2).mean(axis=(2, 4)).reshape(len(pixels), -1) / 255.0
+        np.testing.assert_allclose(features["pixels"][item["positions"]], small, atol=0.5 / 255 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [("vew", "did you mean 'view'"), ("age", "the linear probe classifies")],
+)
+def test_a_label_that_cannot_be_probed_is_refused_before_any_work(run_dir: str, label: str, message: str) -> None:
+    before = Path(run_dir, "result.json").exists()
+    with pytest.raises(ValueError, match=message):
+        run_probe(run_dir, ProbeConfig(labels=(label,)), console=Console(file=io.StringIO()))
+    assert Path(run_dir, "result.json").exists() == before
+
+
+# --- Pages -----------------------------------------------------------------------------------------------------
+
+
+class _Page(HTMLParser):
+    """Collects what a page refers to, its ids, and elements that should not be empty."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.ids: list[str] = []
+        self.counts: dict[str, int] = {}
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "srcset", "action") and value is not None:
+                self.references.append(value)
+            if name == "id" and value is not None:
+                self.ids.append(value)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def _check(path: str) -> _Page:
+    """Self-contained, no double ids, no dangling reference, nothing unrendered."""
+    text = Path(path).read_text(encoding="utf-8")
+    page = _Page(text)
+    assert all(ref.startswith(("data:", "#")) for ref in page.references), "the page refers to something outside"
+    assert "http://" not in text and "https://" not in text and "@import" not in text
+    assert len(page.ids) == len(set(page.ids))
+    inside = [ref[1:] for ref in page.references if ref.startswith("#")]
+    inside += re.findall(r"url\(#([^)]+)\)", text)
+    assert set(inside) <= set(page.ids)
+    for unrendered in ("{{", "{%", ">nan", ">None<", "nan [", "[nan"):
+        assert unrendered not in text, unrendered
+    return page
+
+
+def test_report_is_whole_and_self_contained(run_dir: str, probed: tuple[dict[str, Any], str]) -> None:
+    path = write_report(run_dir, num_images=4)
+    assert path == f"{run_dir}/report.html"
+    page = _check(path)
+    words = " ".join(page.text.split())
+    for expected in (
+        "What the frozen encoder knows", "Do the maps find the lesions?", "Loss and its terms", "Throughput",
+        "KDM map", "SDM hides", "uniform hides", "True lesions", "SDM sentence", "num_prototypes: 64", "raw pixels",
+        "2 of 2 steps", "run_hash", "cardiomegaly", "view (AP)",
+    ):  # fmt: skip
+        assert expected in words, expected
+    assert page.counts["article"] == 4
+    assert page.counts["svg"] >= 4 * 6 + 8, "a panel or a curve is missing"
+
+
+def test_gallery_of_more_images_than_there_are_shows_all_and_can_leave_out_the_text(
+    run_dir: str, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "masks.html")
+    assert write_gallery(run_dir, num=10_000, out=out) == out
+    assert _check(out).counts["article"] == NUM_IMAGES
+    assert "SDM sentence" in Path(out).read_text()
+    write_gallery(run_dir, num=3, out=out, text=False)
+    page = _check(out)
+    assert page.counts["article"] == 3
+    sentences = ShardSet.open(load_run(run_dir).config.data.shards).read_rows(columns=["sentences"])["sentences"]
+    assert not any(sentence in page.text for row in sentences.to_pylist() for sentence in row if len(sentence) > 12)
+    with pytest.raises(ValueError, match="num=0"):
+        write_gallery(run_dir, num=0, out=out)
+
+
+def test_a_run_that_has_only_begun_gets_a_report_without_empty_panels(run_dir: str, tmp_path: Path) -> None:
+    shutil.copy(Path(run_dir, "config.yaml"), tmp_path)
+    page = _check(write_report(str(tmp_path)))
+    words = " ".join(page.text.split())
+    for expected in ("Not probed yet", "No step is recorded yet", "No checkpoint is committed yet"):
+        assert expected in words
+    assert "figure" not in page.counts and "table" not in page.counts
+    with pytest.raises(ValueError, match="not a run folder"):
+        write_report(str(tmp_path / "nothing"))
+
+
+_MEASURE = """<script>
+addEventListener("load", () => {
+  const found = [];
+  if (document.documentElement.scrollWidth > innerWidth + 1) found.push("wider than the window");
+  for (const e of document.querySelectorAll("svg, figure, td.number, .tile")) {
+    const box = e.getBoundingClientRect();
+    if (box.width < 8 || box.height < 8) found.push("empty " + e.tagName + " " + e.className);
+  }
+  const apart = [...document.querySelectorAll(".tile, .chart, article, h2, .scroll")];
+  for (const a of apart) for (const b of apart) {
+    const p = a.getBoundingClientRect(), q = b.getBoundingClientRect();
+    if (a !== b && p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 1 && q.top < p.bottom - 1)
+      found.push("overlap of " + a.className + " and " + b.className);
+  }
+  const style = getComputedStyle(document.body);
+  document.body.dataset.found = found.join("; ") || "nothing";
+  document.body.dataset.page = style.backgroundColor;
+});
+addEventListener("error", e => { document.title = "console error " + e.message; });
+</script>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="Debian's chromium is not installed")
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (520, False)])
+def test_report_in_a_browser(
+    run_dir: str, probed: tuple[dict[str, Any], str], tmp_path: Path, width: int, dark: bool
+) -> None:
+    page = tmp_path / "page.html"
+    text = Path(write_report(run_dir, num_images=3)).read_text(encoding="utf-8")
+    page.write_text(text.replace("</head>", f"{_MEASURE}</head>"), encoding="utf-8")
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1600",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--virtual-time-budget=4000", "--dump-dom",
+        page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr, "the browser's console has messages"
+    found = re.search(r'data-found="([^"]*)"', done.stdout)
+    colour = re.search(r'data-page="rgb\((\d+)', done.stdout)
+    assert found is not None and colour is not None, "the page did not finish loading"
+    assert found[1] == "nothing"
+    assert (int(colour[1]) < 64) == dark
