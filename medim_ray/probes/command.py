@@ -37,13 +37,12 @@ class ProbeRoot:
 
     run: str = field(metadata={"help": "run folder"})
     probe: ProbeConfig = field(default_factory=ProbeConfig)
-    ray_address: str = field(default="", metadata={"help": "Ray cluster to join; empty: start Ray here"})
 
 
-def run_probe(
-    run_dir: str, config: ProbeConfig, ray_address: str = "", console: Console | None = None
-) -> dict[str, Any]:
+def run_probe(run_dir: str, config: ProbeConfig, console: Console | None = None) -> dict[str, Any]:
     """Probes the newest checkpoint of a run, prints the tables and writes RUN/result.json, whose content it returns.
+
+    Joins the cluster of the run (run.ray_address), or the Ray that is running, or starts one.
 
     ValueError: no run, no checkpoint, or a label named in `probe.labels` that can't be probed (see linear.make_task).
     Of labels that were not named, those that can't be probed are left out with a note.
@@ -54,7 +53,7 @@ def run_probe(
     every = list_rows(run.shards)
     tasks, notes = _tasks(run, every, config)
     num_cpus = max(2, os.cpu_count() or 1)
-    with ray_session(ray_address or run.config.run.ray_address, num_cpus):
+    with ray_session(run.config.run.ray_address, num_cpus):
         scores: dict[str, dict[str, ProbeScores]] = {}
         if tasks:
             wanted = every.take(sorted({int(i) for task in tasks for i in task.rows_K}))
@@ -65,6 +64,11 @@ def run_probe(
                 build_crop(run.config),
                 {**encoders, "pixels": raw_pixels},
                 run.config.train.use_gpu,
+            )
+            console.print(
+                f"features of {len(wanted)} images by {len(features.features)} encoders: "
+                f"{features.images_per_s:.1f} images/s",
+                highlight=False,
             )
             scores = _probe_all(tasks, every, features, config)
         localisation = localise(runs, config.num_bootstrap, config.seed)
