@@ -5,6 +5,7 @@ result is `key=value`, parsed into the command's own typed root. Work is done el
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit code 0: done; 1: the command says no or the work failed; 2: the input is at fault."""
     parser = _parser()
     args = parser.parse_args(argv)
+    # Ray starts local clusters with token authentication, as it should, and warns that it does.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     command: Command = args.command
     try:
         return command(args)
@@ -53,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     add("masks", _masks, "a gallery of a run's masks: run=PATH num=16 out=masks.html")
     add("export", _export, "a run's encoder for other software: run=PATH format=timm out=DIR")
     add("report", _report, "RUN/report.html: curves, masks, probes, configuration", overrides=False).add_argument("run")
+    plan = add("plan", _plan, "memory, time and cost of a recipe on a cluster: cluster=FILE", config=True)
+    plan.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
+    plan.add_argument("--compare", action="store_true", help="ZeRO stage x micro-batch x GPUs")
+    plan.add_argument("--html", metavar="OUT", help="also a page with figures")
     show = add("config", _config, "the resolved configuration and its hash", config=True)
     show.add_argument("--fields", action="store_true", help="list every option with its type, default and meaning")
     add("doctor", _doctor, "can this machine run medim-ray? one line a check", overrides=False)
@@ -80,6 +87,7 @@ class MasksRoot:
     run: str = field(metadata={"help": "run folder"})
     num: int = field(default=16, metadata={"help": "images in the gallery"})
     out: str = field(default="masks.html", metadata={"help": "HTML file to write"})
+    text: bool = field(default=True, metadata={"help": "show report text in the gallery; it is patient data"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +95,7 @@ class ExportRoot:
     """Options of `medim-ray export`."""
 
     run: str = field(metadata={"help": "run folder"})
-    format: str = field(default="timm", metadata={"help": "timm"})
+    format: str = field(default="timm", metadata={"help": "timm, hf, torch_hub or onnx"})
     out: str = field(metadata={"help": "folder to write"})
 
 
@@ -114,7 +122,7 @@ def _config(args: argparse.Namespace) -> int:
             print(f"{key}: {kind} = {default!r}  {meaning}")
         return 0
     config = load(root, args.config, args.overrides)
-    print(f"# run_hash {run_hash(config)}\n{to_yaml(config)}", end="")
+    print(f"# run_hash {run_hash(config)}\n{to_yaml(config, hide_secrets=True)}", end="")
     return 0
 
 
@@ -139,7 +147,7 @@ def _masks(args: argparse.Namespace) -> int:
     from medim_ray.studies.gallery import write_gallery
 
     root = load(MasksRoot, None, args.overrides)
-    print(write_gallery(root.run, num=root.num, out=root.out))
+    print(write_gallery(root.run, num=root.num, out=root.out, text=root.text))
     return 0
 
 
@@ -148,8 +156,21 @@ def _export(args: argparse.Namespace) -> int:
     from medim_ray.train.runs import load_run
 
     root = load(ExportRoot, None, args.overrides)
-    print(export(load_run(root.run).objective.encoder, root.format, root.out))
+    run = load_run(root.run)
+    facts = {
+        "objective": run.config.objective.name,
+        "optimizer steps": str(run.step),
+        "training images": str(run.shards.num_rows(run.config.data.split)),
+        "run hash": run_hash(run.config),
+    }
+    print(export(run.objective.encoder, root.format, root.out, facts=facts))
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from medim_ray.plan.command import run_plan
+
+    return run_plan(args.config, args.overrides, as_json=args.json, compare=args.compare, html=args.html)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -179,13 +200,17 @@ def _shards_verify(args: argparse.Namespace) -> int:
 def _tag(args: argparse.Namespace) -> int:
     from medim_ray.reports.tag_command import run_tag
 
-    run_tag(
+    summary = run_tag(
         args.reports,
         text_columns=args.text_columns.split(","),
         id_column=args.id_column,
         out=args.out,
         mentions=args.mentions,
         vocabulary=args.vocabulary,
+    )
+    print(
+        f"{args.out}: {summary.num_reports} reports, {summary.num_mentions} mentions, "
+        f"{summary.num_without_heading} reports without a heading"
     )
     return 0
 

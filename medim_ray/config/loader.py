@@ -14,6 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -116,9 +117,14 @@ def to_tree(config: Any) -> dict[str, Any]:
     return tree
 
 
-def to_yaml(config: Any) -> str:
-    """The resolved tree as YAML, in the order of the schema."""
-    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
+def to_yaml(config: Any, hide_secrets: bool = False) -> str:
+    """The resolved tree as YAML, in the order of the schema; fields marked `secret` as *** where they are hidden."""
+    tree = to_tree(config)
+    for key, value, meta in leaves(config):
+        if hide_secrets and meta.get("secret") and value:
+            *groups, leaf = key.split(".")
+            reduce(dict.__getitem__, groups, tree)[leaf] = "***"
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def run_hash(config: Any) -> str:

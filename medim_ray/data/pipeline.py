@@ -7,7 +7,7 @@ deals block k to rank k mod n. The consumer puts the granules of a window back i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, Dataset, ExecutionOptions
 
 from medim_ray.data.plan import StreamPlan
-from medim_ray.data.reader import BlockReader
 
-ReaderFactory = Callable[[], BlockReader]
+if TYPE_CHECKING:  # the processes that only pass blocks on need no decoder, tokenizer or torch
+    from medim_ray.data.reader import BlockReader
+
+ReaderFactory = Callable[[], "BlockReader"]
 
 
 class _DecodeActor:

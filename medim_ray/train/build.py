@@ -6,14 +6,12 @@ Pieces are built where they are needed (driver, decoding actor, worker) from the
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from medim_ray.config.loader import from_tree, to_tree
+from medim_ray.config.loader import from_tree
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.plan import RowGroup, StreamPlan
 from medim_ray.data.reader import BlockReader, ReportEncoder
@@ -92,11 +90,6 @@ def make_reader(tree: dict[str, Any]) -> BlockReader:
         ImageEncoder.grid_of(config.encoder),
         reports,
     )
-
-
-def reader_factory(config: RunConfig) -> Callable[[], BlockReader]:
-    """`make_reader` for this configuration, cheap to send to an actor."""
-    return partial(make_reader, to_tree(config))
 
 
 def build_objective(config: RunConfig, shards: ShardSet) -> Objective:

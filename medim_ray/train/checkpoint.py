@@ -1,22 +1,16 @@
-"""Checkpoints that are committed or absent: one safetensors file a rank, then a manifest with checksums, last.
+"""The state of a run in files and back: one safetensors file a rank, then the manifest, which commits (store.py).
 
 A file holds flat fragments of named tensors with their place in the full tensor, so any world size and ZeRO stage reads
-them back exactly, and nothing is unpickled. Torch and fsspec only; Ray and the loop are not known here.
+them back exactly, and nothing is unpickled. Ray and the loop are not known here.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import re
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
@@ -24,104 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from medim_ray.train import zero
-
-SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d{8})-(\d+)$")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A committed checkpoint: `step` optimizer steps are done; manifest as written."""
-
-    name: str
-    step: int
-    manifest: dict[str, Any]
-
-
-class CheckpointStore:
-    """The checkpoints of a run under RUN/checkpoints, on any fsspec filesystem."""
-
-    def __init__(self, run_dir: str) -> None:
-        self._fs, root = fsspec.core.url_to_fs(run_dir)
-        self.root = f"{root.rstrip('/')}/checkpoints"
-        self.is_local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
-
-    def names(self) -> list[str]:
-        """Folders of checkpoints, committed or not, newest step first (of one step, the latest attempt first)."""
-        self._fs.invalidate_cache()
-        if not self._fs.exists(self.root):
-            return []
-        found = (Path(entry).name for entry in self._fs.ls(self.root, detail=False))
-        keyed = [(int(m[1]), int(m[2]), name) for name in found if (m := _NAME.fullmatch(name))]
-        return [name for _, _, name in sorted(keyed, reverse=True)]
-
-    def next_name(self, step: int) -> str:
-        """A name for step `step` that no attempt has used."""
-        attempts = [int(m[2]) for name in self.names() if (m := _NAME.fullmatch(name)) and int(m[1]) == step]
-        return f"step-{step:08d}-{max(attempts, default=-1) + 1}"
-
-    def problem(self, name: str) -> str | None:
-        """Why a checkpoint can't be used, or None: the manifest is there and every file has its size and checksum."""
-        folder = f"{self.root}/{name}"
-        try:
-            manifest = json.loads(self._fs.cat_file(f"{folder}/{MANIFEST}"))
-        except FileNotFoundError:
-            return "it was never committed (no manifest)"
-        except ValueError:
-            return "its manifest is not valid JSON"
-        if manifest.get("schema_version") != SCHEMA_VERSION:
-            return f"its schema version is {manifest.get('schema_version')}, this package reads {SCHEMA_VERSION}"
-        for file, facts in manifest["files"].items():
-            try:
-                with self._fs.open(f"{folder}/{file}", "rb") as stream:
-                    digest = hashlib.file_digest(stream, "blake2b").hexdigest()
-            except FileNotFoundError:
-                return f"{file} is missing"
-            if digest != facts["blake2b"]:
-                return f"{file} differs from its checksum"
-        return None
-
-    def newest(self, report: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
-        """The newest checkpoint that can be used; `report` is told which ones were passed over and why."""
-        for name in self.names():
-            problem = self.problem(name)
-            if problem is None:
-                manifest = json.loads(self._fs.cat_file(f"{self.root}/{name}/{MANIFEST}"))
-                return Checkpoint(name, manifest["step"], manifest)
-            report(f"checkpoint {name} is passed over: {problem}")
-        return None
-
-    def prune(self, keep_last: int) -> None:
-        """Deletes all but the newest `keep_last` committed checkpoints, and whatever was never committed."""
-        committed = [n for n in self.names() if self._fs.exists(f"{self.root}/{n}/{MANIFEST}")]
-        for name in set(self.names()) - set(committed[:keep_last]):
-            with contextlib.suppress(FileNotFoundError):
-                self._fs.rm(f"{self.root}/{name}", recursive=True)
-
-    @contextlib.contextmanager
-    def local_copy(self, name: str) -> Iterator[Path]:
-        """The checkpoint's folder as local files: in place on a local disk, downloaded otherwise."""
-        if self.is_local:
-            yield Path(self.root) / name
-            return
-        with tempfile.TemporaryDirectory(prefix="medim-ray-") as folder:
-            self._fs.get(f"{self.root}/{name}/", folder, recursive=True)
-            yield Path(folder)
-
-    def write(self, local: Path, name: str) -> dict[str, Any]:
-        """Copies one file into the checkpoint; its entry for the manifest."""
-        with local.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "blake2b").hexdigest()
-        self._fs.makedirs(f"{self.root}/{name}", exist_ok=True)
-        self._fs.put_file(str(local), f"{self.root}/{name}/{local.name}")
-        return {local.name: {"bytes": local.stat().st_size, "blake2b": digest}}
-
-    def commit(self, name: str, manifest: dict[str, Any]) -> None:
-        """Writes the manifest: from here on the checkpoint exists."""
-        target = f"{self.root}/{name}/{MANIFEST}"
-        self._fs.pipe_file(f"{target}.partial", json.dumps(manifest, indent=1).encode())
-        self._fs.mv(f"{target}.partial", target)
+from medim_ray.train.store import SCHEMA_VERSION, Checkpoint, CheckpointStore
 
 
 def save(store: CheckpointStore, engine: Any, step: int, facts: dict[str, Any]) -> str:

@@ -19,20 +19,19 @@ import fsspec
 import pyarrow.fs as pafs
 import ray
 import ray.train
-from ray.data import Dataset
 from ray.train import DataConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from medim_ray.config.loader import from_tree, leaves, to_tree
+from medim_ray.config.loader import leaves, to_tree
 from medim_ray.config.schema import RunConfig
-from medim_ray.data.pipeline import execution_options, train_stream
+from medim_ray.data.pipeline import execution_options
 from medim_ray.data.shards import ShardSet
-from medim_ray.train.build import build_masking, needs_text, open_tokenizer, reader_factory, stream_plan
-from medim_ray.train.checkpoint import CheckpointStore
+from medim_ray.train.build import build_masking, needs_text, open_tokenizer, stream_plan
 from medim_ray.train.runs import read_config, write_config
-from medim_ray.train.worker import train_worker
+from medim_ray.train.store import CheckpointStore
+from medim_ray.train.stream import StreamFactory, reader_factory, run_worker
 
 
 @dataclass(frozen=True)
@@ -136,12 +135,19 @@ def _fit(config: RunConfig, done: int, console: Console) -> None:
     tree = to_tree(config)
     repo = _aim_repo(config) if config.track.aim else ""
     tracker = start_tracker(repo, config.run.dir, tree)
+    stream = StreamFactory(
+        stream_plan(config, ShardSet.open(config.data.shards)),
+        reader_factory(config),
+        config.run.dir,
+        config.train.last_step,
+        config.data.num_actors,
+    )
     fs, root = fsspec.core.url_to_fs(config.run.dir)
     env = {"OMP_NUM_THREADS": str(max(1, int(config.train.cpus_per_worker)))}
     if not config.train.use_gpu:
         env["DS_ACCELERATOR"] = "cpu"
     trainer = TorchTrainer(
-        train_worker,
+        run_worker,
         train_loop_config={"config": tree, "tracker": tracker},
         torch_config=TorchConfig(backend=None if config.train.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -157,7 +163,7 @@ def _fit(config: RunConfig, done: int, console: Console) -> None:
             failure_config=FailureConfig(max_failures=config.train.max_failures),
             worker_runtime_env={"env_vars": env},
         ),
-        datasets={"train": StreamFactory(tree)},
+        datasets={"train": stream},
         dataset_config=DataConfig(execution_options=execution_options()),
     )
     try:
@@ -170,20 +176,6 @@ def _fit(config: RunConfig, done: int, console: Console) -> None:
         if dropped:
             console.print(f"{dropped} records did not reach Aim; metrics.jsonl is complete")
         ray.kill(tracker)
-
-
-class StreamFactory:
-    """Called by Ray Train at every start of the worker group: the stream from the newest checkpoint on."""
-
-    def __init__(self, tree: dict[str, Any]) -> None:
-        self._tree = tree
-
-    def __call__(self) -> Dataset:
-        config = from_tree(RunConfig, self._tree)
-        newest = CheckpointStore(config.run.dir).newest()
-        first_step = newest.step if newest is not None else 0
-        plan = stream_plan(config, ShardSet.open(config.data.shards))
-        return train_stream(plan, reader_factory(config), first_step, config.train.last_step, config.data.num_actors)
 
 
 @contextlib.contextmanager

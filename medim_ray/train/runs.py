@@ -16,7 +16,8 @@ from medim_ray.config.schema import RunConfig
 from medim_ray.data.shards import ShardSet
 from medim_ray.objectives.base import Objective
 from medim_ray.train.build import build_objective
-from medim_ray.train.checkpoint import CheckpointStore, load_weights
+from medim_ray.train.checkpoint import load_weights
+from medim_ray.train.store import CheckpointStore
 
 CONFIG = "config.yaml"
 

@@ -28,6 +28,7 @@ from medim_ray.train.build import build_crop, build_objective, stream_plan
 from medim_ray.train.loop import Trainer, train
 from medim_ray.train.metrics import MetricsFile
 from medim_ray.train.schedules import cosine
+from medim_ray.train.store import CheckpointStore
 from medim_ray.train.zero import build_engine
 
 _LOG = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class RunCheckpoints:
 
     def __init__(self, config: RunConfig, engine: Any, recorder: RunRecorder) -> None:
         self._config, self._engine, self._recorder = config, engine, recorder
-        self._store = checkpoint.CheckpointStore(config.run.dir)
+        self._store = CheckpointStore(config.run.dir)
         self._facts = {"run_hash": run_hash(config), "objective": config.objective.name, "zero": config.train.zero}
 
     def save(self, step: int) -> None:
@@ -76,7 +77,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     objective = build_objective(config, shards)
     engine = build_engine(objective, config.train)  # type: ignore[arg-type]
-    store = checkpoint.CheckpointStore(config.run.dir)
+    store = CheckpointStore(config.run.dir)
     newest = store.newest(_LOG.warning)
     if newest is not None:
         checkpoint.restore(store, newest, engine)

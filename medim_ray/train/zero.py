@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from medim_ray.config.schema import TrainConfig
-from medim_ray.objectives.base import ParameterGroup
+if TYPE_CHECKING:
+    from medim_ray.config.schema import TrainConfig
+    from medim_ray.objectives.base import ParameterGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -10,10 +10,11 @@ import torch
 
 from medim_ray.config.loader import from_tree, load, to_tree
 from medim_ray.config.schema import RunConfig
-from medim_ray.train.checkpoint import CheckpointStore, load_weights
+from medim_ray.train.checkpoint import load_weights
 from medim_ray.train.launch import launch
 from medim_ray.train.metrics import read_metrics
 from medim_ray.train.runs import load_run, open_config
+from medim_ray.train.store import CheckpointStore
 
 pytestmark = [pytest.mark.system, pytest.mark.usefixtures("ray_session")]
 MAE, MEDIM = (Path(f"configs/debug/{name}-vit_tiny-2w-z1.yaml") for name in ("mae", "medim"))
@@ -64,7 +65,8 @@ def test_one_and_two_workers_agree_at_each_step(phantom_shards: str, tmp_path: P
 
 
 def test_a_run_folder_reloads_and_refuses_another_run(phantom_shards: str, tmp_path: Path) -> None:
-    config = config_of(MEDIM, phantom_shards, tmp_path / "run", "train.steps=2", "train.num_workers=1", "track.aim=true")
+    options = ["train.steps=2", "train.num_workers=1", "track.aim=true"]
+    config = config_of(MEDIM, phantom_shards, tmp_path / "run", *options)
     launch(config)
     assert open_config(str(tmp_path / "run")) == config == from_tree(RunConfig, to_tree(config))
     trained, untrained = load_run(str(tmp_path / "run")), load_run(str(tmp_path / "run"), trained=False)

@@ -138,6 +138,15 @@ def test_yaml_reloads_to_an_equal_object() -> None:
     assert from_tree(Root, parse_yaml(to_yaml(config))) == config
 
 
+def test_secrets_are_hidden_where_asked() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Vault:
+        salt: str = field(default="", metadata={"secret": True})
+
+    assert parse_yaml(to_yaml(Vault(salt="pepper"), hide_secrets=True)) == {"salt": "***"}
+    assert parse_yaml(to_yaml(Vault(salt="pepper"))) == {"salt": "pepper"}
+
+
 def test_hash_ignores_where_and_follows_what() -> None:
     config = Root()
     moved = dataclasses.replace(config, frame=Frame(dir="elsewhere"))

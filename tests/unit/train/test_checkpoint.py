@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from medim_ray.config.schema import TrainConfig
 from medim_ray.objectives.base import ParameterGroup, default_groups
 from medim_ray.train import checkpoint, zero
-from medim_ray.train.checkpoint import CheckpointStore, SavedTensors
+from medim_ray.train.checkpoint import SavedTensors
+from medim_ray.train.store import CheckpointStore
 from tests.unit.train.ranks import on_ranks
 
 
