@@ -19,6 +19,8 @@ from medim_ray.plan.compare import Comparison
 from medim_ray.plan.facts import Check
 from medim_ray.plan.planner import Plan, curve, make_plan
 
+_LOST_TO = ("saving", "lost", "restarting", "waiting", "slow")
+
 
 def run_plan(
     recipe_file: str | Path | None,
@@ -112,6 +114,7 @@ def as_tree(plan: Plan, check: Check | None, comparison: Comparison | None) -> d
             "formula": g.formula,
             "simulated": g.simulated,
             "simulated_at_recipe_interval": g.recipe_simulated,
+            "lost_to": {k: getattr(g.outcome, k) / g.outcome.wall for k in _LOST_TO},
             "hours": plan.hours / g.simulated,
             "cost": plan.bill.cost / g.simulated,
         },

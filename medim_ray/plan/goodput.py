@@ -147,7 +147,9 @@ class _Run:
     rng: np.random.Generator
     num_alive: int = 0
     num_slow: int = 0
-    saved: float = 0.0
+    saved: float = 0.0  # work behind the last checkpoint
+    done: float = 0.0  # work since
+    saving: float = 0.0  # seconds of the checkpoint that is being written
     process: Any = None
     _pending: list[str] = field(default_factory=list)
 
@@ -167,48 +169,56 @@ class _Run:
         return share / (self.faults.straggler_slowdown if self.num_slow else 1.0)
 
     def _train(self, env: simpy.Environment) -> Generator[simpy.Event, Any, None]:
-        while self.saved < self.outcome.work:
-            target = min(self.saved + self.interval, self.outcome.work)
-            causes = yield from self._segment(env, target)
+        while self.saved + self.done < self.outcome.work:
+            causes = yield from self._work(env)
             while causes:
                 causes = yield from self._recover(env, causes)
 
-    def _segment(self, env: simpy.Environment, target: float) -> Generator[simpy.Event, Any, list[str]]:
-        """Work from the last checkpoint to `target`, then a checkpoint. Returns what ended it early, [] if nothing."""
-        done, saving = self.saved, 0.0
+    def _work(self, env: simpy.Environment) -> Generator[simpy.Event, Any, list[str]]:
+        """Work and checkpoints until the end or a loss; returns what ended it early, [] at the end of the work.
+
+        One event for the whole stretch: `_advance` says what was done when it is interrupted.
+        """
         while True:
             started, speed = env.now, self.speed
+            num_saves = math.ceil((self.outcome.work - self.saved) / self.interval - 1e-9) - 1
+            left = (self.outcome.work - self.saved - self.done) / speed + num_saves * self.faults.save_s - self.saving
             try:
-                if done < target:
-                    yield env.timeout((target - done) / speed)
-                    done = target
-                if target < self.outcome.work:
-                    started, speed = env.now, 0.0
-                    yield env.timeout(self.faults.save_s - saving)
-                    self.outcome.saving += env.now - started
-                self.saved = target
-                return []
+                yield env.timeout(max(left, 0.0))
             except simpy.Interrupt as interrupt:
-                elapsed = env.now - started
-                done = min(target, done + elapsed * speed)
-                if speed == 0.0:
-                    saving += elapsed
-                    self.outcome.saving += elapsed
+                self._advance(env.now - started, speed)
                 if interrupt.cause == "speed":
                     continue
-                if interrupt.cause == "preemption" and self.faults.notice_s >= self.faults.save_s:
-                    # Warned in time: the checkpoint is written before the node goes, and no work is lost.
+                warned = interrupt.cause == "preemption" and self.faults.notice_s >= self.faults.save_s
+                if warned or interrupt.cause == "join":
+                    # A last checkpoint before the node goes, or before the job restarts with one node more.
                     self.outcome.saving += self.faults.save_s
                     yield from self._undisturbed(env, self.faults.save_s)
-                    self.saved = done
-                elif interrupt.cause != "join":
-                    self.outcome.lost += done - self.saved
+                    self.saved += self.done
                 else:
-                    # A node has come back: the job saves and restarts on one node more.
-                    self.outcome.saving += self.faults.save_s
-                    yield from self._undisturbed(env, self.faults.save_s)
-                    self.saved = done
+                    self.outcome.lost += self.done / speed
+                self.done = self.saving = 0.0
                 return [str(interrupt.cause), *self._drain()]
+            self.outcome.saving += num_saves * self.faults.save_s - self.saving
+            self.saved, self.done = self.outcome.work, 0.0
+            return []
+
+    def _advance(self, elapsed: float, speed: float) -> None:
+        """What `elapsed` seconds at `speed` add to the state: whole cycles of work and checkpoint, and a rest."""
+        save = self.faults.save_s
+        first = (self.interval - self.done) / speed + save - self.saving
+        if elapsed >= first:
+            elapsed -= first
+            cycle = self.interval / speed + save
+            more = int(elapsed / cycle)
+            self.outcome.saving += (1 + more) * save - self.saving
+            self.saved += (1 + more) * self.interval
+            self.done = self.saving = 0.0
+            elapsed -= more * cycle
+        working = min(elapsed, (self.interval - self.done) / speed)
+        self.done += working * speed
+        self.saving += elapsed - working
+        self.outcome.saving += elapsed - working
 
     def _recover(self, env: simpy.Environment, causes: list[str]) -> Generator[simpy.Event, Any, list[str]]:
         """Account for lost and returned nodes, wait where the run is not elastic, restart. Returns what broke that."""

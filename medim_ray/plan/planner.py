@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from medim_ray.config.schema import RunConfig, TrainConfig
@@ -14,7 +15,8 @@ from medim_ray.plan.memory import STAGES, Memory, fits, largest_micro_batch, mem
 from medim_ray.plan.step_time import Setting, StepTime, decode_core_s, step_time, stored_bytes
 from medim_ray.plan.workload import Workload, workload
 
-_SEEDS = 10
+# Losses that a simulation should see: the work is repeated until it has, so that rare failures count too.
+_LOSSES = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class Bottleneck:
 
 @dataclass(frozen=True, kw_only=True)
 class Goodput:
-    """Failures: seconds, and productive time over wall time by Daly's formula and by simulation (mean of the runs)."""
+    """Failures: seconds, and productive time over wall time by Daly's formula and by simulation."""
 
     faults: gp.Faults
     young_s: float
@@ -178,18 +180,22 @@ def _goodput(train: TrainConfig, cluster: Cluster, work: Workload, setting: Sett
     daly = min(gp.daly_s(faults.mtbf_s, faults.save_s), seconds)
     interval = max(daly, step.total)
     own = train.checkpoint_every * step.total
-    outcomes = [gp.simulate(faults, seconds, interval, seed) for seed in range(_SEEDS)]
-    at_own = [gp.simulate(faults, seconds, own, seed).goodput for seed in range(_SEEDS)]
+    outcome = gp.simulate(faults, _simulated_s(faults, seconds), interval)
     return Goodput(
         faults=faults,
         young_s=gp.young_s(faults.mtbf_s, faults.save_s),
         daly_s=daly,
         recipe_interval_s=own,
         formula=gp.daly_goodput(interval, faults.mtbf_s, faults.save_s, faults.restart_s),
-        simulated=sum(o.goodput for o in outcomes) / _SEEDS,
-        recipe_simulated=sum(at_own) / _SEEDS,
-        outcome=outcomes[0],
+        simulated=outcome.goodput,
+        recipe_simulated=gp.simulate(faults, _simulated_s(faults, seconds), own).goodput,
+        outcome=outcome,
     )
+
+
+def _simulated_s(faults: gp.Faults, seconds: float) -> float:
+    """Work to simulate: the run's, or enough of such runs to see what rarely happens."""
+    return max(seconds, _LOSSES * faults.mtbf_s) if math.isfinite(faults.mtbf_s) else seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +266,6 @@ def interval_curve(plan: Plan, num: int = 15) -> list[tuple[float, float, float]
     for k in range(num):
         interval = min(max(g.daly_s * 10 ** (-1.5 + 3.0 * k / (num - 1)), plan.step.total), seconds)
         formula = gp.daly_goodput(interval, g.faults.mtbf_s, g.faults.save_s, g.faults.restart_s)
-        runs = [gp.simulate(g.faults, seconds, interval, seed).goodput for seed in range(3)]
-        points.append((interval, formula, sum(runs) / len(runs)))
+        outcome = gp.simulate(g.faults, _simulated_s(g.faults, seconds), interval)
+        points.append((interval, formula, outcome.goodput))
     return points
