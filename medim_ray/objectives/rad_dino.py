@@ -19,7 +19,7 @@ from medim_ray.models.heads_dino import DinoHead
 from medim_ray.models.vit import ImageEncoder, MaskToken
 from medim_ray.objectives import dino_losses as losses
 from medim_ray.objectives.base import OBJECTIVES, ParameterGroup, Parts
-from medim_ray.train.schedules import cosine, linear_warmup
+from medim_ray.schedules import cosine, linear_warmup
 from medim_ray.types import Batch, StepOutput
 
 NUM_GLOBAL = 2
@@ -122,13 +122,14 @@ class RadDino(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RadDino:
-        # DeepSpeed casts the module to bf16. The teacher and the centres stay float32: an EMA whose increment lies
-        # below the precision of bf16 would stand still.
+        # The teacher and the centres stay float32: an EMA whose increment lies below the precision of bf16 would stand
+        # still. DeepSpeed casts each parameter to bf16 in place, then moves the module: the move casts them back.
         kept = {id(tensor) for _, tensor in self._pairs()} | {id(tensor) for tensor in self.buffers(recurse=False)}
 
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return tensor.to(moved.device) if id(tensor) in kept and moved.dtype != tensor.dtype else moved
+            is_half = moved.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(moved.device, torch.float32) if is_half and id(tensor) in kept else moved
 
         super()._apply(keep, recurse)
         return self
