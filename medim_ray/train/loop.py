@@ -18,7 +18,7 @@ from medim_ray.data.collate import Columns, micro_batches, to_batch
 from medim_ray.data.transforms import View
 from medim_ray.draws import step_draws
 from medim_ray.train.metrics import mean_over_ranks
-from medim_ray.train.schedules import Schedule
+from medim_ray.schedules import Schedule
 
 
 class Recorder(Protocol):

@@ -27,7 +27,7 @@ from medim_ray.train import checkpoint
 from medim_ray.train.build import build_crop, build_objective, stream_plan
 from medim_ray.train.loop import Trainer, train
 from medim_ray.train.metrics import MetricsFile
-from medim_ray.train.schedules import cosine
+from medim_ray.schedules import cosine
 from medim_ray.train.store import CheckpointStore
 from medim_ray.train.zero import build_engine
 

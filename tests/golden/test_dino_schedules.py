@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medim_ray.train.schedules import Schedule, cosine, tabulate
+from medim_ray.schedules import Schedule, cosine, tabulate
 
 GOLDEN = (Path(__file__).parents[2] / "../shared/golden/schedules.npz").resolve()
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medim_ray.train.schedules import cosine, linear_warmup, tabulate
+from medim_ray.schedules import cosine, linear_warmup, tabulate
 
 
 @given(
