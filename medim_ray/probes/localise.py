@@ -104,6 +104,11 @@ class Localisation:
                 }
                 for strategy, sources in self.estimates.items()
             },
+            "trained_minus_untrained": {
+                strategy: {m: sources["trained"][m].minus(sources["untrained"][m]).to_json() for m in CHANCE}
+                for strategy, sources in self.estimates.items()
+                if {"trained", "untrained"} <= set(sources)
+            },
             "warnings": self.warnings() if self.estimates else [],
         }
 
