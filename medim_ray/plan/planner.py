@@ -177,8 +177,8 @@ def _share(train: float, total: float) -> str:
 def _goodput(train: TrainConfig, cluster: Cluster, work: Workload, setting: Setting, step: StepTime) -> Goodput:
     faults = gp.faults_of(cluster, work, setting.num_gpus)
     seconds = train.steps * step.total
-    daly = min(gp.daly_s(faults.mtbf_s, faults.save_s), seconds)
-    interval = max(daly, step.total)
+    daly = gp.daly_s(faults.mtbf_s, faults.save_s)
+    interval = max(daly, step.total) if math.isfinite(daly) else seconds
     own = train.checkpoint_every * step.total
     outcome = gp.simulate(faults, _simulated_s(faults, seconds), interval)
     return Goodput(
@@ -246,7 +246,7 @@ def _point(plan: Plan, setting: Setting, scaling: str, steps: float) -> Point:
     step = step_time(plan.cluster, plan.work, setting)
     hours = steps * step.total / 3600.0
     faults = gp.faults_of(plan.cluster, plan.work, setting.num_gpus)
-    interval = min(max(gp.daly_s(faults.mtbf_s, faults.save_s), step.total), hours * 3600.0)
+    interval = max(gp.daly_s(faults.mtbf_s, faults.save_s), step.total)
     return Point(
         num_gpus=setting.num_gpus,
         scaling=scaling,
@@ -264,7 +264,7 @@ def interval_curve(plan: Plan, num: int = 15) -> list[tuple[float, float, float]
     seconds = plan.hours * 3600.0
     points = []
     for k in range(num):
-        interval = min(max(g.daly_s * 10 ** (-1.5 + 3.0 * k / (num - 1)), plan.step.total), seconds)
+        interval = max(g.daly_s * 10 ** (-1.5 + 3.0 * k / (num - 1)), plan.step.total)
         formula = gp.daly_goodput(interval, g.faults.mtbf_s, g.faults.save_s, g.faults.restart_s)
         outcome = gp.simulate(g.faults, _simulated_s(g.faults, seconds), interval)
         points.append((interval, formula, outcome.goodput))

@@ -40,7 +40,7 @@ def summary(plan: Plan) -> Table:
             "layout",
             f"{s.num_gpus} x {plan.cluster.gpu.name}, ZeRO {s.stage}, {s.micro_batch} images x {s.accumulation}",
         ),
-        ("time without failures", f"{plan.hours:,.2f} h = {plan.hours / 24:,.2f} days"),
+        ("time without failures", span(plan.hours)),
         ("step", f"{t.total:.4g} s, {plan.images_per_s:,.1f} images/s"),
         (
             "of it",
@@ -60,7 +60,8 @@ def summary(plan: Plan) -> Table:
         ("time between losses", f"{g.faults.mtbf_s / 3600:,.1f} h for {g.faults.num_nodes} nodes"),
         (
             "checkpoint every",
-            f"{g.daly_s:,.0f} s by Daly ({g.young_s:,.0f} s by Young); the recipe's "
+            f"{g.daly_s:,.0f} s by Daly{' (longer than the run)' if g.daly_s > plan.hours * 3600 else ''}, "
+            f"{g.young_s:,.0f} s by Young; the recipe's "
             f"{plan.config.train.checkpoint_every} steps are {g.recipe_interval_s:,.0f} s",
         ),
         (
@@ -68,11 +69,18 @@ def summary(plan: Plan) -> Table:
             f"{g.formula:.4f} by the formula, {g.simulated:.4f} simulated, "
             f"{g.recipe_simulated:.4f} at the recipe's interval",
         ),
-        ("time with failures", f"{plan.hours / g.simulated:,.2f} h"),
+        ("time with failures", span(plan.hours / g.simulated)),
     ]
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def span(hours: float) -> str:
+    """A time in the unit that suits it."""
+    if hours < 0.05:
+        return f"{hours * 3600:,.3g} s"
+    return f"{hours:,.2f} h = {hours / 24:,.2f} days" if hours >= 24 else f"{hours:,.2f} h"
 
 
 def _cores(plan: Plan) -> int:
@@ -80,23 +88,13 @@ def _cores(plan: Plan) -> int:
 
 
 def memory_table(plan: Plan) -> Table:
-    """Gigabytes of one GPU by stage."""
+    """Gigabytes of one GPU by stage; "most": images that fit; "recomp.": with activation checkpointing."""
     micro = plan.setting.micro_batch
     table = Table(
         title=f"Memory of one GPU in GB at {micro} images; {plan.cluster.memory_bytes / 1e9:.1f} GB can be used"
     )
-    heads = [
-        "ZeRO",
-        "parameters",
-        "gradients",
-        "optimizer",
-        "teacher",
-        "gathered, buffers",
-        "activations",
-        "total",
-        "largest",
-    ]
-    for head in [*heads, "checkpointed", "largest"]:
+    heads = ["ZeRO", "params", "grads", "optim.", "teacher", "other", "activ.", "total", "most"]
+    for head in [*heads, "recomp.", "most"]:
         table.add_column(head, justify="right")
     for stage in sorted({stage for stage, _ in plan.memory}):
         plain, again = plan.memory[stage, False], plan.memory[stage, True]

@@ -59,6 +59,17 @@ def test_few_cores_make_decoding_the_bottleneck(capsys: pytest.CaptureFixture[st
     assert tree["decode_cores"] > 1
 
 
+def test_spot_nodes_stragglers_and_waiting_cost_goodput(capsys: pytest.CaptureFixture[str]) -> None:
+    calm = as_json(capsys)["goodput"]
+    spot = ("cluster.preemptions_per_node_day=4", "cluster.restart_s=300")
+    elastic, waiting = as_json(capsys, *spot)["goodput"], as_json(capsys, *spot, "cluster.elastic=false")["goodput"]
+    assert calm["simulated"] > 0.99 > elastic["simulated"] > waiting["simulated"] > 0
+    assert waiting["lost_to"]["waiting"] > 0 == elastic["lost_to"]["waiting"]
+    slow = as_json(capsys, "cluster.stragglers_per_node_day=1")["goodput"]
+    assert slow["lost_to"]["slow"] > 0.01
+    assert slow["hours"] > calm["hours"]
+
+
 def test_compare_marks_the_fastest_and_the_cheapest(capsys: pytest.CaptureFixture[str]) -> None:
     comparison = as_json(capsys, compare=True)["comparison"]
     fitting = [row for row in comparison["rows"] if row["fits"]]
