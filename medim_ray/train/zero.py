@@ -23,12 +23,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def zero_config(train: TrainConfig) -> dict[str, Any]:
     """The DeepSpeed configuration of a run; nothing in it depends on the machine."""
+    bf16 = train.precision == "bf16"
     return {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": train.local_micro_batch,
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": train.clip_norm,
-        "bf16": {"enabled": train.precision == "bf16"},
+        # Parameters in bf16 with fp32 masters in the shards; stage 0 has no shards, so there autocast does it.
+        "bf16": {"enabled": bf16 and train.zero > 0},
+        "torch_autocast": {"enabled": bf16 and train.zero == 0, "dtype": "bfloat16"},
         "zero_optimization": {
             "stage": train.zero,
             # No parameter keeps a full copy beside its shard: the shard is the only truth, also for small models.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from medim_ray.config.schema import TrainConfig
+from medim_ray.models.norms import BatchNorm
 from medim_ray.objectives.base import ParameterGroup, default_groups
 from medim_ray.train import checkpoint, zero
 from medim_ray.train.checkpoint import SavedTensors
@@ -23,7 +24,7 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(7)
+        self.norm = BatchNorm(7)
         self.first = nn.Linear(7, 13)
         self.second = nn.Linear(13, 3)
         self.teacher = nn.Linear(7, 5)
@@ -36,26 +37,28 @@ class Net(nn.Module):
         return default_groups(self)
 
 
-def config(world_size: int, stage: int) -> TrainConfig:
-    return TrainConfig(steps=9, num_workers=world_size, zero=stage, global_batch=12)
+def config(world_size: int, stage: int, precision: Literal["fp32", "bf16"] = "fp32") -> TrainConfig:
+    return TrainConfig(steps=9, num_workers=world_size, zero=stage, global_batch=12, precision=precision)
 
 
-def build(world_size: int, stage: int) -> Any:
+def build(world_size: int, stage: int, precision: Literal["fp32", "bf16"] = "fp32") -> Any:
     torch.manual_seed(0)
-    return zero.build_engine(Net(), config(world_size, stage))
+    return zero.build_engine(Net(), config(world_size, stage, precision))
 
 
 def step(engine: Any, number: int) -> None:
     world_size = torch.distributed.get_world_size()
     x_BD = torch.randn(12, 7, generator=torch.Generator().manual_seed(number))
     share = x_BD.chunk(world_size)[torch.distributed.get_rank()]
-    engine.backward(engine(share))
+    engine.backward(engine(share.to(next(engine.module.parameters()).dtype)))
     engine.step()
 
 
-def write_after(steps: int, url: str, world_size: int, stage: int, resume: bool) -> None:
+def write_after(
+    steps: int, url: str, world_size: int, stage: int, resume: bool, precision: Literal["fp32", "bf16"] = "fp32"
+) -> None:
     """Continues from the newest checkpoint where asked to, trains to `steps`, saves."""
-    engine, store, first = build(world_size, stage), CheckpointStore(url), 0
+    engine, store, first = build(world_size, stage, precision), CheckpointStore(url), 0
     if resume:
         newest = store.newest()
         assert newest is not None
@@ -81,6 +84,7 @@ def tensors(url: str) -> dict[str, Tensor]:
 
 
 STAGES = (0, 1, 2, 3)
+BF16_STAGES = (0, 1, 3)
 
 
 def write_stages(folder: str) -> None:
@@ -89,6 +93,10 @@ def write_stages(folder: str) -> None:
         write_after(4, f"{folder}/straight-{stage}", 2, stage, False)
         write_after(2, f"{folder}/stopped-{stage}", 2, stage, False)
         write_after(4, f"{folder}/stopped-{stage}", 2, stage, True)
+    for stage in BF16_STAGES:
+        write_after(4, f"{folder}/bf16-straight-{stage}", 2, stage, False, "bf16")
+        write_after(2, f"{folder}/bf16-stopped-{stage}", 2, stage, False, "bf16")
+        write_after(4, f"{folder}/bf16-stopped-{stage}", 2, stage, True, "bf16")
 
 
 def rewrite_stages(folder: str, world_size: int, pairs: list[tuple[int, int]]) -> None:
@@ -112,6 +120,14 @@ def test_resume_is_bit_equal_to_a_straight_run(stages: str, stage: int) -> None:
     one, other = tensors(f"{stages}/straight-{stage}"), tensors(f"{stages}/stopped-{stage}")
     assert one.keys() == other.keys() and len(one) == 6 * 3 + 2 + 3
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("stage", BF16_STAGES)
+def test_bf16_runs_keep_and_resume_fp32_masters(stages: str, stage: int) -> None:
+    one, other = tensors(f"{stages}/bf16-straight-{stage}"), tensors(f"{stages}/bf16-stopped-{stage}")
+    assert one["first.weight|param"].dtype == torch.float32
+    assert not torch.equal(one["first.weight|param"], one["first.weight|param"].bfloat16().float())
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_stages_take_the_same_steps(stages: str) -> None:
