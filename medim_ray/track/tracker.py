@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.train import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _LOG = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class Tracker:
         self._dropped = 0
         self._run: Any = None
         self._last_step = -1
+        self._notes: list[str] = []
         if aim_repo:
             try:
                 self._open(aim_repo, run_dir, params)
@@ -64,6 +66,15 @@ class Tracker:
                 with contextlib.suppress(Exception):
                     self._run.track(value, name=name, step=record["step"], epoch=record["epoch"])
 
+    def note(self, text: str) -> None:
+        """Something the user should read now, e.g. why workers are started again."""
+        self._notes.append(text)
+
+    def take_notes(self) -> list[str]:
+        """The notes since the last call."""
+        notes, self._notes = self._notes, []
+        return notes
+
     def latest(self) -> dict[str, Any] | None:
         """The newest record, for the progress line."""
         return self._latest
@@ -74,6 +85,18 @@ class Tracker:
             with contextlib.suppress(Exception):
                 self._run.close()
         return self._dropped
+
+
+class FailureNotes(UserCallback):
+    """Tells the tracker, and so the user, what made Ray Train start the workers again."""
+
+    def __init__(self, tracker: Any) -> None:
+        self._tracker = tracker
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for rank, error in sorted(worker_exceptions.items()):
+            text = str(error).strip() or type(error).__name__
+            self._tracker.note.remote(f"worker {rank} failed: {text.splitlines()[-1]}")
 
 
 def start_tracker(aim_repo: str, run_dir: str, params: dict[str, Any]) -> Any:

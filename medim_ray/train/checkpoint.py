@@ -116,7 +116,8 @@ def restore(store: CheckpointStore, checkpoint: Checkpoint, engine: Any) -> None
                 part = saved.read(fragment.name, kind, fragment.start, fragment.numel)
                 tensor.copy_(part.to(tensor.device, tensor.dtype))
             held.add(fragment.name)
-        known = {name for name, _ in engine.module.named_parameters()} | {n for n, _ in engine.module.named_buffers()}
+        known = {name for name, _ in engine.module.named_parameters()}
+        known |= {name for name, _ in zero.persistent_buffers(engine.module)}
         if unknown := sorted(set(saved.shapes) - known):
             raise ValueError(
                 f"checkpoint {checkpoint.name} holds tensors that the model lacks: {', '.join(unknown[:5])}"

@@ -22,12 +22,14 @@ import ray.train
 from ray.train import DataConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from medim_ray.config.loader import leaves, to_tree
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.pipeline import execution_options
 from medim_ray.data.shards import ShardSet
+from medim_ray.track.tracker import FailureNotes, start_tracker
 from medim_ray.train.build import build_masking, needs_text, open_tokenizer, stream_plan
 from medim_ray.train.runs import read_config, write_config
 from medim_ray.train.store import CheckpointStore
@@ -102,11 +104,12 @@ def _cpus(config: RunConfig) -> int:
 
 @contextlib.contextmanager
 def ray_session(address: str, num_cpus: int) -> Iterator[None]:
-    """Joins the cluster at `address`, or starts Ray here with `num_cpus` logical CPUs; keeps a running session."""
+    """Joins the cluster at `address` or RAY_ADDRESS, or starts Ray here with `num_cpus` CPUs; keeps a running session."""
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    address = address or os.environ.get("RAY_ADDRESS", "")
     if address:
         ray.init(address=address, log_to_driver=False, logging_level="WARNING")
     else:
@@ -130,8 +133,6 @@ def _aim_repo(config: RunConfig) -> str:
 
 
 def _fit(config: RunConfig, done: int, console: Console) -> None:
-    from medim_ray.track.tracker import start_tracker
-
     tree = to_tree(config)
     repo = _aim_repo(config) if config.track.aim else ""
     tracker = start_tracker(repo, config.run.dir, tree)
@@ -162,6 +163,7 @@ def _fit(config: RunConfig, done: int, console: Console) -> None:
             storage_filesystem=pafs.PyFileSystem(pafs.FSSpecHandler(fs)),
             failure_config=FailureConfig(max_failures=config.train.max_failures),
             worker_runtime_env={"env_vars": env},
+            callbacks=[FailureNotes(tracker)],
         ),
         datasets={"train": stream},
         dataset_config=DataConfig(execution_options=execution_options()),
@@ -193,12 +195,17 @@ def progress(config: RunConfig, done: int, tracker: Any, console: Console) -> It
     task = bar.add_task("pretrain", total=config.train.last_step, completed=done, terms="starting workers")
     stop = threading.Event()
 
+    def show() -> None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            record, notes = ray.get([tracker.latest.remote(), tracker.take_notes.remote()], timeout=5)
+            for note in notes:
+                console.print(f"[yellow]{escape(note)}")
+            if record is not None:
+                bar.update(task, completed=record["step"] + 1, terms=describe(record))
+
     def poll() -> None:
         while not stop.wait(0.5):
-            with contextlib.suppress(ray.exceptions.RayError):
-                record = ray.get(tracker.latest.remote(), timeout=5)
-                if record is not None:
-                    bar.update(task, completed=record["step"] + 1, terms=describe(record))
+            show()
 
     thread = threading.Thread(target=poll, daemon=True)
     with bar:
@@ -208,10 +215,7 @@ def progress(config: RunConfig, done: int, tracker: Any, console: Console) -> It
         finally:
             stop.set()
             thread.join()
-            with contextlib.suppress(ray.exceptions.RayError):
-                record = ray.get(tracker.latest.remote(), timeout=5)
-                if record is not None:
-                    bar.update(task, completed=record["step"] + 1, terms=describe(record))
+            show()
 
 
 def describe(record: dict[str, Any]) -> str:

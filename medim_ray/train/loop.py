@@ -17,8 +17,8 @@ from medim_ray.config.schema import TrainConfig
 from medim_ray.data.collate import Columns, micro_batches, to_batch
 from medim_ray.data.transforms import View
 from medim_ray.draws import step_draws
-from medim_ray.train.metrics import mean_over_ranks
 from medim_ray.schedules import Schedule
+from medim_ray.train.metrics import mean_over_ranks
 
 
 class Recorder(Protocol):

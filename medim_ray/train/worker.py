@@ -22,12 +22,12 @@ from medim_ray.config.schema import RunConfig
 from medim_ray.data.collate import Columns, steps_of_rank
 from medim_ray.data.reader import STEP
 from medim_ray.data.shards import ShardSet
+from medim_ray.schedules import cosine
 from medim_ray.track.tracker import TrackerClient
 from medim_ray.train import checkpoint
 from medim_ray.train.build import build_crop, build_objective, stream_plan
 from medim_ray.train.loop import Trainer, train
 from medim_ray.train.metrics import MetricsFile
-from medim_ray.schedules import cosine
 from medim_ray.train.store import CheckpointStore
 from medim_ray.train.zero import build_engine
 

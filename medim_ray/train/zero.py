@@ -109,8 +109,16 @@ def fragments(engine: Any, own: bool) -> Iterator[Fragment]:
             views = {kind: moments[kind].view(-1) for kind in MOMENTS}
             yield Fragment(name, 0, tuple(parameter.shape), {"param": parameter.data.view(-1), **views})
     if first:
-        for name, buffer in engine.module.named_buffers():
+        for name, buffer in persistent_buffers(engine.module):
             yield Fragment(name, 0, tuple(buffer.shape), {"buffer": buffer.view(-1)})
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that are part of the module's state dict, by name; the others are constants."""
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if name not in owner._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def _partitioned(engine: Any, name: str, parameter: Any) -> Fragment:
