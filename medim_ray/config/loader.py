@@ -297,8 +297,8 @@ def _build(cls: type[C], values: Mapping[str, Any], prefix: str, where: str) -> 
     try:
         return cls(**arguments)
     except ValueError as error:
-        group = "" if not prefix or str(error).startswith(prefix) else f"{prefix[:-1]}: "
-        raise ValueError(f"{where}: {group}{error}") from None
+        where_from = "" if not prefix or str(error).startswith(prefix) else f"{prefix[:-1]}: "
+        raise ValueError(f"{where}: {where_from}{error}") from None
 
 
 def _convert(value: Any, hint: Any, key: str, where: str) -> Any:

@@ -104,7 +104,7 @@ def _cpus(config: RunConfig) -> int:
 
 @contextlib.contextmanager
 def ray_session(address: str, num_cpus: int) -> Iterator[None]:
-    """Joins the cluster at `address` or RAY_ADDRESS, or starts Ray here with `num_cpus` CPUs; keeps a running session."""
+    """Joins the cluster at `address` or RAY_ADDRESS, or starts Ray here; leaves a running session alone."""
     if ray.is_initialized():
         yield
         return

@@ -42,7 +42,7 @@ def test_an_image_size_that_the_patch_does_not_divide_is_refused() -> None:
 
 def test_masks_that_need_reports_are_refused_without_a_text_encoder() -> None:
     config = load(RunConfig, RECIPE, ["objective.name=mae", "masking.on=input"])
-    with pytest.raises(ValueError, match="masking.name=kdm.sdm needs the attention of a text encoder"):
+    with pytest.raises(ValueError, match=r"masking.name=kdm.sdm needs the attention of a text encoder"):
         build_masking(config)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 
 def on_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -> None:
@@ -16,7 +16,7 @@ def on_ranks(world_size: int, function: Callable[..., None], *arguments: Any) ->
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_rank, (world_size, port, function, arguments), nprocs=world_size, start_method="spawn")
+    start_processes(_rank, (world_size, port, function, arguments), nprocs=world_size, start_method="spawn")
 
 
 def _rank(rank: int, world_size: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
