@@ -211,15 +211,23 @@ def _best_penalty(
 
 
 def _fit_score(train_KD: Floats, y_K: NDArray[np.int64], test_KD: Floats, penalty: float, num_classes: int) -> Floats:
-    """[K, num_classes] probabilities of the test images; 0 for a class that the training images lack."""
+    """[K, num_classes] logits of the test images in units of the training images' own mean and spread.
+
+    Scores of folds are ranked together: with raw probabilities, a fold with fewer positives would be scored by a model
+    that saw more of them, and a probe without any signal would fall below chance. A class that the training images
+    lack scores below all others.
+    """
     model = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=1000))
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", ConvergenceWarning
         )  # the weakest penalties are rarely chosen and nearly converge
         model.fit(train_KD, y_K)
-    scores = np.zeros((len(test_KD), num_classes))
-    scores[:, model[-1].classes_] = model.predict_proba(test_KD)
+    scores = np.full((len(test_KD), num_classes), -1e9)
+    logits = [np.asarray(model.decision_function(features)) for features in (train_KD, test_KD)]
+    train, test = (np.stack([-values, values], axis=1) if values.ndim == 1 else values for values in logits)
+    spread = train.std(axis=0)
+    scores[:, model[-1].classes_] = (test - train.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
     return scores
 
 

@@ -81,6 +81,19 @@ def test_folds_keep_patients_apart_so_that_an_identity_teaches_nothing() -> None
     assert low < 0.5 < high and "out of fold" in scores.protocol
 
 
+def test_features_without_signal_are_at_chance_on_average_not_below() -> None:
+    """The base rate of a fold's training images is no score: ranking raw probabilities together would use it."""
+    values = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        y, features = (rng.random(150) < 0.2).astype(np.int64), rng.normal(size=(150, 20))
+        patients = [str(i) for i in range(150)]
+        values.append(
+            probe(_task(y), features, patients, ["train"] * 150, **{**OPTIONS, "num_bootstrap": 1}).auroc.value
+        )
+    assert np.mean(values) == pytest.approx(0.5, abs=0.04)
+
+
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_both_protocols_find_what_is_there_and_judge_the_right_images(num_classes: int) -> None:
     rng = np.random.default_rng(1)
