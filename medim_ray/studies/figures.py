@@ -68,7 +68,8 @@ def curve(steps_K: NDArray[np.float64], values_K: NDArray[np.float64], name: str
         if floor is not None:
             axes.set_ylim(floor, max(1.05 * top, floor + 1e-6))
         elif top - bottom <= 1e-6 * abs(top):  # flat: rounding errors are no signal
-            axes.set_ylim(bottom - 0.1 * abs(top) - 1e-6, top + 0.1 * abs(top) + 1e-6)
+            room = 0.1 * abs(top) or 1.0
+            axes.set_ylim(bottom - room, top + room)
         axes.set_xlabel("step")
         return _svg(figure, f"{name} over the steps")
 
