@@ -1,0 +1,117 @@
+"""Question: what does a RAD-DINO step cost on two CPU threads, and where does it go?
+
+Run: python -m benchmarks.dino_step [--peer PYTHON]. ViT-S/14, 2 x 224 + 4 x 98, batch 8, 65,536 prototypes, fp32.
+--peer names the interpreter of an environment with lightly-train (`make peers`); its `dinov2` method is then timed in
+turn with ours at the same sizes without drop path, and paired ratios are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from medim_ray.draws import Draws
+from medim_ray.masking.base import Samples
+from medim_ray.masking.block import StepBlockMasking
+from medim_ray.models.heads_dino import DinoHead
+from medim_ray.models.vit import ImageEncoder
+from medim_ray.objectives.base import Parts
+from medim_ray.objectives.rad_dino import RadDino
+from medim_ray.types import Batch, Grid
+
+NUM_THREADS, BATCH, GLOBAL_SIZE, LOCAL_SIZE, NUM_LOCAL = 2, 8, 224, 98, 4
+PEER = Path(__file__).with_name("dino_step_peer.py")
+
+
+def build() -> tuple[RadDino, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    encoder = ImageEncoder(ImageEncoder.Config(name="vit_small_patch14_dinov2", image_size=GLOBAL_SIZE))
+    masking = StepBlockMasking(StepBlockMasking.Config())
+    config = RadDino.Config(head=DinoHead.Config())
+    objective = RadDino(config, Parts(encoder=encoder, text=None, masking=masking, num_steps=100, global_batch=BATCH))
+    groups = [{"params": list(group.parameters)} for group in objective.parameter_groups()]
+    return objective, torch.optim.AdamW(groups, lr=1e-4)
+
+
+def make_batch(step: int) -> Batch:
+    samples = Samples(
+        image_ids=[f"image{i}" for i in range(BATCH)],
+        boxes_B4=np.tile(np.array([0, 0, 1, 1], dtype=np.float32), (BATCH, 1)),
+        text={},
+        mentions=[()] * BATCH,
+        steps_B=np.full(BATCH, step),
+        positions_B=np.arange(BATCH),
+        global_batch=BATCH,
+        seed=0,
+    )
+    draws = Draws.of(0, samples.steps_B, samples.image_ids)
+    columns = StepBlockMasking(StepBlockMasking.Config()).plan(samples, Grid(16, 16), draws)
+    views = {
+        "global": torch.rand(2 * BATCH, 1, GLOBAL_SIZE, GLOBAL_SIZE),
+        "local": torch.rand(NUM_LOCAL * BATCH, 1, LOCAL_SIZE, LOCAL_SIZE),
+    }
+    tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+    return Batch(step=step, image_ids=tuple(samples.image_ids), views=views, columns=tensors)
+
+
+def train_step(objective: RadDino, optimizer: torch.optim.Optimizer, step: int) -> float:
+    """Seconds of one whole step: masks, forward, backward, AdamW, EMA."""
+    start = time.perf_counter()
+    optimizer.zero_grad()
+    objective(make_batch(step)).loss.backward()
+    optimizer.step()
+    objective.after_step(step)
+    return time.perf_counter() - start
+
+
+def ask(peer: subprocess.Popen[str]) -> float:
+    """Seconds of one step of the peer."""
+    assert peer.stdin is not None and peer.stdout is not None
+    peer.stdin.write("step\n")
+    peer.stdin.flush()
+    return float(peer.stdout.readline())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--peer", help="python of an environment with lightly-train")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="print the costliest operators instead")
+    args = parser.parse_args()
+    torch.set_num_threads(NUM_THREADS)
+    objective, optimizer = build()
+    train_step(objective, optimizer, 0)
+    if args.profile:
+        with profile(activities=[ProfilerActivity.CPU]) as record:
+            train_step(objective, optimizer, 1)
+        print(record.key_averages().table(sort_by="self_cpu_time_total", row_limit=18, max_name_column_width=40))
+        return
+    peer = None
+    if args.peer:
+        peer = subprocess.Popen([args.peer, PEER, "0.0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    ours, ratios = [], []
+    if peer is not None:
+        ask(peer)  # the first step of a process allocates
+    for step in range(1, args.steps + 1):
+        ours.append(train_step(objective, optimizer, step))
+        line = f"step {step}: ours {ours[-1]:.2f} s"
+        if peer is not None:
+            theirs = ask(peer)
+            ratios.append(ours[-1] / theirs)
+            line += f", lightly-train {theirs:.2f} s, ratio {ratios[-1]:.3f}"
+        print(line, flush=True)
+    print(f"median: {statistics.median(ours):.2f} s" + (f", ratio {statistics.median(ratios):.3f}" if ratios else ""))
+    if peer is not None and peer.stdin is not None:
+        peer.stdin.close()
+        peer.wait(timeout=60)
+
+
+if __name__ == "__main__":
+    main()
