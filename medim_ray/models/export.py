@@ -146,7 +146,7 @@ def _to_torch_hub(encoder: ImageEncoder, weights: Weights, folder: Path) -> str:
 
 
 class _TokensOnly(torch.nn.Module):
-    """What an ONNX file computes: normalised three-channel images -> CLS [B, D] and patches [B, N, D]."""
+    """What an ONNX file computes: gray images in [0, 1] -> CLS [B, D] and patches [B, N, D]."""
 
     def __init__(self, encoder: ImageEncoder) -> None:
         super().__init__()

@@ -147,7 +147,7 @@ class _TokenViT(VisionTransformer):
         x_BND = x_BND + positions_1ND
         if visible_BK is not None:
             x_BND = x_BND.gather(1, visible_BK[:, :, None].expand(-1, -1, x_BND.shape[2]))
-        x_BLD = torch.cat([p_1D.expand(len(x_BND), -1, -1) for p_1D in prefix_P1D] + [x_BND], dim=1)
+        x_BLD = torch.cat([p_1D.expand(x_BND.shape[0], -1, -1) for p_1D in prefix_P1D] + [x_BND], dim=1)
         x_BLD = self.norm_pre(self.pos_drop(x_BLD))
         for block in self.blocks[:-1]:
             x_BLD = block(x_BLD)

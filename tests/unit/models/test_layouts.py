@@ -125,6 +125,24 @@ def test_timm_loads_its_export_strictly(tmp_path: Path, name: str) -> None:
             assert (model(inputs) - ours).abs().max() < 1e-5
 
 
+def test_onnx_gives_the_same_tokens_at_any_batch_size(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="format=onnx is optional: onnx, onnxscript, onnxruntime")
+    torch.manual_seed(4)
+    encoder = tiny_encoder("vit_small_patch14_reg4_dinov2")
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    export(encoder, "onnx", str(tmp_path))
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    for num in (1, 3):
+        images = torch.rand(num, 1, 56, 56, generator=torch.Generator().manual_seed(num))
+        cls, patches = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            ours = encoder(images)
+        np.testing.assert_allclose(cls, ours.global_BD.numpy(), atol=1e-4)
+        np.testing.assert_allclose(patches, ours.patches_BND.numpy(), atol=1e-4)
+
+
 @pytest.mark.parametrize(("registers", "swiglu"), list(NAMES))
 def test_torch_hub_layout_goes_out_and_comes_back(tmp_path: Path, registers: bool, swiglu: bool) -> None:
     torch.manual_seed(2)
