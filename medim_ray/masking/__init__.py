@@ -1,5 +1,6 @@
 """Masking strategies, registered by name in MASKINGS."""
 
+from medim_ray.masking import anatomy as anatomy
 from medim_ray.masking import block as block
 from medim_ray.masking import report as report
 from medim_ray.masking import uniform as uniform
