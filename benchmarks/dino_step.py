@@ -26,7 +26,7 @@ from medim_ray.objectives.base import Parts
 from medim_ray.objectives.rad_dino import RadDino
 from medim_ray.types import Batch, Grid
 
-NUM_THREADS, BATCH, GLOBAL_SIZE, LOCAL_SIZE, NUM_LOCAL = 2, 8, 224, 98, 4
+BATCH, GLOBAL_SIZE, LOCAL_SIZE, NUM_LOCAL = 8, 224, 98, 4
 PEER = Path(__file__).with_name("dino_step_peer.py")
 
 
@@ -61,31 +61,33 @@ def make_batch(step: int) -> Batch:
     return Batch(step=step, image_ids=tuple(samples.image_ids), views=views, columns=tensors)
 
 
-def train_step(objective: RadDino, optimizer: torch.optim.Optimizer, step: int) -> float:
-    """Seconds of one whole step: masks, forward, backward, AdamW, EMA."""
-    start = time.perf_counter()
+def train_step(objective: RadDino, optimizer: torch.optim.Optimizer, step: int) -> tuple[float, float]:
+    """Wall and CPU seconds of one whole step: masks, forward, backward, AdamW, EMA."""
+    start, start_cpu = time.perf_counter(), time.process_time()
     optimizer.zero_grad()
     objective(make_batch(step)).loss.backward()
     optimizer.step()
     objective.after_step(step)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - start_cpu
 
 
-def ask(peer: subprocess.Popen[str]) -> float:
-    """Seconds of one step of the peer."""
+def ask(peer: subprocess.Popen[str]) -> tuple[float, float]:
+    """Wall and CPU seconds of one step of the peer."""
     assert peer.stdin is not None and peer.stdout is not None
     peer.stdin.write("step\n")
     peer.stdin.flush()
-    return float(peer.stdout.readline())
+    wall, cpu = peer.stdout.readline().split()
+    return float(wall), float(cpu)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--peer", help="python of an environment with lightly-train")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2, help="with 1, CPU seconds are comparable on a busy machine")
     parser.add_argument("--profile", action="store_true", help="print the costliest operators instead")
     args = parser.parse_args()
-    torch.set_num_threads(NUM_THREADS)
+    torch.set_num_threads(args.threads)
     objective, optimizer = build()
     train_step(objective, optimizer, 0)
     if args.profile:
@@ -95,19 +97,24 @@ def main() -> None:
         return
     peer = None
     if args.peer:
-        peer = subprocess.Popen([args.peer, PEER, "0.0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    ours, ratios = [], []
+        peer = subprocess.Popen(
+            [args.peer, PEER, str(args.threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
     if peer is not None:
         ask(peer)  # the first step of a process allocates
+    ratios = []
     for step in range(1, args.steps + 1):
-        ours.append(train_step(objective, optimizer, step))
-        line = f"step {step}: ours {ours[-1]:.2f} s"
+        ours = train_step(objective, optimizer, step)
+        line = f"step {step}: ours {ours[0]:.2f} s ({ours[1]:.2f} CPU s)"
         if peer is not None:
             theirs = ask(peer)
-            ratios.append(ours[-1] / theirs)
-            line += f", lightly-train {theirs:.2f} s, ratio {ratios[-1]:.3f}"
+            ratios.append((ours[0] / theirs[0], ours[1] / theirs[1]))
+            line += f", lightly-train {theirs[0]:.2f} s ({theirs[1]:.2f} CPU s), ratio {ratios[-1][0]:.3f}"
+            line += f" (CPU {ratios[-1][1]:.3f})"
         print(line, flush=True)
-    print(f"median: {statistics.median(ours):.2f} s" + (f", ratio {statistics.median(ratios):.3f}" if ratios else ""))
+    if ratios:
+        wall, cpu = (statistics.median(column) for column in zip(*ratios, strict=True))
+        print(f"median ratio of {len(ratios)} pairs: {wall:.3f} (CPU {cpu:.3f})")
     if peer is not None and peer.stdin is not None:
         peer.stdin.close()
         peer.wait(timeout=60)
