@@ -1,4 +1,4 @@
-"""The anatomy prior: sides and zones where radiologists say they are, cropping, the law shared with KDM, no phantoms."""
+"""The anatomy prior: sides and zones where radiologists say they are, cropping, the law shared with KDM."""
 
 from __future__ import annotations
 
