@@ -20,8 +20,9 @@ from medim_ray.models.heads_dino import DinoHead
 from medim_ray.models.vit import ImageEncoder
 from medim_ray.objectives.base import Parts
 from medim_ray.objectives.rad_dino import RadDino
-from medim_ray.train.checkpoint import CheckpointStore, load_weights
+from medim_ray.train.checkpoint import load_weights
 from medim_ray.train.launch import launch
+from medim_ray.train.store import CheckpointStore
 from medim_ray.types import Batch
 
 pytestmark = pytest.mark.system
