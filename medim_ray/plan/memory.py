@@ -59,12 +59,17 @@ def memory(
         gradients = trained * size * (1.0 if stage == 1 else share)
         optimizer = 12.0 * trained * share
     buckets = 0.0
-    if num_gpus > 1 or stage > 0:
-        # A CPU backs only those pages of a bucket that are written.
-        buckets = size * (min(trained, REDUCE_BUCKET) if on_cpu or stage == 0 else REDUCE_BUCKET)
+    if stage == 0 and num_gpus > 1:
+        buckets = size * min(trained, REDUCE_BUCKET)
+    elif stage > 0:
+        # The bucket, and the float32 gradients of the own share that the optimizer reads. A CPU backs only those pages
+        # of the bucket that are written, but its allocator keeps what the copied gradients leave behind.
+        used = size * min(trained, REDUCE_BUCKET)
+        buckets = (used * (2.0 if stage > 1 else 1.0) if on_cpu else size * REDUCE_BUCKET) + 4.0 * trained * share
     gathered = 0.0
-    if stage == 3 and num_gpus > 1:
-        gathered = min(trained * size + 4.0 * work.num_frozen, MAX_LIVE_PARAMETERS * size)
+    if stage == 3:
+        # Beside the own shard; measured on CPU, where a copy of that remains too.
+        gathered = size * min(trained, MAX_LIVE_PARAMETERS) * (1.0 if on_cpu else 1.0 - share)
     return Memory(
         parameters=parameters,
         gradients=gradients,

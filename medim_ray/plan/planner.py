@@ -148,7 +148,8 @@ def find_bottleneck(cluster: Cluster, setting: Setting, step: StepTime) -> Bottl
             lift=f"{cluster.storage * step.storage / step.train / 1e9:.1f} GB/s of reads "
             f"(now {cluster.storage / 1e9:.1f}), or the shards on local disks",
         )
-    parts = {"compute": step.compute, "memory bandwidth": step.traffic + step.optimizer, "communication": step.exposed}
+    moved = step.traffic + step.optimizer + step.dispatch
+    parts = {"compute": step.compute, "memory bandwidth": moved, "communication": step.exposed}
     kind = max(parts, key=lambda name: parts[name])
     percent = f"{100 * parts[kind] / step.train:.0f} % of a step"
     if kind == "compute":

@@ -37,12 +37,17 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of a step. communication: all of it; exposed: the part that nothing hides. decode and storage run beside
-    the step and matter where they are longer than `train`. flops: of one device in one step."""
+    """Seconds of a step.
+
+    dispatch: Python and the engine's hooks, which a GPU's queue hides. communication: all of it; exposed: the part that
+    nothing hides. decode and storage run beside the step and matter where they are longer than `train`. flops: of one
+    device in one step.
+    """
 
     compute: float
     traffic: float
     optimizer: float
+    dispatch: float
     communication: float
     exposed: float
     decode: float
@@ -51,7 +56,7 @@ class StepTime:
 
     @property
     def train(self) -> float:
-        return self.compute + self.traffic + self.optimizer + self.exposed
+        return self.compute + self.traffic + self.optimizer + self.dispatch + self.exposed
 
     @property
     def total(self) -> float:
@@ -72,12 +77,21 @@ def step_time(cluster: Cluster, work: Workload, setting: Setting, utilisation: f
         compute=flops / rate,
         traffic=images * work.moved_bytes / cluster.gpu.memory_bandwidth,
         optimizer=(_OPTIMIZER_BYTES * own + _TEACHER_BYTES * kept) / cluster.gpu.memory_bandwidth,
+        dispatch=_dispatch(cluster, work, setting),
         communication=communication,
         exposed=communication - hidden,
         decode=setting.global_batch * decode_core_s(work) / _decode_cores(cluster, setting.num_gpus),
         storage=setting.global_batch * stored_bytes(work) / cluster.storage,
         flops=flops,
     )
+
+
+def _dispatch(cluster: Cluster, work: Workload, setting: Setting) -> float:
+    """Seconds of Python between operations, and of the copies in ZeRO's hooks, which a GPU's queue hides."""
+    if not cluster.gpu.is_cpu:
+        return 0.0
+    hooks = work.num_trained * assumption("cpu_zero_s_per_parameter") if setting.stage else 0.0
+    return setting.accumulation * (assumption("cpu_dispatch_s") + hooks)
 
 
 def decode_core_s(work: Workload) -> float:

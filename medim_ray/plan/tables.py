@@ -44,8 +44,8 @@ def summary(plan: Plan) -> Table:
         ("step", f"{t.total:.4g} s, {plan.images_per_s:,.1f} images/s"),
         (
             "of it",
-            f"products {t.compute:.3g}, memory traffic {t.traffic + t.optimizer:.3g}, communication {t.exposed:.3g} "
-            f"(all {t.communication:.3g}) s",
+            f"products {t.compute:.3g}, other {t.traffic + t.optimizer + t.dispatch:.3g}, "
+            f"communication {t.exposed:.3g} (all {t.communication:.3g}) s",
         ),
         ("utilisation", f"{plan.cluster.utilisation:.3f} in products, {plan.mfu:.3f} of the peak over the step"),
         ("bottleneck", plan.bottleneck.words),
