@@ -16,7 +16,7 @@ from torch import Tensor
 
 from medim_ray.draws import Draws
 from medim_ray.masking.base import MASKINGS, Masks, Samples
-from medim_ray.masking.prior import patch_maps, places_of
+from medim_ray.masking.prior import prior_maps
 from medim_ray.masking.report import ReportMasking, draw_sentences, select_hidden
 from medim_ray.types import Grid
 
@@ -85,12 +85,3 @@ class AnatomyMasking:
             fallback_SB=fallback_BS.transpose(0, 1),
             maps_SBN=maps_BSN.transpose(0, 1),
         )
-
-
-def prior_maps(samples: Samples, grid: Grid, sentences_B: NDArray[np.int16] | None = None) -> NDArray[np.float32]:
-    """[B, N] the prior of each report, or of sentence `sentences_B` of each."""
-    places = [
-        places_of(mentions if sentences_B is None else [m for m in mentions if m.sentence == sentences_B[i]])
-        for i, mentions in enumerate(samples.mentions)
-    ]
-    return patch_maps(places, samples.boxes_B4, grid)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from medim_ray.masking.base import Samples
 from medim_ray.masking.chest_places import PLACE_OF_HEADING, PLACE_WORDS, draw_place
 from medim_ray.reports.tagger import Mention
 from medim_ray.types import Grid
@@ -80,6 +81,15 @@ def image_map(places: frozenset[Place]) -> Floats:
     map_KK: Floats = (total_KK / max(1, len(places))).astype(np.float32)
     map_KK.flags.writeable = False
     return map_KK
+
+
+def prior_maps(samples: Samples, grid: Grid, sentences_B: NDArray[np.int16] | None = None) -> Floats:
+    """[B, N] the prior of each report, or of sentence `sentences_B` of each; 0 everywhere where no place is told."""
+    places = [
+        places_of(mentions if sentences_B is None else [m for m in mentions if m.sentence == sentences_B[i]])
+        for i, mentions in enumerate(samples.mentions)
+    ]
+    return patch_maps(places, samples.boxes_B4, grid)
 
 
 def patch_maps(places_B: Sequence[frozenset[Place]], boxes_B4: Floats, grid: Grid) -> Floats:

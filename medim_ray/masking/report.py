@@ -2,6 +2,7 @@
 
 The law is that of MedIM's code (PAPERS.md, MedIM, "Masking"): the relevance map is a sum of word-to-patch attention
 rows; patches above a threshold are "high"; `diversity` of the high ones and 1 - `diversity` of the others are hidden.
+Beyond the paper, the anatomy prior (prior.py) may weigh the map, or stand in for it in the first steps.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from medim_ray.draws import Draws
 from medim_ray.masking.base import MASKINGS, Masks, Samples
+from medim_ray.masking.prior import prior_maps
 from medim_ray.types import ASSERTION, MESH_FLAG, SENTENCE_ID, WORD_IS_PAD, Grid
 
 ABSENT = 2  # code of types.ASSERTION
@@ -25,6 +27,8 @@ MIN_SENTENCE_WORDS = 4  # SDM draws among sentences with more than three words w
 
 WORDS = "mask/report/words_BSW"  # float32: weight of each word's attention row in the map of mask S
 NOISE = "mask/report/noise_BSN"  # float32 in [0, 1): which patches of a class are hidden
+PRIOR = "mask/report/prior_BSN"  # float32: anatomy prior, 1 everywhere where the text tells no place
+IS_COLD = "mask/report/is_cold_B"  # bool: the prior stands in for the attention
 SENTENCE = "mask/sdm/sentence_B"  # int16: the sentence SDM drew, -1 where there is none
 
 
@@ -58,6 +62,14 @@ class ReportMasking:
         negated_weight: float = field(
             default=1.0, metadata={"help": "weight in KDM of words whose mention is asserted absent (the paper: 1)"}
         )
+        prior: Literal["none", "multiply", "cold_start"] = field(
+            default="none",
+            metadata={
+                "help": "anatomy prior from side and zone of the mentions: 'multiply' weighs the attention with it, "
+                "'cold_start' hides by the prior alone for prior_steps steps and by the attention alone after them"
+            },
+        )
+        prior_steps: int = field(default=0, metadata={"help": "global steps of prior=cold_start"})
 
         def __post_init__(self) -> None:
             if self.name not in ("kdm", "sdm", "kdm+sdm"):
@@ -77,6 +89,13 @@ class ReportMasking:
                 )
             if self.negated_weight < 0:
                 raise ValueError(f"masking.negated_weight={self.negated_weight}: must be >= 0, the paper uses 1")
+            if self.prior not in ("none", "multiply", "cold_start"):
+                raise ValueError(f"masking.prior={self.prior!r}: must be none, multiply or cold_start")
+            if (self.prior == "cold_start") != (self.prior_steps > 0):
+                raise ValueError(
+                    f"masking.prior_steps={self.prior_steps}: must be above 0 with masking.prior=cold_start and 0 with "
+                    f"masking.prior={self.prior}"
+                )
 
     needs_text = True
     needs_attention = True
@@ -87,9 +106,9 @@ class ReportMasking:
         self.names = tuple(config.name.split("+"))
 
     def plan(self, samples: Samples, grid: Grid, draws: Draws) -> dict[str, NDArray[Any]]:
-        """Word weights, noise and the sentence drawn: columns WORDS, NOISE and, with SDM, SENTENCE."""
+        """Word weights and noise (WORDS, NOISE); with SDM the SENTENCE drawn; with a prior PRIOR and IS_COLD."""
         columns: dict[str, NDArray[Any]] = {}
-        words = []
+        words, priors = [], []
         for name in self.names:
             if name == "kdm":
                 words.append(_mention_words(samples, self.config.negated_weight))
@@ -97,9 +116,15 @@ class ReportMasking:
                 columns[SENTENCE] = draw_sentences(samples, draws)
                 is_chosen_BW = samples.text[SENTENCE_ID] == columns[SENTENCE][:, None]
                 words.append((is_chosen_BW & ~samples.text[WORD_IS_PAD]).astype(np.float32))
+            if self.config.prior != "none":
+                priors.append(prior_maps(samples, grid, columns[SENTENCE] if name == "sdm" else None))
         noise = [draws.uniform(f"mask/{name}", grid.num_patches) for name in self.names]
         columns[WORDS] = np.stack(words, axis=1)
         columns[NOISE] = np.stack(noise, axis=1).astype(np.float32)
+        if priors:
+            prior_BSN = np.stack(priors, axis=1)
+            columns[PRIOR] = np.where(prior_BSN.any(axis=2, keepdims=True), prior_BSN, np.float32(1.0))
+            columns[IS_COLD] = samples.steps_B < self.config.prior_steps
         return columns
 
     @torch.no_grad()
@@ -109,6 +134,10 @@ class ReportMasking:
         words_BSW = columns[WORDS].float()
         maps_BSN = words_BSW @ attention_BWN.float()
         has_word_BS = (words_BSW > 0).any(dim=2)
+        if self.config.prior != "none":
+            prior_BSN, is_cold_B11 = columns[PRIOR].float(), columns[IS_COLD].bool()[:, None, None]
+            warm_BSN = maps_BSN * prior_BSN if self.config.prior == "multiply" else maps_BSN
+            maps_BSN = torch.where(is_cold_B11, prior_BSN, warm_BSN)
         hidden_BSN, fallback_BS = select_hidden(maps_BSN, columns[NOISE].float(), has_word_BS, self.config)
         return Masks(
             hidden_SBN=hidden_BSN.transpose(0, 1),

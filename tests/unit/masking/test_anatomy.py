@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 import medim_ray.masking
 from medim_ray.draws import Draws
 from medim_ray.masking import MASKINGS
-from medim_ray.masking.anatomy import PRIOR, AnatomyMasking, prior_maps
+from medim_ray.masking.anatomy import PRIOR, AnatomyMasking
 from medim_ray.masking.base import Samples
 from medim_ray.masking.chest_places import PLACE_OF_HEADING, draw_place
-from medim_ray.masking.prior import Place, places_of
+from medim_ray.masking.prior import Place, places_of, prior_maps
+from medim_ray.masking.report import IS_COLD, WORDS, ReportMasking
+from medim_ray.masking.report import PRIOR as REPORT_PRIOR
 from medim_ray.reports.mesh import Vocabulary
 from medim_ray.reports.sections import split_sentences
 from medim_ray.reports.tagger import Tagger
-from medim_ray.types import SENTENCE_ID, WORD_IS_PAD, Grid
+from medim_ray.types import ASSERTION, MESH_FLAG, SENTENCE_ID, WORD_IS_PAD, Grid
 
 GRID = Grid(14, 14)
 TAGGER = Tagger()
@@ -179,6 +181,43 @@ def test_a_sentence_is_hidden_by_its_own_places() -> None:
     assert torch.equal(alone.hidden_SBN[0], masks.hidden_SBN[1])
 
 
+def guided(steps_B: NDArray[np.int64], **options: Any) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
+    """Masks of KDM + SDM on two reports without negations, the attention they came from and the plan."""
+    samples = samples_of("Large right pleural effusion seen.", "Lungs remain as XXXX above.")
+    text = dict(samples.text) | {
+        MESH_FLAG: ~samples.text[WORD_IS_PAD],
+        ASSERTION: np.zeros(samples.text[WORD_IS_PAD].shape, np.int8),
+    }
+    samples = dataclasses.replace(samples, text=text, steps_B=steps_B, mentions=[samples.mentions[0], []])
+    masking = ReportMasking(ReportMasking.Config(**options))
+    columns = masking.plan(samples, GRID, Draws.of(3, np.zeros(2, np.int64), samples.image_ids))
+    tensors = {key: torch.from_numpy(value) for key, value in columns.items()}
+    attention_BWN = torch.rand(2, 60, 196, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    return masking.resolve(tensors, attention_BWN), tensors[WORDS] @ attention_BWN, tensors
+
+
+def test_the_prior_weighs_the_attention_of_kdm_and_sdm() -> None:
+    masks, attention_BSN, _ = guided(np.zeros(2, np.int64), prior="multiply")
+    prior_BN = torch.from_numpy(prior_maps(samples_of("Large right pleural effusion seen.", ""), GRID))
+    for s in range(2):
+        torch.testing.assert_close(masks.maps_SBN[s, 0], attention_BSN[0, s] * prior_BN[0])
+        torch.testing.assert_close(masks.maps_SBN[s, 1], attention_BSN[1, s])  # no place is told
+    assert not masks.fallback_SB.any()
+
+
+def test_a_cold_start_goes_by_the_prior_then_by_the_attention() -> None:
+    masks, attention_BSN, columns = guided(np.array([4, 4]), prior="cold_start", prior_steps=5)
+    torch.testing.assert_close(masks.maps_SBN, columns[REPORT_PRIOR].transpose(0, 1))
+    assert masks.fallback_SB.tolist() == [[False, True], [False, True]], "no place is told: nothing to go by yet"
+    masks, attention_BSN, _ = guided(np.array([5, 5]), prior="cold_start", prior_steps=5)
+    torch.testing.assert_close(masks.maps_SBN, attention_BSN.transpose(0, 1))
+
+
+def test_without_a_prior_the_plan_is_the_papers() -> None:
+    _, _, columns = guided(np.zeros(2, np.int64))
+    assert REPORT_PRIOR not in columns and IS_COLD not in columns
+
+
 def test_nothing_of_the_masking_package_knows_phantoms() -> None:
     for path in Path(medim_ray.masking.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -191,3 +230,11 @@ def test_nothing_of_the_masking_package_knows_phantoms() -> None:
 def test_bad_options(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"masking.{next(iter(options))}"):
         MASKINGS["anatomy"].Config(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"prior": "add"}, {"prior": "cold_start"}, {"prior": "multiply", "prior_steps": 5}, {"prior_steps": 1}]
+)
+def test_bad_options_of_the_prior(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"masking\.prior"):
+        MASKINGS["kdm"].Config(**options)

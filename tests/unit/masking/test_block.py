@@ -42,7 +42,7 @@ def test_a_mask_never_hides_more_than_asked_and_rarely_much_less(
     hidden = block_masks(np.full((5, 2), count), Grid(height, width), draws_of(5, seed), "t")
     assert hidden.shape == (5, 2, height * width)
     assert (hidden.sum(axis=2) <= count).all()
-    if ratio < 0.5 and 0.5 <= height / width <= 2.0:
+    if ratio < 0.5 and 0.5 <= height / width <= 2.0 and min(height, width) >= 7:
         assert hidden.sum() >= 10 * (0.8 * count - 1)
 
 
