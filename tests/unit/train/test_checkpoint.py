@@ -29,6 +29,7 @@ class Net(nn.Module):
         self.second = nn.Linear(13, 3)
         self.teacher = nn.Linear(7, 5)
         self.teacher.requires_grad_(False)
+        self.register_buffer("constant", torch.arange(3), persistent=False)
 
     def forward(self, x_BD: Tensor) -> Tensor:
         return self.second(self.first(self.norm(x_BD)).tanh()).square().mean() + self.teacher(x_BD).mean() * 0
