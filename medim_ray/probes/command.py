@@ -242,9 +242,10 @@ def _probe_table(result: Mapping[str, Any]) -> Table:
 
 def _localisation_table(localisation: Mapping[str, Any]) -> Table:
     table = Table(
-        title=f"Word-to-patch maps on {localisation['num_images']} held-out images with truth (chance 0.50 and 1.00)"
+        title=f"Word-to-patch maps on {localisation['num_images']} held-out images with truth (chance 0.50 and 1.00)",
+        caption="prior: anatomy of the mentions alone; both: trained x prior",
     )
-    for heading in ("strategy", "weights", "map AUROC", f"lesion lift at ratio {localisation['ratio']}"):
+    for heading in ("strategy", "map from", "map AUROC", f"lesion lift at ratio {localisation['ratio']}"):
         table.add_column(heading, no_wrap=True)
     for strategy, sources in localisation["strategies"].items():
         for i, (source, metrics) in enumerate(sources.items()):

@@ -3,6 +3,7 @@
 KDM: the map of all MeSH words against the union of the lesions that the report tells. SDM: the map of each sentence
 that tells a lesion, against its lesions. Lesion lift = share of the lesion's pixels that the strategy's law hides at
 ratio 0.25, as many patches as uniform masking, over the share of all patches hidden (chance 1.0).
+Beside the attention stand the anatomy prior alone and both multiplied: only what beats the prior was learned.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from medim_ray.data.reader import ReportEncoder, TextRows
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.transforms import cut
 from medim_ray.draws import Draws
+from medim_ray.masking.prior import patch_maps, places_of
 from medim_ray.masking.report import WORDS, ReportMasking, select_hidden
 from medim_ray.objectives.losses import word_patch_attention
 from medim_ray.objectives.pixels import whole_images
@@ -49,13 +51,14 @@ from medim_ray.types import Batch, Grid
 
 RATIO = 0.25
 CHANCE = {"map_auroc": 0.5, "lesion_lift": 1.0}
+PRIOR, BOTH = "prior", "both"  # sources beside the runs: the anatomy prior alone, and the trained attention times it
 _NAMES = {"map_auroc": "map AUROC", "lesion_lift": "lesion lift"}
 _NUM_DRAWS = 32  # of the law's noise; the share hidden is their mean
 _HELD_OUT = ("val", "test")
 
 
 class WordMaps(Protocol):
-    """A map of the patches for each word: the attention of a model, or a prior that needs none."""
+    """A map of the patches for each word, from the attention of a model."""
 
     def __call__(self, batch: Batch, text: TextRows) -> Tensor:
         """[B, W, N] float, not negative; rows of padding words are ignored."""
@@ -87,6 +90,11 @@ class Localisation:
                     lines.append(f"{name} is below chance ({chance}): the map lights what is not the lesion")
                 elif not low > chance:
                     lines.append(f"{name} is not above chance ({chance}): the map does not localise")
+                if BOTH in sources and not sources[BOTH][metric].minus(sources[PRIOR][metric]).interval()[0] > 0:
+                    lines.append(
+                        f"{strategy.upper()} {_NAMES[metric]} of attention and anatomy prior does not beat the "
+                        "prior alone: nothing was learned beyond it"
+                    )
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -109,6 +117,11 @@ class Localisation:
                 for strategy, sources in self.estimates.items()
                 if {"trained", "untrained"} <= set(sources)
             },
+            "both_minus_prior": {
+                strategy: {m: sources[BOTH][m].minus(sources[PRIOR][m]).to_json() for m in CHANCE}
+                for strategy, sources in self.estimates.items()
+                if {BOTH, PRIOR} <= set(sources)
+            },
             "warnings": self.warnings() if self.estimates else [],
         }
 
@@ -127,7 +140,8 @@ def localise(runs: Mapping[str, LoadedRun], num_bootstrap: int, seed: int) -> Lo
     arguments = (to_tree(run.config), weights, RowReader.of(run.shards, *columns))
     blocks = list(pooled(work_items(rows), _Judge, arguments, run.config.train.use_gpu))
     merged = {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
-    return _summarise(merged, rows, tuple(runs), num_bootstrap, seed)
+    sources = (*runs, PRIOR, *([BOTH] if "trained" in runs else []))
+    return _summarise(merged, rows, sources, num_bootstrap, seed)
 
 
 def _judged_rows(run: LoadedRun) -> tuple[str, RowList]:
@@ -200,12 +214,15 @@ class _Judge:
         batch = to_batch(columns, self._crop.views, self._device)
         questions = _questions(rows, columns, text, self._kdm, self._grid, self._crop.views[0].size)
         out: list[tuple[int, str, str, float, float, str]] = []
-        for source, word_maps in self._sources.items():
-            maps_BWN = word_maps(batch, text).float().cpu()
-            for q in questions:
+        attentions = {source: maps(batch, text).float().cpu() for source, maps in self._sources.items()}
+        for q in questions:
+            maps = {source: torch.from_numpy(q.words_W) @ maps_BWN[q.row] for source, maps_BWN in attentions.items()}
+            maps[PRIOR] = torch.from_numpy(q.prior_N)
+            if "trained" in maps:
+                maps[BOTH] = maps["trained"] * maps[PRIOR]
+            for source, map_N in maps.items():
                 numbers = (float("nan"), float("nan"))
                 if not q.problem:
-                    map_N = torch.from_numpy(q.words_W) @ maps_BWN[q.row]
                     numbers = judge_map(map_N, q.pixels_N, q.patch_pixels, rows[q.row]["image_id"])
                 out.append((int(item["positions"][q.row]), source, q.strategy, *numbers, q.problem))
         names = ("position", "source", "strategy", "map_auroc", "lesion_lift", "problem")
@@ -217,12 +234,15 @@ class _Judge:
 class Question:
     """A map to be judged: words_W weighs the words' maps; pixels_N counts the lesion's pixels in each patch.
 
+    prior_N: the anatomy prior of the same words, 1 everywhere where they tell no place.
+
     problem: why it can't be judged, '' where it can.
     """
 
     row: int
     strategy: str
     words_W: NDArray[np.float32]
+    prior_N: NDArray[np.float32]
     pixels_N: NDArray[np.int64]
     patch_pixels: int
     problem: str
@@ -241,11 +261,19 @@ def _questions(
             if lesion["sentence"] >= 0:
                 mask_HW = crop_mask(lesion["mask"], columns[types.BOX][i], size)
                 told.setdefault(int(lesion["sentence"]), []).append(mask_HW)
+        mentions = text.mentions[i]
         asked = [
-            ("sdm", ((sentence_BW[i] == k) & ~is_pad_BW[i]).astype(np.float32), masks) for k, masks in told.items()
+            (
+                "sdm",
+                ((sentence_BW[i] == k) & ~is_pad_BW[i]).astype(np.float32),
+                [mention for mention in mentions if mention.sentence == k],
+                masks,
+            )
+            for k, masks in told.items()
         ]
-        asked.append(("kdm", kdm_words_BW[i], [mask for masks in told.values() for mask in masks]))
-        for strategy, words_W, masks in asked:
+        asked.append(("kdm", kdm_words_BW[i], mentions, [mask for masks in told.values() for mask in masks]))
+        for strategy, words_W, spoken, masks in asked:
+            prior_N = patch_maps([places_of(spoken)], columns[types.BOX][i : i + 1], grid)[0]
             pixels_N = patch_counts(masks, grid) if masks else np.zeros(grid.num_patches, dtype=np.int64)
             problem = ""
             if not masks:
@@ -259,6 +287,7 @@ def _questions(
                     row=i,
                     strategy=strategy,
                     words_W=words_W,
+                    prior_N=prior_N if prior_N.any() else np.ones_like(prior_N),
                     pixels_N=pixels_N,
                     patch_pixels=size * size // grid.num_patches,
                     problem=problem,

@@ -88,6 +88,10 @@ def test_localisation_is_judged_on_held_out_truth(probed: tuple[dict[str, Any], 
         for metrics in (sources["trained"], sources["untrained"]):
             assert 0 < metrics["map_auroc"]["value"] < 1 and 0 < metrics["lesion_lift"]["value"] < 3.7
             assert metrics["map_auroc"]["low"] < metrics["map_auroc"]["value"] < metrics["map_auroc"]["high"]
+        assert list(sources) == ["trained", "untrained", "prior", "both"]
+        assert sources["prior"]["lesion_lift"]["low"] > 1.8 and sources["prior"]["map_auroc"]["low"] > 0.8
+        assert sources["both"]["map_auroc"]["value"] > sources["trained"]["map_auroc"]["value"]
+    assert set(found["both_minus_prior"]) == {"kdm", "sdm"}
     assert "KDM" in printed and "lesion lift" in printed
     assert found["warnings"], "two steps teach no map, and that is said in words"
     assert "warning: " in printed
