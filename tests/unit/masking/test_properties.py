@@ -47,6 +47,8 @@ def options() -> list[tuple[str, dict[str, Any]]]:
             variants.append((name, place))
             if "of" in fields:
                 variants.append((name, {**place, "of": "both"}))
+            if "kdm_weight" in fields:
+                variants.append((name, {**place, "kdm_weight": 1.0, "sdm_weight": 1.0, "block_weight": 0.5}))
             if "prior" in fields:
                 variants += [(name, {**place, "prior": "multiply"})]
                 variants += [(name, {**place, "prior": "cold_start", "prior_steps": 3})]
@@ -136,6 +138,8 @@ def allowed_counts(name: str, masking: Any, num_patches: int, is_fallback: bool)
         return count, count
     # Of n <= count high patches int(d * n), of the others int((1 - d) * (N - n)); ties make n smaller.
     shares = [int(config.diversity * n) + int((1 - config.diversity) * (num_patches - n)) for n in range(1, count + 1)]
+    if name == "mixture":
+        shares.append(count)  # random rows
     return min(shares), max(shares)
 
 
@@ -178,7 +182,7 @@ def test_masks_are_a_function_of_the_sample(
         for row, (report, _, _) in enumerate(batch):
             low, high = allowed_counts(name, masking, grid.num_patches, bool(masks.fallback_SB[s, row]))
             assert low <= int(masks.hidden_SBN[s, row].sum()) <= high
-            if report == 0 and masking.needs_text:
+            if report == 0 and masking.needs_text and name != "mixture":
                 assert masks.fallback_SB[s, row], "no text, nothing to go by"
 
 
