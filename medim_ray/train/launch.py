@@ -11,7 +11,7 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from medim_ray.config.loader import leaves, to_tree
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.pipeline import execution_options
 from medim_ray.data.shards import ShardSet
+from medim_ray.data.sources.base import absolute
 from medim_ray.track.tracker import FailureNotes, start_tracker
 from medim_ray.train.build import build_masking, needs_text, open_tokenizer, stream_plan
 from medim_ray.train.runs import read_config, write_config
@@ -52,6 +53,7 @@ def launch(config: RunConfig, console: Console | None = None) -> RunResult:
     """
     console = console or Console(stderr=True)
     store = check(config)
+    config = absolute_paths(config)
     newest = store.newest(lambda text: console.print(f"[yellow]{text}"))
     done = newest.step if newest is not None else 0
     if done >= config.train.last_step:
@@ -67,6 +69,19 @@ def launch(config: RunConfig, console: Console | None = None) -> RunResult:
     return RunResult(config.run.dir, step, step >= config.train.steps)
 
 
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """Local paths from the root: workers have working folders of their own, and a run folder outlives this one."""
+    init, path = config.encoder.init, config.text.path
+    return replace(
+        config,
+        data=replace(config.data, shards=absolute(config.data.shards)),
+        run=replace(config.run, dir=absolute(config.run.dir)),
+        track=replace(config.track, aim_repo=config.track.aim_repo and absolute(config.track.aim_repo)),
+        encoder=replace(config.encoder, init=absolute(init) if Path(init).exists() else init),
+        text=replace(config.text, path=absolute(path) if path is not None and Path(path).exists() else path),
+    )
+
+
 def check(config: RunConfig) -> CheckpointStore:
     """Everything that can be known before a cluster is asked for anything; ValueError with the fix."""
     if not config.run.dir:
@@ -80,7 +95,7 @@ def check(config: RunConfig) -> CheckpointStore:
         open_tokenizer(config, shards)
     old = read_config(config.run.dir)
     if old is not None:
-        changed = _changed(old, config)
+        changed = _changed(old, absolute_paths(config))
         if changed:
             raise ValueError(
                 f"{config.run.dir} holds another run: {'; '.join(changed)}. Choose another run.dir, or go back to "

@@ -17,7 +17,8 @@ from medim_ray.train.runs import load_run, open_config
 from medim_ray.train.store import CheckpointStore
 
 pytestmark = [pytest.mark.system, pytest.mark.usefixtures("ray_session")]
-MAE, MEDIM = (Path(f"configs/debug/{name}-vit_tiny-2w-z1.yaml") for name in ("mae", "medim"))
+RECIPES = Path(__file__).parents[2] / "configs/debug"
+MAE, MEDIM = (RECIPES / f"{name}-vit_tiny-2w-z1.yaml" for name in ("mae", "medim"))
 SMALL = ["encoder.depth=2", "train.cpus_per_worker=0.5", "track.aim=false"]
 
 
@@ -64,10 +65,14 @@ def test_one_and_two_workers_agree_at_each_step(phantom_shards: str, tmp_path: P
     assert losses[0][-1] < losses[0][0]
 
 
-def test_a_run_folder_reloads_and_refuses_another_run(phantom_shards: str, tmp_path: Path) -> None:
+def test_a_run_folder_reloads_and_refuses_another_run(
+    phantom_shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ["train.steps=2", "train.num_workers=1", "track.aim=true"]
-    config = config_of(MEDIM, phantom_shards, tmp_path / "run", *options)
-    launch(config)
+    (tmp_path / "shards").symlink_to(phantom_shards)
+    monkeypatch.chdir(tmp_path)
+    launch(config_of(MEDIM, "shards", Path("run"), *options))
+    config = config_of(MEDIM, str(tmp_path / "shards"), tmp_path / "run", *options)
     assert open_config(str(tmp_path / "run")) == config == from_tree(RunConfig, to_tree(config))
     trained, untrained = load_run(str(tmp_path / "run")), load_run(str(tmp_path / "run"), trained=False)
     assert trained.step == 2
