@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -22,6 +22,7 @@ from torch import Tensor
 from medim_ray.data.collate import to_batch
 from medim_ray.data.reader import ReportEncoder, TextRows, decode_gray
 from medim_ray.data.transforms import cut
+from medim_ray.masking.anatomy import AnatomyMasking
 from medim_ray.masking.base import Masks
 from medim_ray.masking.report import SENTENCE, ReportMasking
 from medim_ray.masking.uniform import UniformMasking
@@ -33,7 +34,7 @@ from medim_ray.train.runs import LoadedRun, load_run
 from medim_ray.types import BOX
 
 _SHOWN_SIZE = 256  # pixels of the image in the page; the model's crop may be smaller
-_TITLES = {"kdm": "KDM", "sdm": "SDM"}
+_TITLES = {"kdm": "KDM", "sdm": "SDM", "anatomy_sentence": "anatomy of a sentence"}
 _SPLIT_ORDER = {"test": 0, "val": 1, "train": 2}
 
 
@@ -164,11 +165,14 @@ def _rows(run: LoadedRun, num: int) -> list[dict[str, Any]]:
 
 
 def _strategies(run: LoadedRun, has_attention: bool) -> list[tuple[str, Any]]:
-    """(remark, masking): the run's own, both report-guided ones where the run can make maps, and uniform as control."""
+    """(remark, masking): the run's own, both report-guided ones where the run can make maps, the anatomy prior where it
+    reads reports, and uniform as control."""
     own = build_masking(run.config)
     strategies: list[tuple[str, Any]] = [("", own)] if has_attention or not own.needs_attention else []
     if has_attention and not isinstance(run.config.masking, ReportMasking.Config):
         strategies.append(("not used in training", ReportMasking(ReportMasking.Config())))
+    if needs_text(run.config) and not isinstance(run.config.masking, AnatomyMasking.Config):
+        strategies.append(("not used in training", AnatomyMasking(AnatomyMasking.Config(on="feature"))))
     if not isinstance(run.config.masking, UniformMasking.Config):
         ratio = float(getattr(run.config.masking, "ratio", 0.5))
         strategies.append(("control", UniformMasking(UniformMasking.Config(ratio=ratio))))
@@ -191,6 +195,7 @@ def _layers(
     attention_BWN: Tensor | None,
 ) -> tuple[_Layers, dict[str, float]]:
     samples, draws = centre_samples(columns, encoded, run.config.seed)
+    samples = replace(samples, steps_B=samples.steps_B + run.step)  # a cold start is over in a trained run
     grid = run.objective.encoder.grid
     sentence_B = None
     panels, ratios = [], {}

@@ -177,8 +177,8 @@ def test_report_is_whole_and_self_contained(run_dir: str, probed: tuple[dict[str
     words = " ".join(page.text.split())
     for expected in (
         "What the frozen encoder knows", "Do the maps find the lesions?", "Loss and its terms", "Throughput",
-        "KDM map", "SDM hides", "uniform hides", "True lesions", "SDM sentence", "num_prototypes: 64", "raw pixels",
-        "2 of 2 steps", "run_hash", "cardiomegaly", "view (AP)",
+        "KDM map", "SDM hides", "anatomy hides", "uniform hides", "True lesions", "SDM sentence", "raw pixels",
+        "num_prototypes: 64", "2 of 2 steps", "run_hash", "cardiomegaly", "view (AP)",
     ):  # fmt: skip
         assert expected in words, expected
     assert page.counts["article"] == 4
