@@ -174,7 +174,7 @@ class ModelMaps:
     def of_no_use(objective: Any) -> str:
         """Why an objective has no such attention, '' where it has."""
         if not hasattr(objective, "word_projection"):
-            return f"objective.name={objective.config.name} of this run aligns no words with patches: no maps to judge"
+            return f"this run's objective ({type(objective).__name__}) aligns no words with patches: no maps to judge"
         return ""
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from medim_ray.probes.bootstrap import Estimate
-from medim_ray.probes.localise import RATIO, Localisation, crop_mask, judge_map, patch_counts
+from medim_ray.probes.localise import RATIO, Localisation, ModelMaps, crop_mask, judge_map, patch_counts
 from medim_ray.types import Grid
 
 GRID = Grid(14, 14)
@@ -88,3 +88,19 @@ def test_maps_at_or_below_chance_are_warned_of_in_words() -> None:
     below, at = found.warnings()
     assert "KDM map AUROC 0.30" in below and "below chance" in below
     assert "KDM lesion lift 1.00" in at and "not above chance" in at
+    assert len(found.warnings()) == 2
+
+
+def test_attention_that_adds_nothing_to_the_prior_is_said_to() -> None:
+    values = np.linspace(0.7, 0.9, 101)
+    good = {"map_auroc": Estimate(0.8, values), "lesion_lift": Estimate(2.0, 2 * values)}
+    better = {"map_auroc": Estimate(0.85, values + 0.05), "lesion_lift": Estimate(2.0, 2 * values)}
+    sources = {"trained": good, "prior": good, "both": better}
+    found = Localisation(note="", num_images=9, num_patients=9, left_out={}, estimates={"kdm": sources})
+    (line,) = found.warnings()
+    assert line.startswith("KDM lesion lift") and "does not beat the prior alone" in line
+    assert found.to_json()["both_minus_prior"]["kdm"]["map_auroc"]["low"] == pytest.approx(0.05)
+
+
+def test_an_objective_without_words_has_no_maps() -> None:
+    assert "Linear" in ModelMaps.of_no_use(torch.nn.Linear(1, 1))
