@@ -13,7 +13,7 @@ export RAY_DATA_DISABLE_PROGRESS_BARS ?= 1
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/medim-ray prepare --config configs/sources/phantom.yaml source.num_images=640 out=demo/shards
+	$(BIN)/medim-ray prepare --config configs/sources/phantom.yaml source.num_images=480 out=demo/shards
 	$(BIN)/medim-ray pretrain --config configs/demo-medim-vit_tiny-2w-z1.yaml data.shards=demo/shards run.dir=demo/run
 	$(BIN)/medim-ray probe run=demo/run
 	$(BIN)/medim-ray masks run=demo/run out=demo/masks.html
