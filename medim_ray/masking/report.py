@@ -91,10 +91,14 @@ class ReportMasking:
                 raise ValueError(f"masking.negated_weight={self.negated_weight}: must be >= 0, the paper uses 1")
             if self.prior not in ("none", "multiply", "cold_start"):
                 raise ValueError(f"masking.prior={self.prior!r}: must be none, multiply or cold_start")
-            if (self.prior == "cold_start") != (self.prior_steps > 0):
+            if self.prior == "cold_start" and self.prior_steps < 1:
                 raise ValueError(
-                    f"masking.prior_steps={self.prior_steps}: must be above 0 with masking.prior=cold_start and 0 with "
-                    f"masking.prior={self.prior}"
+                    f"masking.prior_steps={self.prior_steps}: masking.prior=cold_start needs at least 1 step, e.g. 1000"
+                )
+            if self.prior != "cold_start" and self.prior_steps:
+                raise ValueError(
+                    f"masking.prior_steps={self.prior_steps}: only masking.prior=cold_start has steps, and "
+                    f"masking.prior={self.prior}; leave prior_steps out"
                 )
 
     needs_text = True
