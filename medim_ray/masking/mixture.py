@@ -82,18 +82,25 @@ class MixtureMasking:
         return columns
 
     def resolve(self, columns: Mapping[str, Tensor], attention_BWN: Tensor | None) -> Masks:
-        """Every part for all samples, then each sample's own."""
-        hidden_PBN, fallback_PB = [], []
+        """Every part for all samples, then each sample's own; a part without a map has 0 there."""
+        parts = []
         for part in self._parts:
             prefix = f"mask/mixture/{part}/"
             own = {name.removeprefix(prefix): column for name, column in columns.items() if name.startswith(prefix)}
-            masks = self._masking(part).resolve(dict(columns) | own, attention_BWN)
-            hidden_PBN.append(masks.hidden_SBN[0])
-            fallback_PB.append(masks.fallback_SB[0])
+            parts.append(self._masking(part).resolve(dict(columns) | own, attention_BWN))
         choice_1B = columns[CHOICE].long()[None]
-        hidden = torch.stack(hidden_PBN)
-        hidden_SBN = hidden.gather(0, choice_1B[:, :, None].expand(-1, -1, hidden.shape[2]))
-        return Masks(hidden_SBN=hidden_SBN, fallback_SB=torch.stack(fallback_PB).gather(0, choice_1B))
+        hidden_PBN = torch.cat([masks.hidden_SBN for masks in parts])
+        choice_1BN = choice_1B[:, :, None].expand(-1, -1, hidden_PBN.shape[2])
+        maps_SBN = None
+        if self.needs_text:
+            none_1BN = torch.zeros(hidden_PBN[:1].shape, device=hidden_PBN.device)
+            maps = [none_1BN if masks.maps_SBN is None else masks.maps_SBN.float() for masks in parts]
+            maps_SBN = torch.cat(maps).gather(0, choice_1BN)
+        return Masks(
+            hidden_SBN=hidden_PBN.gather(0, choice_1BN),
+            fallback_SB=torch.cat([masks.fallback_SB for masks in parts]).gather(0, choice_1B),
+            maps_SBN=maps_SBN,
+        )
 
     def _masking(self, part: str, num_patches: int | None = None) -> Any:
         """The strategy of a part; for a plan, uniform masking, which rounds, is made to hide int(ratio * N) too."""
