@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"medim-ray: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         print(f"medim-ray: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -189,7 +189,10 @@ def _doctor(args: argparse.Namespace) -> int:
 def _shards_verify(args: argparse.Namespace) -> int:
     from medim_ray.data.shards import ShardSet, verify
 
-    differences = verify(args.out)
+    try:
+        differences = verify(args.out)
+    except ValueError as error:
+        differences = [str(error)]
     for line in differences:
         print(line)
     if not differences:

@@ -77,6 +77,13 @@ class TrainConfig:
                 f"micro_batch={self.micro_batch} does not divide the {share} images of a worker "
                 f"(global_batch={self.global_batch} / num_workers={self.num_workers}): use a divisor of {share}"
             )
+        for key in ("lr", "min_lr", "weight_decay", "clip_norm", "max_failures"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"{key}={getattr(self, key)}: must be at least 0")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas={list(self.betas)}: each must lie in [0, 1)")
+        if not self.cpus_per_worker > 0:
+            raise ValueError(f"cpus_per_worker={self.cpus_per_worker}: must be above 0")
         if not 0.0 <= self.warmup_ratio <= 1.0:
             raise ValueError(f"warmup_ratio={self.warmup_ratio}: a share of the steps, between 0 and 1")
 
@@ -132,7 +139,6 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunGroup = field(default_factory=RunGroup, metadata={"hashed": False, "fixed": False})
     track: TrackConfig = field(default_factory=TrackConfig, metadata={"hashed": False, "fixed": False})
-    probe: ProbeConfig = field(default_factory=ProbeConfig, metadata={"hashed": False, "fixed": False})
 
     def __post_init__(self) -> None:
         granules = self.granules_per_step

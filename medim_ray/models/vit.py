@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from medim_ray.models.norms import BatchNorm
 from medim_ray.types import Grid
 
+INITS = ("random", "timm")  # values of `init` that are no path
+
 # Parts of a published classifier, or of a self-supervised head, that an encoder without a head has no place for.
 _HEAD_KEYS = ("head.", "head_dist.", "fc.", "fc_norm.", "attn_pool.", "mask_token", "dist_token")
 
@@ -261,7 +263,7 @@ def _create(config: ImageEncoder.Config, pretrained: bool = False) -> Any:
 
 def _build(config: ImageEncoder.Config) -> Any:
     model = _create(config, pretrained=config.init == "timm")
-    if config.init not in ("random", "timm"):
+    if config.init not in INITS:
         _load(model, config.init)
     return model
 

@@ -30,6 +30,7 @@ from medim_ray.config.schema import RunConfig
 from medim_ray.data.pipeline import execution_options
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.sources.base import absolute
+from medim_ray.models.vit import INITS, ImageEncoder
 from medim_ray.track.tracker import FailureNotes, start_tracker
 from medim_ray.train.build import build_masking, needs_text, open_tokenizer, stream_plan
 from medim_ray.train.runs import read_config, write_config
@@ -66,6 +67,11 @@ def launch(config: RunConfig, console: Console | None = None) -> RunResult:
         _fit(config, done, console)
     newest = store.newest()
     step = newest.step if newest is not None else 0
+    if step < config.train.last_step:
+        raise RuntimeError(
+            f"the workers ended, but {config.run.dir} holds no checkpoint of step {config.train.last_step} here: "
+            "run.dir must be storage that every node sees, such as a shared folder or s3://"
+        )
     return RunResult(config.run.dir, step, step >= config.train.steps)
 
 
@@ -77,7 +83,7 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         data=replace(config.data, shards=absolute(config.data.shards)),
         run=replace(config.run, dir=absolute(config.run.dir)),
         track=replace(config.track, aim_repo=config.track.aim_repo and absolute(config.track.aim_repo)),
-        encoder=replace(config.encoder, init=absolute(init) if Path(init).exists() else init),
+        encoder=replace(config.encoder, init=init if init in INITS or not Path(init).exists() else absolute(init)),
         text=replace(config.text, path=absolute(path) if path is not None and Path(path).exists() else path),
     )
 
@@ -90,18 +96,20 @@ def check(config: RunConfig) -> CheckpointStore:
         raise ValueError("data.shards is empty: give what `medim-ray prepare` wrote, e.g. data.shards=shards/cxr")
     shards = ShardSet.open(config.data.shards)
     stream_plan(config, shards)
+    ImageEncoder.grid_of(config.encoder)
     build_masking(config)
     if needs_text(config):
         open_tokenizer(config, shards)
+    store = CheckpointStore(config.run.dir)
     old = read_config(config.run.dir)
-    if old is not None:
+    if old is not None and store.names():
         changed = _changed(old, absolute_paths(config))
         if changed:
             raise ValueError(
                 f"{config.run.dir} holds another run: {'; '.join(changed)}. Choose another run.dir, or go back to "
                 f"these values to resume"
             )
-    return CheckpointStore(config.run.dir)
+    return store
 
 
 def _changed(old: RunConfig, new: RunConfig) -> list[str]:
@@ -189,9 +197,10 @@ def _fit(config: RunConfig, done: int, console: Console) -> None:
     except ray.train.TrainingFailedError as error:
         raise RuntimeError(f"training failed: {error}") from error
     finally:
-        dropped = ray.get(tracker.close.remote())
-        if dropped:
-            console.print(f"{dropped} records did not reach Aim; metrics.jsonl is complete")
+        with contextlib.suppress(ray.exceptions.RayError):  # Aim is a view: its end must not hold up the run's
+            dropped = ray.get(tracker.close.remote(), timeout=20)
+            if dropped:
+                console.print(f"{dropped} records did not reach Aim; metrics.jsonl is complete")
         ray.kill(tracker)
 
 

@@ -84,10 +84,16 @@ class CheckpointStore:
             report(f"checkpoint {name} is passed over: {problem}")
         return None
 
-    def prune(self, keep_last: int) -> None:
-        """Deletes all but the newest `keep_last` committed checkpoints, and whatever was never committed."""
-        committed = [n for n in self.names() if self._fs.exists(f"{self.root}/{n}/{MANIFEST}")]
-        for name in set(self.names()) - set(committed[:keep_last]):
+    def prune(self, keep_last: int, current: str) -> None:
+        """Keeps `current`, which was just committed, and the `keep_last` - 1 committed ones before it.
+
+        Later steps belong to a time line that was rolled back (a damaged newest checkpoint was passed over): they go,
+        and so does whatever was never committed.
+        """
+        names = self.names()
+        before = names[names.index(current) + 1 :]
+        committed = [name for name in before if self._fs.exists(f"{self.root}/{name}/{MANIFEST}")]
+        for name in set(names) - {current, *committed[: keep_last - 1]}:
             with contextlib.suppress(FileNotFoundError):
                 self._fs.rm(f"{self.root}/{name}", recursive=True)
 

@@ -65,7 +65,7 @@ class RunCheckpoints:
         self._recorder.sync()
         name = checkpoint.save(self._store, self._engine, step, self._facts)
         if dist.get_rank() == 0:
-            self._store.prune(self._config.train.keep_last)
+            self._store.prune(self._config.train.keep_last, name)
         ray.train.report({"step": step, "checkpoint": name})
 
 

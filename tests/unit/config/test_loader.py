@@ -119,6 +119,12 @@ def test_scalars_are_those_of_yaml_1_2() -> None:
         "f": -3,
         "g": None,
     }
+    assert [parse_yaml(text) for text in ("007", "1_000", "1:30", "2026-11-22")] == [
+        "007",
+        "1_000",
+        "1:30",
+        "2026-11-22",
+    ]
     assert isinstance(parse_yaml("12"), int)
 
 

@@ -204,9 +204,19 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason(
 def test_prune_keeps_the_newest_and_sweeps_what_was_never_committed(written: Path, tmp_path: Path) -> None:
     store = damaged(written, tmp_path)
     (Path(store.root) / "step-00000009-0").mkdir()
-    store.prune(keep_last=1)
+    store.prune(keep_last=1, current="step-00000002-0")
     assert store.names() == ["step-00000002-0"]
     assert store.next_name(2) == "step-00000002-1"
+
+
+def test_prune_drops_what_was_rolled_back_and_never_the_checkpoint_just_made(written: Path, tmp_path: Path) -> None:
+    store = damaged(written, tmp_path)
+    tensor_file = Path(store.root) / "step-00000002-0" / "rank-00000.safetensors"
+    tensor_file.write_bytes(tensor_file.read_bytes()[:-1])
+    store.prune(keep_last=1, current="step-00000001-0")
+    assert store.names() == ["step-00000001-0"]
+    newest = store.newest()
+    assert newest is not None and newest.step == 1
 
 
 def _restore_into_another_model(url: str) -> None:
