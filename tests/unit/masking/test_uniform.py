@@ -40,7 +40,7 @@ def plan(ids: list[str], ratio: float, grid: Grid, epoch: int = 0) -> np.ndarray
 @given(st.floats(0.05, 0.95), st.integers(2, 20), st.integers(2, 20))
 def test_every_row_hides_exactly_the_rounded_share(ratio: float, height: int, width: int) -> None:
     hidden_BN = plan([f"i{k}" for k in range(5)], ratio, Grid(height, width))
-    assert (hidden_BN.sum(axis=1) == round(ratio * height * width)).all()
+    assert (hidden_BN.sum(axis=1) == round(ratio * (height * width))).all()
 
 
 def test_a_mask_depends_on_its_sample_and_epoch_only() -> None:
