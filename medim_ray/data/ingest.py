@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from medim_ray.data.encode import NO_PATIENT, NO_REPORT, Facts, RowEncoder
 from medim_ray.data.images import ImageEncoder
 from medim_ray.data.listing import final_rows, table_hash
 from medim_ray.data.output import occupied, remove, same_set, storage_faults
-from medim_ray.data.progress import progress_bar
+from medim_ray.data.progress import progress_bar, quiet
 from medim_ray.data.shards import Manifest, OtherFile, ShardFile
 from medim_ray.data.sources import SOURCES
 from medim_ray.data.sources.base import absolute
@@ -191,7 +190,7 @@ def _encode(
     context.raise_original_map_exception = True  # so that a full disk is an OSError here too
     with (
         DataContext.current(context),
-        _quiet("ray.data"),
+        quiet("ray.data"),
         progress_bar("prepare", rows.num_rows, partial(_done, counter)),
     ):
         dataset = _dataset(rows, config).map_batches(
@@ -284,17 +283,6 @@ def _done(counter: Any) -> int | None:
         num: int = ray.get(counter.done.remote(), timeout=5)
         return num
     return None
-
-
-@contextlib.contextmanager
-def _quiet(logger: str) -> Iterator[None]:
-    """Errors only: they are raised as well, and the rest (plans, paths of log files) is no news for a user."""
-    level = logging.getLogger(logger).level
-    logging.getLogger(logger).setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.getLogger(logger).setLevel(level)
 
 
 class _Counter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator
 
@@ -39,3 +40,14 @@ def progress_bar(name: str, total: int, done: Callable[[], int | None], unit: st
         finally:
             stop.set()
             thread.join()
+
+
+@contextlib.contextmanager
+def quiet(logger: str) -> Iterator[None]:
+    """Errors only: they are raised as well, and the rest (plans, timings, paths of log files) is no news for a user."""
+    level = logging.getLogger(logger).level
+    logging.getLogger(logger).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).setLevel(level)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +9,8 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext
+
+from medim_ray.data.progress import quiet
 
 Block = dict[str, NDArray[Any]]
 
@@ -31,7 +31,7 @@ def pooled(
     num_actors = int(resources.get("GPU", 1)) if use_gpu else max(1, int(resources["CPU"]) // 2)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
-    with DataContext.current(context), _quiet("ray.data"):
+    with DataContext.current(context), quiet("ray.data"):
         stream = ray.data.from_items(list(items), override_num_blocks=len(items))
         if before is not None:
             stream = stream.map_batches(before, batch_size=1, batch_format="numpy", num_cpus=0.25)
@@ -52,14 +52,3 @@ def item_of(block: Block) -> dict[str, Any]:
     (num,) = {len(np.atleast_1d(values)) for values in block.values()}
     assert num == 1, f"a block of {num} work items"
     return {key: values[0] for key, values in block.items()}
-
-
-@contextlib.contextmanager
-def _quiet(logger: str) -> Iterator[None]:
-    """Ray Data tells its plan and its timing at INFO, and that its bars are off at WARNING."""
-    level = logging.getLogger(logger).level
-    logging.getLogger(logger).setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.getLogger(logger).setLevel(level)
