@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from medim_ray.masking.report import ReportMasking, select_hidden
+from medim_ray.masking.report import ReportMasking
+from medim_ray.masking.selection import select_hidden
 
 
 def loop(maps_SBN: Tensor, ratio: float, diversity: float) -> Tensor:

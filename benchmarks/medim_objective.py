@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from medim_ray.masking.report import ReportMasking, select_hidden
+from medim_ray.masking.report import ReportMasking
+from medim_ray.masking.selection import select_hidden
 from medim_ray.objectives import losses
 
 

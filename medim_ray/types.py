@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Columns of a report, encoded by medim_ray.reports.tokens (one row a sample).
 TOKEN_IDS = "text/token_ids_BT"  # int64, [CLS] first, padded to T

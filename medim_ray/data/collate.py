@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from medim_ray.data.photometric import photometric
 from medim_ray.data.reader import EPOCH, IMAGE_ID, STEP, VIEW
-from medim_ray.data.transforms import View, photometric
+from medim_ray.data.transforms import View
 from medim_ray.types import Batch
 
 Columns = Mapping[str, NDArray[Any]]

@@ -1,7 +1,7 @@
 """How a stored radiograph becomes the views of a sample: boxes are drawn for a whole granule, pixels stay uint8 gray.
 
 Geometry runs on the CPU in Ray Data; the photometric part (brightness, contrast, blur) travels as three numbers a crop
-and is applied on the device by `photometric`. MedIM: longest side to 240, zero pad, random crop 224, jitter and blur.
+and is applied on the device (photometric.py). MedIM: longest side to 240, zero pad, random crop 224, jitter and blur.
 DINOv2: 2 global and n local crops of random area and aspect.
 """
 
@@ -14,10 +14,7 @@ from typing import Any, Protocol
 
 import cv2
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
 from medim_ray.draws import Draws
 from medim_ray.registry import Registry
@@ -205,24 +202,3 @@ def cut(image_HW: NDArray[np.uint8], box_4: NDArray[np.float32], size: int, flip
         padded[y0:y1, x0:x1] = piece
         piece = padded
     return np.ascontiguousarray(piece[:, ::-1]) if flip else piece
-
-
-def photometric(images_B1HW: Tensor, jitter_B3: Tensor, blur_radius: int) -> Tensor:
-    """Brightness, contrast and blur on the device: float images in [0, 1], factors as in CropPlan.jitter_BK3.
-
-    The kernel's radius is the view's, not the batch's, so that an image does not depend on its neighbours.
-    """
-    brightness, contrast, sigma = (jitter_B3[:, i, None, None, None] for i in range(3))
-    images = images_B1HW * brightness
-    mean = images.mean(dim=(2, 3), keepdim=True)
-    images = ((images - mean) * contrast + mean).clamp(0.0, 1.0)
-    blurred = jitter_B3[:, 2] > 0
-    if not bool(blurred.any()):
-        return images
-    offsets = torch.arange(-blur_radius, blur_radius + 1, device=images.device, dtype=images.dtype)
-    kernel_BK = torch.exp(-0.5 * (offsets / sigma[:, 0, 0].clamp(min=1e-3)) ** 2)
-    kernel_BK = kernel_BK / kernel_BK.sum(dim=1, keepdim=True)
-    stacked = F.pad(images.transpose(0, 1), (blur_radius,) * 4, mode="replicate")
-    rows = F.conv2d(stacked, kernel_BK[:, None, :, None], groups=len(images))
-    both = F.conv2d(rows, kernel_BK[:, None, None, :], groups=len(images)).transpose(0, 1)
-    return torch.where(blurred[:, None, None, None], both, images)

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from medim_ray.draws import Draws
 from medim_ray.masking.base import MASKINGS, Masks, Samples
 from medim_ray.masking.prior import prior_maps
-from medim_ray.masking.report import ReportMasking, draw_sentences, select_hidden
+from medim_ray.masking.report import ReportMasking, draw_sentences
 from medim_ray.types import Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PRIOR = "mask/anatomy/prior_BSN"  # float32: density of the prior on each patch, 0 everywhere without a place
 NOISE = "mask/anatomy/noise_BSN"  # float32 in [0, 1): which patches of a class are hidden
@@ -74,9 +75,10 @@ class AnatomyMasking:
             noise.append(draws.uniform(f"mask/{name}", grid.num_patches).astype(np.float32))
         return {PRIOR: np.stack(priors, axis=1), NOISE: np.stack(noise, axis=1)}
 
-    @torch.no_grad()
     def resolve(self, columns: Mapping[str, Tensor], attention_BWN: Tensor | None) -> Masks:
         """Masks from prior and noise; the attention is not looked at."""
+        from medim_ray.masking.selection import select_hidden
+
         maps_BSN = columns[PRIOR].float()
         has_place_BS = (maps_BSN > 0).any(dim=2)
         hidden_BSN, fallback_BS = select_hidden(maps_BSN, columns[NOISE].float(), has_place_BS, self.config.law())

@@ -3,22 +3,25 @@
 `plan` runs in Ray Data, a granule at a time, and does all that needs no model: word flags, sentence choice, blocks,
 pre-drawn noise. `resolve` is batched and on the device: it turns plan columns and, for some strategies, the
 word-to-patch attention into masks, and draws no random number.
+Only `resolve` imports torch: plans run in decoding actors, which start faster and stay smaller without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from medim_ray.draws import Draws
 from medim_ray.registry import Registry
 from medim_ray.reports.tagger import Mention
 from medim_ray.types import Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

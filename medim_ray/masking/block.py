@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from medim_ray.draws import Draws, step_draws
 from medim_ray.masking.base import MASKINGS, Masks, Samples
 from medim_ray.types import Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MIN_BLOCK = 4  # patches: the smallest area that is drawn while as many are still to hide
 ASPECT = 0.3  # height / width is log-uniform in [ASPECT, 1 / ASPECT]
@@ -203,4 +204,4 @@ class StepBlockMasking:
 def _whole(columns: Mapping[str, Tensor]) -> Masks:
     """Masks that the plan has finished."""
     hidden_SBN = columns["mask/block_BSN"].bool().transpose(0, 1)
-    return Masks(hidden_SBN=hidden_SBN, fallback_SB=torch.zeros_like(hidden_SBN[:, :, 0]))
+    return Masks(hidden_SBN=hidden_SBN, fallback_SB=hidden_SBN.new_zeros(hidden_SBN.shape[:2]))

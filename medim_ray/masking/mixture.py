@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from medim_ray.draws import Draws
 from medim_ray.masking.anatomy import AnatomyMasking
@@ -21,6 +19,9 @@ from medim_ray.masking.block import BlockMasking
 from medim_ray.masking.report import ReportMasking
 from medim_ray.masking.uniform import UniformMasking
 from medim_ray.types import Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHOICE = "mask/mixture/choice_B"  # int8: index of the sample's part
 PARTS = ("uniform", "block", "anatomy", "kdm", "sdm")
@@ -83,6 +84,8 @@ class MixtureMasking:
 
     def resolve(self, columns: Mapping[str, Tensor], attention_BWN: Tensor | None) -> Masks:
         """Every part for all samples, then each sample's own; a part without a map has 0 there."""
+        import torch
+
         parts = []
         for part in self._parts:
             prefix = f"mask/mixture/{part}/"

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from medim_ray.draws import Draws
 from medim_ray.masking.base import MASKINGS, Masks, Samples
 from medim_ray.types import Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @MASKINGS.register("uniform")
@@ -56,4 +57,4 @@ class UniformMasking:
 
     def resolve(self, columns: Mapping[str, Tensor], attention_BWN: Tensor | None) -> Masks:
         hidden_1BN = columns["mask/uniform_BN"].bool()[None]
-        return Masks(hidden_SBN=hidden_1BN, fallback_SB=torch.zeros_like(hidden_1BN[:, :, 0]))
+        return Masks(hidden_SBN=hidden_1BN, fallback_SB=hidden_1BN.new_zeros(hidden_1BN.shape[:2]))

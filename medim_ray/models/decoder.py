@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,6 +39,8 @@ class MaeDecoder(nn.Module):
     """
 
     def __init__(self, in_width: int, grid: Grid, patch_size: int, width: int, depth: int, num_heads: int) -> None:
+        from timm.models.vision_transformer import Block  # as late as the encoder's, see backbones.py
+
         super().__init__()
         if width % 4 or width % num_heads:
             raise ValueError(

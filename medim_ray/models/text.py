@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 import tokenizers
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -121,6 +120,8 @@ class TextEncoder(nn.Module):
 
 
 def _from_scratch(config: TextEncoder.Config, vocab_size: int) -> Any:
+    import transformers
+
     width = config.width or 128
     bert = transformers.BertConfig(
         vocab_size=vocab_size,
@@ -137,6 +138,8 @@ def _from_scratch(config: TextEncoder.Config, vocab_size: int) -> Any:
 
 
 def _from_path(config: TextEncoder.Config, vocab_size: int) -> Any:
+    import transformers
+
     where = f"text.path={config.path!r}"
     try:
         own = transformers.AutoConfig.from_pretrained(config.path)
@@ -181,6 +184,8 @@ def load_tokenizer(config: TextEncoder.Config, folder: str | Path) -> Any:
 
     Raises ValueError where there is none.
     """
+    import transformers
+
     if config.name == "bert":
         file = Path(folder) / "tokenizer.json"
         if not folder or not file.is_file():

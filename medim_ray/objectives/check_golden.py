@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medim_ray.draws import Draws
-from medim_ray.masking.report import ReportMasking, high_patches, select_hidden
+from medim_ray.masking.report import ReportMasking
+from medim_ray.masking.selection import high_patches, select_hidden
 from medim_ray.objectives import losses
 from medim_ray.objectives.comparison import Arrays, Comparison
 from medim_ray.objectives.golden_dino import DINO_OUTPUTS, compare_dino

@@ -30,7 +30,8 @@ from medim_ray.data.shards import ShardSet
 from medim_ray.data.transforms import cut
 from medim_ray.draws import Draws
 from medim_ray.masking.prior import patch_maps, places_of
-from medim_ray.masking.report import WORDS, ReportMasking, select_hidden
+from medim_ray.masking.report import WORDS, ReportMasking
+from medim_ray.masking.selection import select_hidden
 from medim_ray.objectives.losses import word_patch_attention
 from medim_ray.objectives.pixels import whole_images
 from medim_ray.probes.bootstrap import Estimate, auroc, bootstrap, mean

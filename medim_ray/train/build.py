@@ -1,6 +1,6 @@
 """From a RunConfig to the pieces of a run: plan, reader, objective. The same calls serve training, probes and exports.
 
-Pieces are built where they are needed (driver, decoding actor, worker) from the configuration; nothing is shipped.
+The driver builds the reader of the decoding actors, each worker its own objective; no weight is shipped.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from medim_ray.config.loader import from_tree
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.plan import RowGroup, StreamPlan
 from medim_ray.data.reader import BlockReader, ReportEncoder
@@ -74,10 +73,8 @@ def open_tokenizer(config: RunConfig, shards: ShardSet) -> Any:
         return load_tokenizer(config.text, local)
 
 
-def make_reader(tree: dict[str, Any]) -> BlockReader:
-    """The reader of a decoding actor, from the plain tree of a RunConfig."""
-    config = from_tree(RunConfig, tree)
-    shards = ShardSet.open(config.data.shards)
+def make_reader(config: RunConfig, shards: ShardSet) -> BlockReader:
+    """The reader of the decoding actors; it holds nothing that loads torch or timm when it is unpickled there."""
     reports = None
     if needs_text(config):
         reports = ReportEncoder(open_tokenizer(config, shards), config.text.num_tokens)

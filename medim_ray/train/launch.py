@@ -11,6 +11,7 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from medim_ray.config.loader import leaves, to_tree
 from medim_ray.config.schema import RunConfig
-from medim_ray.data.pipeline import execution_options
+from medim_ray.data.pipeline import ReaderFactory, execution_options
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.sources.base import absolute
-from medim_ray.models.vit import INITS, ImageEncoder
+from medim_ray.models.vit import INITS
 from medim_ray.track.tracker import FailureNotes, start_tracker
-from medim_ray.train.build import build_masking, needs_text, open_tokenizer, stream_plan
+from medim_ray.train.build import build_masking, stream_plan
 from medim_ray.train.runs import read_config, write_config
 from medim_ray.train.store import CheckpointStore
 from medim_ray.train.stream import StreamFactory, reader_factory, run_worker
@@ -62,9 +63,11 @@ def launch(config: RunConfig, console: Console | None = None) -> RunResult:
         return RunResult(config.run.dir, done, done >= config.train.steps)
     if newest is not None:
         console.print(f"resuming {config.run.dir} from {newest.name} (step {done} of {config.train.steps})")
-    write_config(config)
-    with ray_session(config.run.ray_address, _cpus(config)):
-        _fit(config, done, console)
+    with ThreadPoolExecutor(1) as pool:
+        # Looks at encoder and tokenizer, for which it loads timm: seconds that Ray takes to start.
+        reader = pool.submit(reader_factory, config, ShardSet.open(config.data.shards))
+        with ray_session(config.run.ray_address, _cpus(config)):
+            _fit(config, reader.result(), done, console)
     newest = store.newest()
     step = newest.step if newest is not None else 0
     if step < config.train.last_step:
@@ -89,17 +92,14 @@ def absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def check(config: RunConfig) -> CheckpointStore:
-    """Everything that can be known before a cluster is asked for anything; ValueError with the fix."""
+    """What can be known in a moment, before Ray is asked for anything; ValueError with the fix."""
     if not config.run.dir:
         raise ValueError("run.dir is empty: give the folder or URL of the run, e.g. run.dir=runs/first")
     if not config.data.shards:
         raise ValueError("data.shards is empty: give what `medim-ray prepare` wrote, e.g. data.shards=shards/cxr")
     shards = ShardSet.open(config.data.shards)
     stream_plan(config, shards)
-    ImageEncoder.grid_of(config.encoder)
     build_masking(config)
-    if needs_text(config):
-        open_tokenizer(config, shards)
     store = CheckpointStore(config.run.dir)
     old = read_config(config.run.dir)
     if old is not None and store.names():
@@ -155,13 +155,14 @@ def _aim_repo(config: RunConfig) -> str:
     return config.track.aim_repo or str(beside)
 
 
-def _fit(config: RunConfig, done: int, console: Console) -> None:
+def _fit(config: RunConfig, reader: ReaderFactory, done: int, console: Console) -> None:
+    write_config(config)
     tree = to_tree(config)
     repo = _aim_repo(config) if config.track.aim else ""
     tracker = start_tracker(repo, config.run.dir, tree)
     stream = StreamFactory(
         stream_plan(config, ShardSet.open(config.data.shards)),
-        reader_factory(config),
+        reader,
         config.run.dir,
         config.train.last_step,
         config.data.num_actors,

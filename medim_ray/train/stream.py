@@ -2,38 +2,54 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import ray.train
 from ray.data import Dataset
 
-from medim_ray.config.loader import to_tree
 from medim_ray.data.pipeline import ReaderFactory, train_stream
 from medim_ray.data.plan import StreamPlan
 from medim_ray.train.store import CheckpointStore
 
 if TYPE_CHECKING:
     from medim_ray.config.schema import RunConfig
-    from medim_ray.data.reader import BlockReader
+    from medim_ray.data.shards import ShardSet
 
 
-def _reader(tree: dict[str, Any]) -> BlockReader:
+T = TypeVar("T")
+
+
+def reader_factory(config: RunConfig, shards: ShardSet) -> ReaderFactory:
+    """The reader of this configuration as bytes: the processes on its way to the decoding actors load none of it."""
     from medim_ray.train.build import make_reader
 
-    return make_reader(tree)
-
-
-def reader_factory(config: RunConfig) -> ReaderFactory:
-    """The reader of this configuration, built in the decoding actor that calls the factory."""
-    return partial(_reader, to_tree(config))
+    return partial(pickle.loads, pickle.dumps(make_reader(config, shards)))
 
 
 def run_worker(settings: dict[str, Any]) -> None:
-    """Entry point of a Ray Train worker, see worker.train_worker."""
+    """Entry point of a Ray Train worker. settings: config (plain tree), tracker (actor handle)."""
+    blocks = ray.train.get_dataset_shard("train").iter_batches(
+        batch_size=None, batch_format="numpy", prefetch_batches=settings["config"]["data"]["prefetch_blocks"]
+    )
+    blocks = early(blocks)
     from medim_ray.train.worker import train_worker
 
-    train_worker(settings)
+    train_worker(settings, blocks)
+
+
+def early(items: Iterable[T]) -> Iterator[T]:
+    """The same items; the first is asked for at once, in a thread: decoding starts while the worker still imports."""
+    rest = iter(items)
+    pool = ThreadPoolExecutor(1)
+    first = pool.submit(next, rest)
+    pool.shutdown(wait=False)
+    return itertools.chain((future.result() for future in [first]), rest)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -69,8 +69,8 @@ class RunCheckpoints:
         ray.train.report({"step": step, "checkpoint": name})
 
 
-def train_worker(settings: dict[str, Any]) -> None:
-    """Entry point of a Ray Train worker. settings: config (plain tree), tracker (actor handle)."""
+def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> None:
+    """Trains on this rank's blocks. settings: config (plain tree), tracker (actor handle)."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     config = from_tree(RunConfig, settings["config"])
     shards = ShardSet.open(config.data.shards)
@@ -91,7 +91,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         engine=engine,
         device=device,
         views=build_crop(config).views,
-        steps=_steps(config, first_step, config.granules_per_step // world_size),
+        steps=_steps(blocks, first_step, config.granules_per_step // world_size),
         lr=cosine(
             config.train.lr,
             config.train.min_lr,
@@ -110,11 +110,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     train(run)
 
 
-def _steps(config: RunConfig, first_step: int, slots_per_rank: int) -> Iterator[Columns]:
+def _steps(blocks: Iterable[Columns], first_step: int, slots_per_rank: int) -> Iterator[Columns]:
     """This rank's columns, step by step; AssertionError where the stream does not begin at `first_step`."""
-    blocks = ray.train.get_dataset_shard("train").iter_batches(
-        batch_size=None, batch_format="numpy", prefetch_batches=config.data.prefetch_blocks
-    )
     steps = steps_of_rank(blocks, slots_per_rank)
     first = next(steps)
     assert np.all(first[STEP] == first_step), "the stream and the checkpoint are at different steps"

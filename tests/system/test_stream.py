@@ -35,7 +35,7 @@ def config_of(shards: str, *overrides: str) -> RunConfig:
 
 def first_batch(config: RunConfig) -> Batch:
     plan = stream_plan(config, ShardSet.open(config.data.shards))
-    dataset = train_stream(plan, reader_factory(config), 0, 2, 1)
+    dataset = train_stream(plan, reader_factory(config, ShardSet.open(config.data.shards)), 0, 2, 1)
     blocks = dataset.iter_batches(batch_size=None, batch_format="numpy")
     columns = next(steps_of_rank(blocks, plan.granules_per_step))
     return to_batch(columns, build_crop(config).views, torch.device("cpu"))
@@ -89,7 +89,7 @@ def test_worker_counts_and_late_starts_see_the_same_crops_and_masks(phantom_shar
         plan = stream_plan(config, ShardSet.open(phantom_shards))
 
         def stream(config: RunConfig = config, plan: Any = plan, first_step: int = first_step) -> Any:
-            return train_stream(plan, reader_factory(config), first_step, LAST, 1)
+            return train_stream(plan, reader_factory(config, ShardSet.open(config.data.shards)), first_step, LAST, 1)
 
         TorchTrainer(
             _record,

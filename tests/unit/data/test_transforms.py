@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from medim_ray.data.transforms import CROPS, MultiCrop, PadCrop, cut, photometric
+from medim_ray.data.photometric import photometric
+from medim_ray.data.transforms import CROPS, MultiCrop, PadCrop, cut
 from medim_ray.draws import Draws
 
 

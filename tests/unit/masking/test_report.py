@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from medim_ray.draws import Draws
 from medim_ray.masking import MASKINGS
 from medim_ray.masking.base import Masks, Samples
-from medim_ray.masking.report import NOISE, SENTENCE, WORDS, ReportMasking, high_patches, select_hidden
+from medim_ray.masking.report import NOISE, SENTENCE, WORDS, ReportMasking
+from medim_ray.masking.selection import high_patches, select_hidden
 from medim_ray.types import ASSERTION, MESH_FLAG, SENTENCE_ID, WORD_IS_PAD, Grid
 
 GRID = Grid(14, 14)

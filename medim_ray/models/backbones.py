@@ -1,0 +1,208 @@
+"""timm's ViT and ResNet with a forward that masks tokens and gives the CLS attention. Behind vit.ImageEncoder.
+
+The only module that imports timm at its top: with torchvision it takes seconds, which drivers and actors need not pay.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models.resnet import ResNet
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medim_ray.models.norms import BatchNorm
+from medim_ray.models.vit import INITS
+
+if TYPE_CHECKING:
+    from medim_ray.models.vit import ImageEncoder
+
+# Parts of a published classifier, or of a self-supervised head, that an encoder without a head has no place for.
+_HEAD_KEYS = ("head.", "head_dist.", "fc.", "fc_norm.", "attn_pool.", "mask_token", "dist_token")
+
+
+class TokenViT(VisionTransformer):
+    """timm's ViT with a forward that masks tokens.
+
+    Everything happens inside this module's own forward because it owns positions and CLS: ZeRO-3 gathers a module's
+    direct parameters only there.
+    """
+
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        visible_BK: Tensor | None,
+        need_cls_attention: bool,
+        hidden_BN: Tensor | None,
+        mask_token_D: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        x_BHWD = self.patch_embed(x_BCHW.to(self.pos_embed.dtype))
+        prefix_P1D, positions_1ND = self._positions(x_BHWD.shape[1], x_BHWD.shape[2])
+        x_BND = x_BHWD.flatten(1, 2)
+        if hidden_BN is not None and mask_token_D is not None:
+            x_BND = torch.where(hidden_BN[:, :, None], mask_token_D.to(x_BND.dtype), x_BND)
+        x_BND = x_BND + positions_1ND
+        if visible_BK is not None:
+            x_BND = x_BND.gather(1, visible_BK[:, :, None].expand(-1, -1, x_BND.shape[2]))
+        x_BLD = torch.cat([p_1D.expand(x_BND.shape[0], -1, -1) for p_1D in prefix_P1D] + [x_BND], dim=1)
+        x_BLD = self.norm_pre(self.pos_drop(x_BLD))
+        for block in self.blocks[:-1]:
+            x_BLD = block(x_BLD)
+        num_prefix = self.num_prefix_tokens
+        attention_BN = None
+        if need_cls_attention and self.has_class_token:
+            x_BLD, attention_BL = _with_cls_attention(self.blocks[-1], x_BLD)
+            attention_BN = attention_BL[:, num_prefix:]
+        else:
+            x_BLD = self.blocks[-1](x_BLD)
+        x_BLD = self.norm(x_BLD)
+        patches_BND = x_BLD[:, num_prefix:]
+        global_BD = x_BLD[:, 0] if self.has_class_token else patches_BND.mean(dim=1)
+        return global_BD, patches_BND, attention_BN
+
+    def _positions(self, height: int, width: int) -> tuple[list[Tensor], Tensor]:
+        """Prefix tokens with their positions, and the positions of a height x width grid [1, N, D].
+
+        Another grid than the trained one: bicubic, scale (n + 0.1) / N, no antialias (DINOv2, golden notes).
+        """
+        num_in_table = 0 if self.no_embed_class else self.num_prefix_tokens
+        table_1ND = self.pos_embed[:, num_in_table:]
+        grid_h, grid_w = self.patch_embed.grid_size
+        if (height, width) != (grid_h, grid_w):
+            table_1DHW = table_1ND.float().unflatten(1, (grid_h, grid_w)).permute(0, 3, 1, 2)
+            scale = ((height + 0.1) / grid_h, (width + 0.1) / grid_w)
+            table_1DHW = F.interpolate(table_1DHW, scale_factor=scale, mode="bicubic")
+            assert table_1DHW.shape[-2:] == (height, width)
+            table_1ND = table_1DHW.flatten(2).transpose(1, 2).to(table_1ND.dtype)
+        prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        if num_in_table and prefix:
+            prefix = [torch.cat(prefix, dim=1) + self.pos_embed[:, :num_in_table]]
+        return prefix, table_1ND
+
+
+class MapResNet(ResNet):
+    """timm's ResNet with the same forward: its last feature map, row by row, is the patches; no tokens to mask."""
+
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        visible_BK: Tensor | None,
+        need_cls_attention: bool,
+        hidden_BN: Tensor | None,
+        mask_token_D: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        assert visible_BK is None and hidden_BN is None, "a ResNet has no tokens; objectives check takes_tokens"
+        x_BCHW = x_BCHW.to(next(self.parameters()).dtype, memory_format=torch.channels_last)
+        patches_BND = self.forward_features(x_BCHW).flatten(2).transpose(1, 2)
+        return patches_BND.mean(dim=1), patches_BND, None
+
+
+def _with_cls_attention(block: nn.Module, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+    """Run a timm block; also its attention from token 0 to all tokens [B, L], float32, mean over heads.
+
+    Queries and keys are taken where the block itself hands them to q_norm and k_norm: fused attention stays in use and
+    nothing is computed twice.
+    """
+    attn: Any = block.attn
+    taken: dict[str, Tensor] = {}
+    handles = [
+        attn.q_norm.register_forward_hook(lambda _m, _i, q_BHLd: taken.update(q=q_BHLd)),
+        attn.k_norm.register_forward_hook(lambda _m, _i, k_BHLd: taken.update(k=k_BHLd)),
+    ]
+    try:
+        out_BLD = block(x_BLD)
+    finally:
+        for handle in handles:
+            handle.remove()
+    query_BH1d = taken["q"][:, :, :1].float() / math.sqrt(taken["q"].shape[-1])
+    weights_BHL = (query_BH1d @ taken["k"].float().transpose(-2, -1)).squeeze(2).softmax(dim=-1)
+    return out_BLD, weights_BHL.mean(dim=1)
+
+
+def create(config: ImageEncoder.Config, pretrained: bool = False) -> Any:
+    """The timm model of `config` as one of our two classes; ValueError where it is neither."""
+    if not timm.is_model(config.name):
+        near = difflib.get_close_matches(config.name, timm.list_models(), n=3)
+        raise ValueError(f"encoder.name={config.name!r} is no timm model; near: {', '.join(near) or 'none'}")
+    sizes = {
+        "patch_size": config.patch_size,
+        "width": config.width,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+    }
+    sizes = {option: value for option, value in sizes.items() if value is not None}
+    common = {"num_classes": 0, "drop_path_rate": config.drop_path, "pretrained": pretrained}
+    entry = timm.model_entrypoint(config.name).__module__
+    if entry.endswith(".resnet"):
+        for option, value in sizes.items():
+            raise ValueError(f"encoder.{option}={value}: {config.name} has fixed sizes; leave {option} out")
+        model = timm.create_model(config.name, norm_layer=BatchNorm, **common)
+        # timm builds by name and offers no place for a subclass; ours adds methods only, no state.
+        model.__class__ = MapResNet
+        return model
+    if "width" in sizes:
+        sizes["embed_dim"] = sizes.pop("width")
+    model = None
+    if entry.endswith((".vision_transformer", ".deit")):
+        model = timm.create_model(
+            config.name, img_size=config.image_size, dynamic_img_size=True, global_pool="", **common, **sizes
+        )
+    if type(model) is not VisionTransformer or model.pos_embed is None:
+        raise ValueError(
+            f"encoder.name={config.name!r}: must be a timm VisionTransformer with learned positions or a ResNet; "
+            "use e.g. vit_base_patch16_224, deit_base_patch16_224, vit_base_patch14_dinov2 or resnet50"
+        )
+    model.__class__ = TokenViT
+    return model
+
+
+def build(config: ImageEncoder.Config) -> Any:
+    model = create(config, pretrained=config.init == "timm")
+    if config.init not in INITS:
+        _load(model, config.init)
+    return model
+
+
+def _load(model: nn.Module, init: str) -> None:
+    """Load a local checkpoint strictly: parts of heads may be left over, nothing may be missing."""
+    path = Path(init)
+    if path.is_dir():
+        candidates = [path / name for name in ("model.safetensors", "pytorch_model.bin", "model.pth")]
+        path = next((p for p in candidates if p.is_file()), candidates[0])
+    if not path.is_file():
+        raise ValueError(
+            f"encoder.init={init!r}: must be 'random', 'timm' or a local checkpoint, and {path} is no file"
+        )
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # torch, pickle and safetensors raise half a dozen classes for an unreadable file
+        raise ValueError(f"encoder.init={init!r}: {path} is unreadable ({error}); use a .safetensors file") from error
+    for wrapper in ("model", "state_dict", "teacher"):
+        state = state.get(wrapper, state)
+    if isinstance(model, VisionTransformer):
+        state = checkpoint_filter_fn(state, model, interpolation="bicubic")
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # shapes
+        raise ValueError(
+            f"encoder.init={init!r}: does not fit encoder.name ({error}); choose the matching name"
+        ) from None
+    unexpected = [key for key in unexpected if not key.startswith(_HEAD_KEYS)]
+    if missing or unexpected:
+        raise ValueError(
+            f"encoder.init={init!r}: does not fit encoder.name: {len(missing)} keys are missing {missing[:5]}, "
+            f"{len(unexpected)} are unknown {unexpected[:5]}; choose the name that the file was saved from"
+        )
+
+
+def patch_size(backbone: Any) -> int:
+    if isinstance(backbone, VisionTransformer):
+        return int(backbone.patch_embed.patch_size[0])
+    return int(backbone.feature_info[-1]["reduction"])
