@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     add("probe", _probe, "frozen-feature probes of a run: run=PATH probe.labels=[view,sex]")
     add("masks", _masks, "a gallery of a run's masks: run=PATH num=16 out=masks.html")
     add("export", _export, "a run's encoder for other software: run=PATH format=timm out=DIR")
-    add("report", _report, "RUN/report.html: curves, masks, probes, configuration", overrides=False).add_argument("run")
+    page = add("report", _report, "RUN/report.html: curves, masks, probes, configuration", overrides=False)
+    page.add_argument("run")
+    page.add_argument("--no-text", action="store_true", help="leave the words of the reports out")
     plan = add("plan", _plan, "memory, time and cost of a recipe on a cluster: cluster=FILE", config=True)
     plan.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
     plan.add_argument("--compare", action="store_true", help="ZeRO stage x micro-batch x GPUs")
@@ -162,6 +164,7 @@ def _export(args: argparse.Namespace) -> int:
         "optimizer steps": str(run.step),
         "training images": str(run.shards.num_rows(run.config.data.split)),
         "run hash": run_hash(run.config),
+        "data hash": run.shards.content_hash,
     }
     print(export(run.objective.encoder, root.format, root.out, facts=facts))
     return 0
@@ -176,7 +179,7 @@ def _plan(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from medim_ray.studies.report import write_report
 
-    print(write_report(args.run))
+    print(write_report(args.run, text=not args.no_text))
     return 0
 
 

@@ -38,9 +38,11 @@ class TrainConfig:
         fixed=False,
     )
     num_workers: int = option(1, "Ray Train workers (data-parallel ranks)", fixed=False)
-    zero: int = option(0, "DeepSpeed ZeRO stage, 0 to 3")
+    zero: int = option(0, "DeepSpeed ZeRO stage, 0 to 3", fixed=False)
     global_batch: int = option(8, "images per optimizer step, over all workers and accumulation steps")
-    micro_batch: int | None = option(None, "images per forward and worker; null: global_batch / num_workers")
+    micro_batch: int | None = option(
+        None, "images per forward and worker; null: global_batch / num_workers", fixed=False
+    )
     precision: Literal["fp32", "bf16"] = option("fp32", "number format of parameters and activations on the device")
     lr: float = option(1e-3, "peak learning rate")
     min_lr: float = option(1e-6, "learning rate at the last step")

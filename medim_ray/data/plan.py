@@ -48,7 +48,11 @@ class StreamPlan:
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        shards: str = field(default="", metadata={"help": "folder or fsspec URL written by `medim-ray prepare`"})
+        # Where the shards lie is not what they are: their content has a hash of its own (ShardSet.content_hash).
+        shards: str = field(
+            default="",
+            metadata={"help": "folder or fsspec URL written by `medim-ray prepare`", "hashed": False, "fixed": False},
+        )
         split: str = field(default="train", metadata={"help": "split of the shards to train on"})
         granules_per_step: int | None = field(
             default=None,

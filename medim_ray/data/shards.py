@@ -142,6 +142,12 @@ class ShardSet:
     def __init__(self, url: str, fs: fsspec.AbstractFileSystem, root: str, manifest: Manifest) -> None:
         self.url, self.fs, self.root, self.manifest = url, fs, root, manifest
 
+    @property
+    def content_hash(self) -> str:
+        """Twelve hexadecimal digits over the checksums of the samples' files: the data, wherever it lies."""
+        files = sorted((file.path, file.blake2b) for file in self.manifest.files)
+        return hashlib.blake2b(json.dumps(files).encode(), digest_size=6).hexdigest()
+
     @classmethod
     def open(cls, url: str) -> ShardSet:
         """ValueError where there is no (readable) manifest or one of another schema version."""

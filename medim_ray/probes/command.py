@@ -161,6 +161,7 @@ def _result(
     return {
         "schema_version": SCHEMA_VERSION,
         "run_hash": run_hash(run.config),
+        "data_hash": run.shards.content_hash,
         "checkpoint": run.checkpoint,
         "step": run.step,
         "num_bootstrap": config.num_bootstrap,

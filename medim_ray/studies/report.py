@@ -72,15 +72,16 @@ class Head:
     machine: str
 
 
-def write_report(run_dir: str, num_images: int = _NUM_IMAGES) -> str:
+def write_report(run_dir: str, num_images: int = _NUM_IMAGES, text: bool = True) -> str:
     """Writes RUN/report.html from whatever the run has by now and returns its path or URL.
 
-    num_images: images in the mask gallery. ValueError where `run_dir` is no run folder.
+    num_images: images in the mask gallery; text: words and sentences of their reports beside them. ValueError where
+    `run_dir` is no run folder.
     """
     config = open_config(run_dir)
     records = read_metrics(run_dir)
     result = read_result(run_dir)
-    gallery, gallery_note = _gallery(run_dir, num_images)
+    gallery, gallery_note = _gallery(run_dir, num_images, text)
     fs, root = fsspec.core.url_to_fs(run_dir)
     root = root.rstrip("/")
     config_text = fs.cat_file(f"{root}/{CONFIG}").decode()
@@ -106,11 +107,11 @@ def write_report(run_dir: str, num_images: int = _NUM_IMAGES) -> str:
     return f"{run_dir.rstrip('/')}/{REPORT}"
 
 
-def _gallery(run_dir: str, num_images: int) -> tuple[Gallery | None, str]:
+def _gallery(run_dir: str, num_images: int, text: bool) -> tuple[Gallery | None, str]:
     """The gallery of the newest checkpoint, or None and why there is none."""
     if CheckpointStore(run_dir).newest() is None:
         return None, "No checkpoint is committed yet, so there is no model to draw masks with."
-    return make_gallery(load_run(run_dir), num_images), ""
+    return make_gallery(load_run(run_dir), num_images, text), ""
 
 
 def _prevalence(result: Mapping[str, Any] | None) -> dict[str, float | None]:

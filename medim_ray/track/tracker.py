@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import ray
 from ray.train import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -41,8 +42,9 @@ class Tracker:
         if "://" not in aim_repo:
             Path(aim_repo).mkdir(parents=True, exist_ok=True)
             aim.Repo.from_path(aim_repo, init=True)
-        file = Path(run_dir) / _RUN_FILE
-        known = file.read_text().strip() if "://" not in run_dir and file.is_file() else None
+        fs, root = fsspec.core.url_to_fs(run_dir)
+        file = f"{root.rstrip('/')}/{_RUN_FILE}"
+        known = fs.cat_file(file).decode().strip() if fs.exists(file) else None
         self._run = aim.Run(
             run_hash=known,
             repo=aim_repo,
@@ -52,8 +54,7 @@ class Tracker:
             log_system_params=False,
         )
         self._run["config"] = params
-        if "://" not in run_dir:
-            file.write_text(f"{self._run.hash}\n")
+        fs.pipe_file(file, f"{self._run.hash}\n".encode())
 
     def log(self, record: dict[str, Any], dropped: int) -> None:
         """A record of metrics.jsonl, and how many the sender has dropped so far."""

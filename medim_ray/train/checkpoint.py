@@ -6,8 +6,8 @@ them back exactly, and nothing is unpickled. Ray and the loop are not known here
 
 from __future__ import annotations
 
-import json
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,20 @@ def save(store: CheckpointStore, engine: Any, step: int, facts: dict[str, Any]) 
     tensors: dict[str, Tensor] = {}
     index: dict[str, Any] = {}
     for fragment in zero.fragments(engine, own=True):
-        index[fragment.name] = {"start": fragment.start, "shape": fragment.shape}
+        index[fragment.name] = {
+            "start": fragment.start,
+            "numel": fragment.numel,
+            "shape": fragment.shape,
+            "kinds": list(fragment.tensors),
+        }
         for kind, tensor in fragment.tensors.items():
             tensors[f"{fragment.name}|{kind}"] = tensor.detach().cpu().clone()
     with tempfile.TemporaryDirectory(prefix="medim-ray-") as folder:
         file = Path(folder) / f"rank-{rank:05d}.safetensors"
-        save_file(tensors, file, metadata={"index": json.dumps(index)})
-        entry = store.write(file, name)
+        save_file(tensors, file)
+        entry = store.write(file, name) | {"tensors": index}
     entries: list[Any] = [None] * world_size
-    dist.all_gather_object(entries, entry)
+    dist.all_gather_object(entries, {file.name: entry})
     if rank == 0:
         files = {file: facts for one in entries for file, facts in one.items()}
         store.commit(
@@ -57,31 +62,34 @@ def save(store: CheckpointStore, engine: Any, step: int, facts: dict[str, Any]) 
 
 
 class SavedTensors:
-    """Named tensors of a checkpoint folder, read by range from the files of all ranks."""
+    """Named tensors of a checkpoint, read by range from the files of all ranks; a file is opened when it is needed.
 
-    def __init__(self, folder: Path) -> None:
-        self._files = [safe_open(path, framework="pt") for path in sorted(folder.glob("rank-*.safetensors"))]
-        self._pieces: dict[str, list[tuple[int, Any]]] = {}
+    files: as in the manifest; local: from a file's name to its local path.
+    """
+
+    def __init__(self, files: Mapping[str, Any], local: Callable[[str], Path]) -> None:
+        self._local = local
+        self._open: dict[str, Any] = {}
+        self._pieces: dict[str, list[tuple[int, int, str]]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.kinds: dict[str, list[str]] = {}
-        for file in self._files:
-            index = json.loads(file.metadata()["index"])
-            for key in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                name, kind = key.rsplit("|", 1)
-                self._pieces.setdefault(key, []).append((index[name]["start"], file))
-                self.shapes[name] = tuple(index[name]["shape"])
-                if kind not in self.kinds.setdefault(name, []):
-                    self.kinds[name].append(kind)
+        for file, facts in sorted(files.items()):
+            for name, piece in facts["tensors"].items():
+                self.shapes[name], self.kinds[name] = tuple(piece["shape"]), piece["kinds"]
+                for kind in piece["kinds"]:
+                    place = (piece["start"], piece["start"] + piece["numel"], file)
+                    self._pieces.setdefault(f"{name}|{kind}", []).append(place)
 
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a flattened tensor; ValueError where the checkpoint lacks any of them."""
         key = f"{name}|{kind}"
         parts: list[Tensor] = []
         at = start
-        for piece_start, file in sorted(self._pieces.get(key, []), key=lambda piece: piece[0]):
-            piece = file.get_slice(key)
-            piece_end = piece_start + piece.get_shape()[0]
+        for piece_start, piece_end, file in sorted(self._pieces.get(key, [])):
             if piece_start <= at < min(piece_end, start + numel):
+                if file not in self._open:
+                    self._open[file] = safe_open(self._local(file), framework="pt")
+                piece = self._open[file].get_slice(key)
                 parts.append(piece[at - piece_start : min(piece_end, start + numel) - piece_start])
                 at += len(parts[-1])
         if at != start + numel:
@@ -95,14 +103,24 @@ class SavedTensors:
         return self.read(name, kind, 0, int(torch.Size(shape).numel())).view(shape)
 
 
+def agree_on_newest(store: CheckpointStore, report: Callable[[str], None]) -> Checkpoint | None:
+    """Collective: the newest checkpoint that can be used. Rank 0 verifies it, once for all."""
+    names: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        newest = store.newest(report)
+        names = [newest.name if newest is not None else None]
+    dist.broadcast_object_list(names)
+    return store.open(names[0]) if names[0] is not None else None
+
+
 @torch.no_grad()
 def restore(store: CheckpointStore, checkpoint: Checkpoint, engine: Any) -> None:
     """Collective: the whole state of `checkpoint` into the engine, at any world size and stage.
 
     ValueError where a tensor is missing, has another shape, or is unknown to the model: the configuration differs.
     """
-    with store.local_copy(checkpoint.name) as folder:
-        saved = SavedTensors(folder)
+    with store.local_files(checkpoint.name) as local:
+        saved = SavedTensors(checkpoint.manifest["files"], local)
         held: set[str] = set()
         for fragment in zero.fragments(engine, own=False):
             shape = saved.shapes.get(fragment.name)
@@ -127,6 +145,6 @@ def restore(store: CheckpointStore, checkpoint: Checkpoint, engine: Any) -> None
 
 def load_weights(store: CheckpointStore, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Every parameter and buffer in full, by its name in the objective, fp32 where training kept fp32."""
-    with store.local_copy(checkpoint.name) as folder:
-        saved = SavedTensors(folder)
+    with store.local_files(checkpoint.name) as local:
+        saved = SavedTensors(checkpoint.manifest["files"], local)
         return {name: saved.full(name).clone() for name in saved.shapes}

@@ -33,7 +33,7 @@ from medim_ray.data.shards import ShardSet
 from medim_ray.data.sources.base import absolute
 from medim_ray.models.vit import INITS
 from medim_ray.track.tracker import FailureNotes, start_tracker
-from medim_ray.train.build import build_masking, stream_plan
+from medim_ray.train.build import build_masking, needs_text, stream_plan
 from medim_ray.train.runs import read_config, write_config
 from medim_ray.train.store import CheckpointStore
 from medim_ray.train.stream import StreamFactory, reader_factory, run_worker
@@ -54,20 +54,29 @@ def launch(config: RunConfig, console: Console | None = None) -> RunResult:
     ValueError for what the user can mend; RuntimeError, with the workers' error, where training failed.
     """
     console = console or Console(stderr=True)
-    store = check(config)
+    shards = check(config)
     config = absolute_paths(config)
+    store = CheckpointStore(config.run.dir)
     newest = store.newest(lambda text: console.print(f"[yellow]{text}"))
+    if newest is not None and newest.manifest["data_hash"] != shards.content_hash:
+        raise ValueError(
+            f"{config.run.dir} was trained on other shards: data.shards={config.data.shards} has content "
+            f"{shards.content_hash}, its checkpoint {newest.manifest['data_hash']}. Give the "
+            "same shards, or another run.dir"
+        )
     done = newest.step if newest is not None else 0
     if done >= config.train.last_step:
         console.print(f"{config.run.dir} is at step {done} of {config.train.steps}: nothing to do")
         return RunResult(config.run.dir, done, done >= config.train.steps)
+    if not needs_text(config) and config.text != type(config.text)():
+        console.print(f"[yellow]text.* is set, but objective.name={config.objective.name} reads no report")
     if newest is not None:
         console.print(f"resuming {config.run.dir} from {newest.name} (step {done} of {config.train.steps})")
     with ThreadPoolExecutor(1) as pool:
         # Looks at encoder and tokenizer, for which it loads timm: seconds that Ray takes to start.
-        reader = pool.submit(reader_factory, config, ShardSet.open(config.data.shards))
+        reader = pool.submit(reader_factory, config, shards)
         with ray_session(config.run.ray_address, _cpus(config)):
-            _fit(config, reader.result(), done, console)
+            _fit(config, shards, reader.result(), done, console)
     newest = store.newest()
     step = newest.step if newest is not None else 0
     if step < config.train.last_step:
@@ -91,7 +100,7 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     )
 
 
-def check(config: RunConfig) -> CheckpointStore:
+def check(config: RunConfig) -> ShardSet:
     """What can be known in a moment, before Ray is asked for anything; ValueError with the fix."""
     if not config.run.dir:
         raise ValueError("run.dir is empty: give the folder or URL of the run, e.g. run.dir=runs/first")
@@ -100,16 +109,15 @@ def check(config: RunConfig) -> CheckpointStore:
     shards = ShardSet.open(config.data.shards)
     stream_plan(config, shards)
     build_masking(config)
-    store = CheckpointStore(config.run.dir)
     old = read_config(config.run.dir)
-    if old is not None and store.names():
+    if old is not None and CheckpointStore(config.run.dir).names():
         changed = _changed(old, absolute_paths(config))
         if changed:
             raise ValueError(
                 f"{config.run.dir} holds another run: {'; '.join(changed)}. Choose another run.dir, or go back to "
                 f"these values to resume"
             )
-    return store
+    return shards
 
 
 def _changed(old: RunConfig, new: RunConfig) -> list[str]:
@@ -155,13 +163,13 @@ def _aim_repo(config: RunConfig) -> str:
     return config.track.aim_repo or str(beside)
 
 
-def _fit(config: RunConfig, reader: ReaderFactory, done: int, console: Console) -> None:
-    write_config(config)
+def _fit(config: RunConfig, shards: ShardSet, reader: ReaderFactory, done: int, console: Console) -> None:
+    write_config(config, shards.content_hash)
     tree = to_tree(config)
     repo = _aim_repo(config) if config.track.aim else ""
     tracker = start_tracker(repo, config.run.dir, tree)
     stream = StreamFactory(
-        stream_plan(config, ShardSet.open(config.data.shards)),
+        stream_plan(config, shards),
         reader,
         config.run.dir,
         config.train.last_step,

@@ -22,13 +22,13 @@ from medim_ray.train.store import CheckpointStore
 CONFIG = "config.yaml"
 
 
-def write_config(config: RunConfig) -> None:
-    """RUN/config.yaml, the resolved tree, headed by the run's hash and the versions that wrote it."""
+def write_config(config: RunConfig, data_hash: str) -> None:
+    """RUN/config.yaml, the resolved tree, headed by the hashes of run and data and the versions that wrote it."""
     packages = ("medim-ray", "ray", "torch", "deepspeed", "timm", "transformers")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     fs, root = fsspec.core.url_to_fs(config.run.dir)
     fs.makedirs(root, exist_ok=True)
-    text = f"# run_hash {run_hash(config)}\n# {versions}\n{to_yaml(config)}"
+    text = f"# run_hash {run_hash(config)}\n# data_hash {data_hash}\n# {versions}\n{to_yaml(config)}"
     fs.pipe_file(f"{root.rstrip('/')}/{CONFIG}", text.encode())
 
 

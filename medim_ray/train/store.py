@@ -17,7 +17,7 @@ from typing import Any
 
 import fsspec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: the manifest tells which tensors lie in which file, and the data
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})-(\d+)$")
 
@@ -79,10 +79,14 @@ class CheckpointStore:
         for name in self.names():
             problem = self.problem(name)
             if problem is None:
-                manifest = json.loads(self._fs.cat_file(f"{self.root}/{name}/{MANIFEST}"))
-                return Checkpoint(name, manifest["step"], manifest)
+                return self.open(name)
             report(f"checkpoint {name} is passed over: {problem}")
         return None
+
+    def open(self, name: str) -> Checkpoint:
+        """A committed checkpoint by its name; its files are not looked at."""
+        manifest = json.loads(self._fs.cat_file(f"{self.root}/{name}/{MANIFEST}"))
+        return Checkpoint(name, manifest["step"], manifest)
 
     def prune(self, keep_last: int, current: str) -> None:
         """Keeps `current`, which was just committed, and the `keep_last` - 1 committed ones before it.
@@ -98,22 +102,28 @@ class CheckpointStore:
                 self._fs.rm(f"{self.root}/{name}", recursive=True)
 
     @contextlib.contextmanager
-    def local_copy(self, name: str) -> Iterator[Path]:
-        """The checkpoint's folder as local files: in place on a local disk, downloaded otherwise."""
+    def local_files(self, name: str) -> Iterator[Callable[[str], Path]]:
+        """A function from a file's name to its local path: in place on a local disk, otherwise downloaded when asked
+        for, so that a rank fetches what it needs and not the whole checkpoint."""
         if self.is_local:
-            yield Path(self.root) / name
+            yield lambda file: Path(self.root) / name / file
             return
         with tempfile.TemporaryDirectory(prefix="medim-ray-") as folder:
-            self._fs.get(f"{self.root}/{name}/", folder, recursive=True)
-            yield Path(folder)
+
+            def fetch(file: str) -> Path:
+                local = Path(folder) / file
+                self._fs.get_file(f"{self.root}/{name}/{file}", str(local))
+                return local
+
+            yield fetch
 
     def write(self, local: Path, name: str) -> dict[str, Any]:
-        """Copies one file into the checkpoint; its entry for the manifest."""
+        """Copies one file into the checkpoint; its bytes and checksum for the manifest."""
         with local.open("rb") as stream:
             digest = hashlib.file_digest(stream, "blake2b").hexdigest()
         self._fs.makedirs(f"{self.root}/{name}", exist_ok=True)
         self._fs.put_file(str(local), f"{self.root}/{name}/{local.name}")
-        return {local.name: {"bytes": local.stat().st_size, "blake2b": digest}}
+        return {"bytes": local.stat().st_size, "blake2b": digest}
 
     def commit(self, name: str, manifest: dict[str, Any]) -> None:
         """Writes the manifest: from here on the checkpoint exists."""

@@ -56,10 +56,15 @@ class RunRecorder:
 class RunCheckpoints:
     """Commits checkpoints of this run and prunes old ones."""
 
-    def __init__(self, config: RunConfig, engine: Any, recorder: RunRecorder) -> None:
+    def __init__(self, config: RunConfig, data_hash: str, engine: Any, recorder: RunRecorder) -> None:
         self._config, self._engine, self._recorder = config, engine, recorder
         self._store = CheckpointStore(config.run.dir)
-        self._facts = {"run_hash": run_hash(config), "objective": config.objective.name, "zero": config.train.zero}
+        self._facts = {
+            "run_hash": run_hash(config),
+            "data_hash": data_hash,
+            "objective": config.objective.name,
+            "zero": config.train.zero,
+        }
 
     def save(self, step: int) -> None:
         self._recorder.sync()
@@ -78,7 +83,7 @@ def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> None:
     objective = build_objective(config, shards)
     engine = build_engine(objective, config.train)  # type: ignore[arg-type]
     store = CheckpointStore(config.run.dir)
-    newest = store.newest(_LOG.warning)
+    newest = checkpoint.agree_on_newest(store, _LOG.warning)
     if newest is not None:
         checkpoint.restore(store, newest, engine)
     first_step = newest.step if newest is not None else 0
@@ -99,7 +104,7 @@ def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> None:
             warmup_steps=round(config.train.warmup_ratio * config.train.steps),
         ),
         recorder=recorder,
-        checkpoints=RunCheckpoints(config, engine, recorder),
+        checkpoints=RunCheckpoints(config, shards.content_hash, engine, recorder),
         first_step=first_step,
         rank=rank,
         samples_per_epoch=plan.steps_per_epoch * plan.global_batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -81,5 +82,11 @@ def test_a_run_folder_reloads_and_refuses_another_run(
     other = dataclasses.replace(config, seed=7)
     with pytest.raises(ValueError, match="seed was 42, is 7"):
         launch(other)
+    (tmp_path / "copy").symlink_to(phantom_shards)
+    assert launch(config_of(MEDIM, "copy", Path("run"), *options)).finished, "the same shards at another place"
+    (manifest,) = (tmp_path / "run" / "checkpoints").glob("*/manifest.json")
+    manifest.write_text(re.sub(r'"data_hash": "\w+"', '"data_hash": "0123456789ab"', manifest.read_text()))
+    with pytest.raises(ValueError, match="was trained on other shards"):
+        launch(config)
     assert (tmp_path / "aim_run").exists() or (tmp_path / "run" / "aim_run").exists()
     assert (tmp_path / ".aim").is_dir()

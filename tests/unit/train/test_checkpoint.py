@@ -75,8 +75,8 @@ def tensors(url: str) -> dict[str, Tensor]:
     store = CheckpointStore(url)
     newest = store.newest()
     assert newest is not None
-    with store.local_copy(newest.name) as folder:
-        saved = SavedTensors(folder)
+    with store.local_files(newest.name) as local:
+        saved = SavedTensors(newest.manifest["files"], local)
         return {
             f"{name}|{kind}": saved.read(name, kind, 0, int(torch.Size(saved.shapes[name]).numel())).clone()
             for name in saved.shapes
