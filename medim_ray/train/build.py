@@ -75,6 +75,7 @@ def open_tokenizer(config: RunConfig, shards: ShardSet) -> Any:
 
 def make_reader(config: RunConfig, shards: ShardSet) -> BlockReader:
     """The reader of the decoding actors; it holds nothing that loads torch or timm when it is unpickled there."""
+    grid = ImageEncoder.grid_of(config.encoder)
     reports = None
     if needs_text(config):
         reports = ReportEncoder(open_tokenizer(config, shards), config.text.num_tokens)
@@ -84,7 +85,7 @@ def make_reader(config: RunConfig, shards: ShardSet) -> BlockReader:
         shards.arrow_fs(),
         build_crop(config),
         build_masking(config),
-        ImageEncoder.grid_of(config.encoder),
+        grid,
         reports,
     )
 
