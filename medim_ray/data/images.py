@@ -1,12 +1,14 @@
 """Image files of any kind to grayscale pixels, and grayscale pixels to the encoded bytes that shards hold.
 
 Decoding here is the careful one of `medim-ray prepare` (Pillow: palettes, alpha, EXIF, 16 bit, damaged files are
-found); shards are decoded by `decode`, which trusts them. DICOM is not read here.
+found); shards are decoded by `decode`, which trusts them. DICOM is read in dicom.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import time
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,6 +18,9 @@ import fsspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+_PAUSES_S = (0.2, 1.0, 3.0)
+_STUMBLES = (TimeoutError, ConnectionError, EOFError)
 
 Gray = NDArray[np.uint8] | NDArray[np.uint16]
 
@@ -135,22 +140,33 @@ def decode_mask(data: bytes) -> NDArray[np.bool_]:
     return decode(data) > 0
 
 
-def read_gray(url: str) -> Gray:
-    """[H, W] uint8 or uint16 of an image file at any fsspec URL. BadImageError: it can't be read or is damaged."""
+def fetch(url: str) -> bytes:
+    """The bytes of one row's file at any fsspec URL; remote storage that stumbles is asked again.
+
+    BadImageError: the file can't be read.
+    """
     if not url:
         raise BadImageError("no image path")
+    for pause_s in _PAUSES_S if "://" in url else ():
+        with contextlib.suppress(*_STUMBLES):
+            return _read(url)
+        time.sleep(pause_s)
     try:
-        with fsspec.open(url, "rb") as file:
-            data = file.read()
+        return _read(url)
     except FileNotFoundError:
         raise BadImageError("file not found") from None
     except PermissionError:
         raise BadImageError("no permission to read the file") from None
     except IsADirectoryError:
         raise BadImageError("a folder, not a file") from None
-    except (OSError, ValueError) as error:  # a name too long or with NUL, a broken disk or link
+    except Exception as error:  # a name too long or with NUL, a broken disk or link; clients have errors of their own
         raise BadImageError(f"file can't be read: {type(error).__name__}") from None
-    return decode_file(data)
+
+
+def _read(url: str) -> bytes:
+    with fsspec.open(url, "rb") as file:
+        data: bytes = file.read()
+    return data
 
 
 def decode_file(data: bytes) -> Gray:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from medim_ray.data.images import Gray
+from medim_ray.data.images import Gray, decode_file, fetch
 from medim_ray.registry import Registry
 
 PLAN_COLUMNS = ("image_id", "patient_id", "location", "view", "report", "split", "labels")
@@ -90,6 +90,67 @@ def plan_table(
     empty = pa.array([{}] * len(columns[0]), type=pa.struct([]))
     columns.append(pa.StructArray.from_arrays(values, names=names) if names else empty)
     return pa.table(columns, names=list(PLAN_COLUMNS))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One row of a plan; '' where unknown, labels '' are left out."""
+
+    image_id: str
+    location: str
+    patient_id: str = ""
+    view: str = ""
+    report: str = ""
+    split: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def plan_rows(rows: Sequence[Row]) -> pa.Table:
+    """A plan from rows; its labels are those that at least one row has, in the order of their first appearance."""
+    names = list(dict.fromkeys(name for row in rows for name, value in row.labels.items() if value))
+    return plan_table(
+        image_id=[row.image_id for row in rows],
+        patient_id=[row.patient_id for row in rows],
+        location=[row.location for row in rows],
+        view=[row.view for row in rows],
+        report=[row.report for row in rows],
+        split=[row.split for row in rows],
+        labels={name: [row.labels.get(name) or None for row in rows] for name in names},
+    )
+
+
+def plain_sample(
+    row: Mapping[str, Any],
+    image_HW: Gray,
+    *,
+    more_labels: Mapping[str, str] | None = None,
+    truth: tuple[Truth, ...] = (),
+    flags: tuple[str, ...] = (),
+) -> Sample:
+    """The sample of a plan's row and its pixels; `more_labels` add to those of the plan, they change none."""
+    known = {name: value for name, value in row["labels"].items() if value is not None}
+    labels = {**{name: value for name, value in (more_labels or {}).items() if value}, **known}
+    view = row["view"] or labels.get("view", "")
+    return Sample(image_HW=image_HW, view=view, report=row["report"], labels=labels, truth=truth, flags=flags)
+
+
+def read_image(url: str) -> Gray:
+    """[H, W] uint8 or uint16 of an image or DICOM file (window `voi`) at any fsspec URL.
+
+    BadImageError: it can't be read, or its DICOM header says that text is burned into the pixels.
+    """
+    return decode_image(fetch(url))
+
+
+def decode_image(data: bytes) -> Gray:
+    """[H, W] uint8 or uint16 of the bytes of an image or DICOM file, as `read_image`."""
+    if data[128:132] == b"DICM":
+        from medim_ray.data.dicom import decode_dicom, refuse_burned_in  # pydicom: only where it is used
+
+        radiograph = decode_dicom(data, window="voi")
+        refuse_burned_in(radiograph.header)
+        return radiograph.image_HW
+    return decode_file(data)
 
 
 def absolute(url: str) -> str:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 
-from medim_ray.data.images import read_gray
-from medim_ray.data.sources.base import SOURCES, Sample, absolute, described, missing_column, plan_table
+from medim_ray.data.sources.base import SOURCES, Sample, absolute, described, plain_sample, plan_table, read_image
+from medim_ray.data.sources.tables import read_table
 
 
 @SOURCES.register("csv")
 class CsvSource:
-    """One row an image. Paths in the image column are absolute, URLs, or relative to `image_root`."""
+    """A table (CSV) of image or DICOM files and reports, columns by option.
+
+    One row an image. Paths in the image column are absolute, URLs, or relative to `image_root`.
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -80,8 +79,7 @@ class CsvSource:
 
     def sample(self, row: Mapping[str, Any]) -> Sample:
         """See `Source`."""
-        labels = {name: value for name, value in row["labels"].items() if value is not None}
-        return Sample(image_HW=read_gray(row["location"]), view=row["view"], report=row["report"], labels=labels)
+        return plain_sample(row, read_image(row["location"]))
 
     def _read(self) -> pa.Table:
         """The needed columns as strings; a null is ''."""
@@ -92,50 +90,7 @@ class CsvSource:
         }
         wanted = [(key, name) for key, name in options.items() if name]
         wanted += [("source.label_columns", name) for name in config.label_columns]
-        bad_rows: list[int] = []
-
-        def note(row: Any) -> str:
-            bad_rows.append(row.number)
-            return "skip"  # collected and reported together, without the text of the row: it may name a patient
-
-        try:
-            with fsspec.open(config.path, "rb", compression="infer") as file:
-                data = file.read()
-        except FileNotFoundError:
-            raise ValueError(f"source.path={config.path}: there is no such file") from None
-        except IsADirectoryError:
-            raise ValueError(f"source.path={config.path} is a folder: name the CSV file in it") from None
-        if not data.strip():
-            raise ValueError(f"source.path={config.path} is an empty file: nothing to prepare")
-        try:
-            header = data.partition(b"\n")[0].decode("utf-8-sig")
-            present = next(csv.reader(io.StringIO(header.strip())), [])
-            for key, name in wanted:
-                if name not in present:
-                    raise missing_column(key, name, present, config.path)
-            names = list(dict.fromkeys(name for _, name in wanted))
-            table = pacsv.read_csv(
-                pa.BufferReader(data),
-                read_options=pacsv.ReadOptions(use_threads=False),  # row numbers are known only in one thread
-                parse_options=pacsv.ParseOptions(newlines_in_values=True, invalid_row_handler=note),
-                convert_options=pacsv.ConvertOptions(
-                    include_columns=names, column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
-                ),
-            )
-        except (pa.ArrowInvalid, UnicodeDecodeError, pa.ArrowKeyError):
-            raise ValueError(
-                f"source.path={config.path} is no CSV in UTF-8 with a header line: convert it, for example by "
-                "`iconv -f LATIN1 -t UTF-8`"
-            ) from None
-        if bad_rows:
-            lines = ", ".join(str(n) for n in bad_rows[:5])
-            raise ValueError(
-                f"{len(bad_rows)} rows of {config.path} have another number of fields than the header "
-                f"(row {lines}): quote the fields that hold commas"
-            )
-        if table.num_rows == 0:
-            raise ValueError(f"source.path={config.path} has a header and no row: nothing to prepare")
-        return table
+        return read_table(config.path, wanted)
 
     def _locations(self, files: Any) -> pa.Array:
         root = self.config.image_root or absolute(self.config.path).rpartition("/")[0]

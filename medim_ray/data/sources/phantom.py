@@ -8,13 +8,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from medim_ray.data import phantom
 from medim_ray.data.sources.base import SOURCES, Sample, Truth, described, plan_table
 
 
 @SOURCES.register("phantom")
 class PhantomSource:
-    """Studies 0 to num_images - 1 of the corpus `seed`; more images add to fewer, they change none."""
+    """Procedural chest phantoms with reports and pixel truth; nothing is downloaded.
+
+    Studies 0 to num_images - 1 of the corpus `seed`; more images add to fewer, they change none.
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -35,6 +37,8 @@ class PhantomSource:
 
     def plan(self) -> pa.Table:
         """See `Source`. The location of a row is the number of its study."""
+        from medim_ray.data import phantom  # SciPy takes most of a second, and every worker imports the sources
+
         config = self.config
         nothing = [""] * config.num_images
         return plan_table(
@@ -49,6 +53,8 @@ class PhantomSource:
 
     def sample(self, row: Mapping[str, Any]) -> Sample:
         """See `Source`."""
+        from medim_ray.data import phantom
+
         study = phantom.render(int(row["location"]), seed=self.config.seed, size=self.config.size)
         truth = tuple(
             Truth(

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from medim_ray.data.images import BadImageError, ImageEncoder, decode, decode_file, decode_mask, read_gray
+from medim_ray.data.images import BadImageError, ImageEncoder, decode, decode_file, decode_mask, fetch
 
 
 def smooth(height: int = 96, width: int = 80, top: int = 255) -> Any:
@@ -111,15 +111,15 @@ def test_files_that_are_no_images(tmp_path: Path) -> None:
         ("nul\0.png", "can't be read"),
     ):
         with pytest.raises(BadImageError, match=reason):
-            read_gray(f"{tmp_path}/{name}")
+            decode_file(fetch(f"{tmp_path}/{name}"))
     with pytest.raises(BadImageError, match="no image path"):
-        read_gray("")
+        fetch("")
 
 
 def test_names_with_blanks_and_umlauts(tmp_path: Path) -> None:
     path = tmp_path / "Röntgen bild #1 [a].png"
     path.write_bytes(file_of(Image.fromarray(GRAY)))
-    assert np.array_equal(read_gray(str(path)), GRAY)
+    assert np.array_equal(decode_file(fetch(str(path))), GRAY)
 
 
 @given(height=st.integers(1, 5000), width=st.integers(1, 5000), limit=st.integers(32, 2000), by_longest=st.booleans())

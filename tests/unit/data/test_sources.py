@@ -135,5 +135,5 @@ def test_phantom_plan_agrees_with_what_is_drawn() -> None:
 
 
 def test_unknown_sources_list_the_known() -> None:
-    with pytest.raises(ValueError, match=r"Did you mean 'phantom'.*csv, phantom"):
+    with pytest.raises(ValueError, match=r"Did you mean 'phantom'.*csv, .*phantom"):
         SOURCES["phantoms"]

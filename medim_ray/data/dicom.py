@@ -1,0 +1,396 @@
+"""DICOM files to gray pixels and to a fixed list of header fields. No other field of a header is ever read into a row.
+
+Values go stored -> modality (rescale) -> window -> MONOCHROME1 inverted, as DICOM PS3.3 C.11 orders them. Multi-frame
+files and what is no radiograph are refused with a reason. pydicom is imported by whoever imports this module.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import unicodedata
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from PIL import Image
+from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
+from pydicom.uid import (
+    JPEG2000,
+    UID,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLSLossless,
+)
+
+from medim_ray.data.images import BadImageError, Gray
+
+Window = Literal["voi", "percentile", "none"]
+PERCENTILES = (0.5, 99.5)
+SECONDARY_CAPTURE, TAGS_REPAIRED, WINDOW_IGNORED = "secondary_capture", "dicom_tags_repaired", "dicom_window_ignored"
+
+FIELDS = {
+    "view": "ViewPosition",
+    "sex": "PatientSex",
+    "age": "PatientAge",
+    "modality": "Modality",
+    "body_part": "BodyPartExamined",
+    "laterality": "ImageLaterality",
+    "patient_orientation": "PatientOrientation",
+    "manufacturer": "Manufacturer",
+    "model": "ManufacturerModelName",
+    "detector": "DetectorType",
+    "photometric": "PhotometricInterpretation",
+    "presentation": "PresentationIntentType",
+    "conversion": "ConversionType",
+    "pixel_spacing": "PixelSpacing",
+    "imager_pixel_spacing": "ImagerPixelSpacing",
+    "kvp": "KVP",
+    "exposure": "Exposure",
+    "bits_stored": "BitsStored",
+    "rows": "Rows",
+    "columns": "Columns",
+}
+"""Label name -> the only header fields that can become labels. Names, dates, numbers of the study, free text: never."""
+
+_IDENTITY = ["PatientID", "SOPInstanceUID", "SOPClassUID", "BurnedInAnnotation"]
+_PIXELS = [
+    *("SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *("ModalityLUTSequence", "RescaleIntercept", "RescaleSlope", "RescaleType", "VOILUTSequence", "WindowCenter"),
+    *("WindowWidth", "VOILUTFunction", "PixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
+    *("RedPaletteColorLookupTableDescriptor", "RedPaletteColorLookupTableData"),
+    *("GreenPaletteColorLookupTableDescriptor", "GreenPaletteColorLookupTableData"),
+    *("BluePaletteColorLookupTableDescriptor", "BluePaletteColorLookupTableData"),
+]
+_HEADER = sorted({*FIELDS.values(), *_IDENTITY, "NumberOfFrames", "SpecificCharacterSet"})
+_SECONDARY_CAPTURE_CLASSES = "1.2.840.10008.5.1.4.1.1.7"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What is read of a header: `fields` are those of FIELDS that are there, as text ("PA", "62", "0.168/0.168").
+
+    patient_id goes into the keyed hash of the plan only.
+    """
+
+    patient_id: str
+    sop_uid: str
+    fields: Mapping[str, str]
+    burned_in: bool
+    secondary_capture: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Radiograph:
+    """A decoded file: pixels [H, W] (uint8 for up to 8 stored bits, else uint16), its header, what is odd about it."""
+
+    image_HW: Gray
+    header: Header
+    flags: tuple[str, ...]
+
+
+def read_header(file: Any) -> Header:
+    """The header of an open binary file; pixels are not read. BadImageError: no DICOM, or a damaged header."""
+    return _header(_dataset(file, _HEADER, stop_before_pixels=True))
+
+
+def decode_dicom(data: bytes, *, window: Window) -> Radiograph:
+    """The radiograph in a DICOM file's bytes.
+
+    window: `voi` applies the file's own window or VOI LUT where it has one that fits, `percentile` cuts at
+    PERCENTILES, `none` keeps the rescaled values. BadImageError: the reason why there is no image.
+    """
+    if not data:
+        raise BadImageError("empty file")
+    dataset = _dataset(io.BytesIO(data), [*_HEADER, *_PIXELS], stop_before_pixels=False)
+    header = _header(dataset)
+    flags = [SECONDARY_CAPTURE] if header.secondary_capture else []
+    flags += [TAGS_REPAIRED] if _repair(dataset) else []
+    stored_HW, repaired = _stored(dataset)
+    flags += [TAGS_REPAIRED] if repaired else []
+    image_HW, ignored = _shown(dataset, stored_HW, window)
+    flags += [WINDOW_IGNORED] if ignored else []
+    return Radiograph(image_HW=image_HW, header=header, flags=tuple(dict.fromkeys(flags)))
+
+
+def refuse_burned_in(header: Header) -> None:
+    """BadImageError where the header says that text (often the patient's name) is part of the pixels."""
+    if header.burned_in:
+        raise BadImageError("BurnedInAnnotation is YES: text in the pixels may name the patient")
+
+
+def refuse_other(header: Header, *, body_parts: Sequence[str], modalities: Sequence[str]) -> None:
+    """BadImageError where body part or modality is stated and none of those wanted (no wish: everything passes).
+
+    A body part passes where it contains a wanted word; accents and case don't count.
+    """
+    part, modality = header.fields.get("body_part", ""), header.fields.get("modality", "").upper()
+    plain = unicodedata.normalize("NFKD", part).encode("ascii", "ignore").decode().upper()
+    if part and body_parts and not any(word.upper() in plain for word in body_parts):
+        raise BadImageError(f"body part {re.sub('[^A-Z0-9 _-]', '?', plain)[:16]!r} is not wanted")
+    if modality and modalities and modality not in modalities:
+        raise BadImageError(f"modality {re.sub('[^A-Z0-9]', '?', modality)[:8]!r} is not wanted")
+
+
+def _dataset(file: Any, keywords: Sequence[str], *, stop_before_pixels: bool) -> Any:
+    """The dataset with `keywords` only. A file without preamble is read where its first tag looks like DICOM."""
+    start = file.read(132)
+    file.seek(0)
+    if start[128:] != b"DICM" and not _starts_like_dicom(start):
+        raise BadImageError("not a DICOM file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = pydicom.dcmread(
+                file, force=True, stop_before_pixels=stop_before_pixels, specific_tags=list(keywords)
+            )
+            _ = [dataset.get(name) for name in keywords]  # values are parsed when asked for
+    except Exception as error:  # pydicom raises whatever its parser meets in damaged bytes
+        raise BadImageError(f"damaged DICOM header ({type(error).__name__})") from None
+    if not any(name in dataset for name in ("Rows", "SOPClassUID", "SOPInstanceUID", "Modality", "PixelData")):
+        raise BadImageError("not a DICOM file")
+    return dataset
+
+
+def _starts_like_dicom(start: bytes) -> bool:
+    """The first tag of a dataset without preamble: group 0002 or 0008, little or big endian, with a small element."""
+    return len(start) >= 8 and (
+        (start[:2] in (b"\x02\x00", b"\x08\x00") and start[3:4] == b"\x00")
+        or (start[:2] == b"\x00\x08" and start[2:3] == b"\x00")
+    )
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, pydicom.multival.MultiValue | list | tuple):
+        return "/".join(str(part).strip() for part in value)
+    return str(value).strip()
+
+
+def _header(dataset: Any) -> Header:
+    fields = {name: text for name, keyword in FIELDS.items() if (text := _text(dataset.get(keyword)))}
+    if "age" in fields:
+        fields["age"] = _years(fields["age"])
+    fields = {name: text for name, text in fields.items() if text}
+    return Header(
+        patient_id=_text(dataset.get("PatientID")),
+        sop_uid=_text(dataset.get("SOPInstanceUID")),
+        fields=fields,
+        burned_in=_text(dataset.get("BurnedInAnnotation")).upper() in ("YES", "Y"),
+        secondary_capture=_text(dataset.get("SOPClassUID")).startswith(_SECONDARY_CAPTURE_CLASSES),
+    )
+
+
+def _years(age: str) -> str:
+    """Whole years of an age string ("062Y", "011M", "62"); 90 for all above, as the HIPAA safe harbour has it."""
+    match = re.fullmatch(r"(\d+)\s*([YMWD]?)", age.strip().upper())
+    if not match:
+        return ""
+    years = int(match[1]) // {"Y": 1, "": 1, "M": 12, "W": 52, "D": 365}[match[2]]
+    return str(min(years, 90))
+
+
+def _repair(dataset: Any) -> bool:
+    """Fills tags that can be known, in place; whether one was missing or wrong. BadImageError: one that can't be."""
+    if "PixelData" not in dataset or not dataset.PixelData:
+        raise BadImageError("no pixel data, or cut off before their end")
+    try:
+        frames = int(dataset.get("NumberOfFrames") or 1)
+        height, width = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
+    except (TypeError, ValueError):
+        raise BadImageError("Rows, Columns or NumberOfFrames is no number") from None
+    if frames > 1:
+        raise BadImageError(f"multi-frame file ({frames} frames)")
+    if height < 1 or width < 1:
+        raise BadImageError("no Rows or Columns")
+    if height * width > (Image.MAX_IMAGE_PIXELS or 1 << 27):
+        raise BadImageError(f"more than {Image.MAX_IMAGE_PIXELS} pixels")
+    before = {name: dataset.get(name) for name in _DEFAULTS}
+    samples = int(before["SamplesPerPixel"] or 1)
+    for name, default in _DEFAULTS.items():
+        if dataset.get(name) in (None, ""):
+            setattr(dataset, name, default)
+    if "BitsAllocated" not in dataset or dataset.BitsAllocated not in (8, 16, 32):
+        length = len(dataset.PixelData)
+        dataset.BitsAllocated = 16 if length >= 2 * height * width * samples else 8
+    if not 1 <= int(dataset.get("BitsStored") or 0) <= dataset.BitsAllocated:
+        dataset.BitsStored = dataset.BitsAllocated
+    if samples == 1 and not str(dataset.PhotometricInterpretation).startswith(("MONOCHROME", "PALETTE")):
+        dataset.PhotometricInterpretation = "MONOCHROME2"
+    dataset.HighBit = dataset.BitsStored - 1
+    return bool(_syntax_repaired(dataset) or any(dataset.get(name) != value for name, value in before.items()))
+
+
+_DEFAULTS: dict[str, Any] = {
+    "SamplesPerPixel": 1,
+    "PhotometricInterpretation": "MONOCHROME2",
+    "PixelRepresentation": 0,
+    "BitsAllocated": None,
+    "BitsStored": None,
+}
+
+
+def _syntax_repaired(dataset: Any) -> bool:
+    """Sets a transfer syntax that is missing or that the pixel data contradict, in place; whether it did."""
+    if getattr(dataset, "file_meta", None) is None:
+        dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    named = UID(str(dataset.file_meta.get("TransferSyntaxUID") or ""))
+    encapsulated = named.is_transfer_syntax and named.is_encapsulated
+    found = _compression(bytes(dataset.PixelData[:4096]))
+    if found is None:
+        if named.is_transfer_syntax and not encapsulated:
+            return False
+        values = int(dataset.Rows) * int(dataset.Columns) * int(dataset.SamplesPerPixel)
+        if len(dataset.PixelData) < values * int(dataset.BitsAllocated) // 8:
+            raise BadImageError(f"damaged pixel data ({named.name or 'no transfer syntax'})")
+        implicit, little = dataset.original_encoding
+        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+        return True
+    if encapsulated and (not found or _same_codec(named, found)):
+        return False
+    if not found:
+        raise BadImageError("compressed pixel data without a transfer syntax")
+    dataset.file_meta.TransferSyntaxUID = found
+    return True
+
+
+def _compression(start: bytes) -> str | None:
+    """The transfer syntax that encapsulated pixel data show by their marks; '': unknown, None: not encapsulated."""
+    if start[:4] != b"\xfe\xff\x00\xe0":
+        return None
+    at = 8 + int.from_bytes(start[4:8], "little") + 8  # after the offset table and the header of the first fragment
+    stream = start[at:]
+    if stream[:4] == b"\xff\x4f\xff\x51":
+        return str(JPEG2000)
+    if stream[:2] != b"\xff\xd8":
+        return ""
+    frame = re.search(rb"\xff([\xc0\xc1\xc3\xf7])", stream)
+    kinds = {b"\xc0": JPEGBaseline8Bit, b"\xc1": JPEGExtended12Bit, b"\xc3": JPEGLossless, b"\xf7": JPEGLSLossless}
+    return str(kinds[frame[1]]) if frame else ""
+
+
+_FAMILIES = (
+    {str(JPEG2000), str(JPEG2000Lossless)},
+    {str(JPEGBaseline8Bit), str(JPEGExtended12Bit)},
+    {str(JPEGLossless), "1.2.840.10008.1.2.4.70"},
+    {str(JPEGLSLossless), "1.2.840.10008.1.2.4.81"},
+)
+
+
+def _same_codec(named: UID, found: str) -> bool:
+    known = [family for family in _FAMILIES if str(named) in family or found in family]
+    return not any(str(named) in family for family in known) or any({str(named), found} <= family for family in known)
+
+
+# GDCM ends the process on some damaged JPEG 2000 streams; Pillow raises.
+_PLUGINS = {str(syntax): "pillow" for syntax in (JPEGBaseline8Bit, JPEG2000, JPEG2000Lossless)}
+
+
+def _stored(dataset: Any) -> tuple[NDArray[Any], bool]:
+    """Stored values [H, W], colour as luma (ITU-R 601); whether more bits were used than the header says."""
+    syntax = UID(str(dataset.file_meta.TransferSyntaxUID))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            values = pixel_array(dataset, decoding_plugin=_PLUGINS.get(str(syntax), ""))
+    except (NotImplementedError, RuntimeError, AttributeError, KeyError) as error:
+        if isinstance(error, NotImplementedError) or re.search("missing|does not support", str(error)):
+            raise BadImageError(f"no decoder for {syntax.name}") from None
+        raise BadImageError(f"damaged pixel data ({syntax.name})") from None
+    except Exception:  # each codec has errors of its own
+        raise BadImageError(f"damaged or short pixel data ({syntax.name})") from None
+    if dataset.PhotometricInterpretation == "PALETTE COLOR":
+        values = pydicom.pixels.apply_color_lut(values, dataset)
+        values = (values >> 8 if values.dtype == np.uint16 else values).astype(np.uint8)
+    if values.ndim == 3 and values.shape[2] == 3:
+        return cv2.cvtColor(np.ascontiguousarray(values.astype(np.uint8)), cv2.COLOR_RGB2GRAY), False
+    if values.ndim != 2:
+        raise BadImageError(f"pixels of {values.ndim} dimensions")
+    bits = int(dataset.BitsStored)
+    if values.dtype.kind == "u" and int(values.max()) >= 1 << bits:
+        dataset.BitsStored = int(values.max()).bit_length()
+        return values, True
+    return values, False
+
+
+def _shown(dataset: Any, stored_HW: NDArray[Any], window: Window) -> tuple[Gray, bool]:
+    """The values as they are to be seen, bright is dense; whether a window of the file was unusable."""
+    mono = str(dataset.PhotometricInterpretation).startswith("MONOCHROME")
+    padding_HW = _padding(dataset, stored_HW) if mono else None
+    values_HW, ignored = stored_HW, False
+    if mono:
+        values_HW = _rescaled(dataset, stored_HW)
+        if window == "voi":
+            values_HW, ignored = _voi(dataset, values_HW)
+        elif window == "percentile":
+            inside = values_HW if padding_HW is None else values_HW[~padding_HW]
+            low, high = np.percentile(inside, PERCENTILES) if inside.size else (0, 0)
+            values_HW = np.clip(values_HW, low, high) if high > low else values_HW
+    image_HW = _to_unsigned(values_HW, int(dataset.BitsStored))
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        depth = 8 if image_HW.dtype == np.uint8 else min(int(dataset.BitsStored), 16)
+        top = max(int(image_HW.max()), (1 << depth) - 1)
+        image_HW = (top - image_HW.astype(np.int64)).astype(image_HW.dtype)
+    if padding_HW is not None and padding_HW.any() and not padding_HW.all():
+        image_HW[padding_HW] = image_HW[~padding_HW].min()
+    return image_HW, ignored
+
+
+def _padding(dataset: Any, stored_HW: NDArray[Any]) -> NDArray[np.bool_] | None:
+    """Pixels outside the image (PixelPaddingValue), which windows must not see; None: the file has none."""
+    value, limit = dataset.get("PixelPaddingValue"), dataset.get("PixelPaddingRangeLimit")
+    if not isinstance(value, int):
+        return None
+    low, high = (value, value) if not isinstance(limit, int) else sorted((value, limit))
+    mask_HW: NDArray[np.bool_] = (stored_HW >= low) & (stored_HW <= high)
+    return mask_HW
+
+
+def _rescaled(dataset: Any, stored_HW: NDArray[Any]) -> NDArray[Any]:
+    slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
+    if "ModalityLUTSequence" not in dataset and slope in (None, 1) and intercept in (None, 0):
+        return stored_HW
+    try:
+        values_HW: NDArray[Any] = apply_modality_lut(stored_HW, dataset)
+    except Exception:
+        raise BadImageError("rescale values or modality LUT are no numbers") from None
+    if not np.isfinite(values_HW).all():
+        raise BadImageError("rescale makes pixels that are no finite numbers")
+    return values_HW
+
+
+def _voi(dataset: Any, values_HW: NDArray[Any]) -> tuple[NDArray[Any], bool]:
+    """The values through the file's first window; (unchanged, True) where that can't be used or leaves one gray."""
+    if "VOILUTSequence" not in dataset and ("WindowWidth" not in dataset or "WindowCenter" not in dataset):
+        return values_HW, False
+    try:
+        windowed_HW: NDArray[Any] = apply_voi_lut(values_HW, dataset)
+    except Exception:  # a width of 0, text for a number, a LUT shorter than it says
+        return values_HW, True
+    flat = float(windowed_HW.min()) == float(windowed_HW.max())
+    return (values_HW, True) if flat and values_HW.min() != values_HW.max() else (windowed_HW, False)
+
+
+def _to_unsigned(values_HW: NDArray[Any], bits: int) -> Gray:
+    """Whole values that fit are kept; others are stretched over the full range of 8 or 16 bits."""
+    kind: type[Any] = np.uint8 if bits <= 8 else np.uint16
+    top = np.iinfo(kind).max
+    low, high = float(values_HW.min()), float(values_HW.max())
+    if values_HW.dtype.kind in "iu" and high - low <= top:
+        shift = int(low) if low < 0 or high > top else 0
+        return (values_HW.astype(np.int64) - shift).astype(kind)
+    scaled_HW = (values_HW.astype(np.float64) - low) * (top / (high - low) if high > low else 0.0)
+    return np.rint(scaled_HW).astype(kind)

@@ -1,0 +1,123 @@
+"""Files of a tree at any fsspec URL: listing, reading, and faults of the whole job in plain words."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+
+from medim_ray.data.sources.base import absolute
+
+_READERS = 16  # threads that wait for storage while the plan is made
+
+
+@contextlib.contextmanager
+def readable(url: str, option: str = "source.path") -> Iterator[None]:
+    """ValueError that names the option for whatever keeps a file or folder of the job from being read."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{option}={url}: there is no such file or folder") from None
+    except IsADirectoryError:
+        raise ValueError(f"{option}={url} is a folder: name the file in it") from None
+    except NotADirectoryError:
+        raise ValueError(f"{option}={url} is a file: name the folder") from None
+    except PermissionError:
+        raise ValueError(
+            f"{option}={url}: no permission to read it; check the file's rights or the bucket's credentials"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{option}={url} can't be read: {error.strerror or type(error).__name__}") from None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "aiohttp", "gcsfs", "azure"):
+            raise
+        raise ValueError(f"{option}={url} can't be read: {type(error).__name__}; check the credentials") from None
+
+
+def join(root: str, name: str) -> str:
+    """The URL of `name` (relative, with slashes) in the folder `root`; archives (zip://::…) are folders too."""
+    head, chain, tail = absolute(root).partition("::")
+    return f"{head if head.endswith('://') else head.rstrip('/') + '/'}{name}{chain}{tail}"
+
+
+def exists(url: str) -> bool:
+    """Whether a file or folder is there. ValueError: not allowed to look."""
+    with readable(url):
+        fs, path = fsspec.core.url_to_fs(absolute(url))
+        found: bool = fs.exists(path)
+    return found
+
+
+def list_files(root: str, option: str = "source.path") -> list[str]:
+    """Every file under `root`, relative to it, sorted; names that begin with a dot and what is no file are left out.
+
+    Links are followed, each folder once, so that a link to a folder above ends. A broken link is listed: it is a
+    row that can't be read. ValueError: no such folder, no permission, a file.
+    """
+    with readable(root, option):
+        if "://" not in root and "::" not in root:
+            return sorted(_walk(Path(absolute(root))))
+        fs, path = fsspec.core.url_to_fs(root)
+        path = path.rstrip("/")
+        names = [name[len(path) :].lstrip("/") for name in fs.find(path) if name != path]
+        if not names and not fs.exists(path):
+            raise FileNotFoundError
+    return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+
+
+def _walk(root: Path) -> Iterator[str]:
+    seen: set[tuple[int, int]] = set()
+    stack = [(root, "")]
+    while stack:
+        folder, prefix = stack.pop()
+        facts = folder.stat()
+        if (facts.st_dev, facts.st_ino) in seen:
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        with os.scandir(folder) as entries:
+            found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
+        for entry in found:
+            try:
+                mode = entry.stat().st_mode
+            except OSError:  # a broken link, or one that points at itself
+                mode = stat.S_IFREG
+            if stat.S_ISDIR(mode):
+                stack.append((Path(entry.path), f"{prefix}{entry.name}/"))
+            elif stat.S_ISREG(mode):  # a pipe would wait for ever
+                yield prefix + entry.name
+
+
+def read_bytes(url: str, option: str = "source.path") -> bytes:
+    """The content of a file that the whole job needs; .gz, .bz2 and .xz are unpacked. ValueError: it can't be read."""
+    with readable(url, option), fsspec.open(absolute(url), "rb", compression="infer") as file:
+        data: bytes = file.read()
+    return data
+
+
+def read_text(url: str, option: str = "source.path") -> str:
+    """The text of a file, UTF-8 or else Latin-1, which every byte fits."""
+    return decode_text(read_bytes(url, option))
+
+
+def decode_text(data: bytes) -> str:
+    """UTF-8 with or without byte order mark, or else Latin-1."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def read_texts(urls: Sequence[str]) -> list[str]:
+    """The texts of many files, '' for an empty URL; several are read at a time. ValueError: one can't be read."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(lambda url: read_text(url) if url else "", urls))
+
+
+def extension(name: str) -> str:
+    """The lower-case ending after the last dot of a file's name, without the dot; '' where there is none."""
+    return name.rpartition("/")[2].rpartition(".")[2].lower() if "." in name.rpartition("/")[2] else ""

@@ -1,0 +1,155 @@
+"""Source `webdataset`: tar files in which members of one name and different endings are one sample.
+
+The plan reads headers and texts; a task reads the bytes of one image at its place in the tar.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+
+from medim_ray.data.images import BadImageError
+from medim_ray.data.sources.base import SOURCES, Sample, absolute, decode_image, described, plain_sample, plan_rows
+from medim_ray.data.sources.files import decode_text, extension, join, list_files, readable
+from medim_ray.data.sources.folder import IMAGE_EXTENSIONS
+from medim_ray.data.sources.roles import ColumnConfig, choose_roles
+
+_IMAGES = (*IMAGE_EXTENSIONS, "dcm")
+_MAX_TEXT = 1 << 24  # bytes of a text member; more is no report
+
+
+@dataclass(kw_only=True)
+class _Group:
+    """The members of one sample: image at offset:size ('' where it has none, size -1: cut off), texts by ending."""
+
+    key: str
+    image: str = ""
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@SOURCES.register("webdataset")
+class WebDatasetSource:
+    """WebDataset tar files: image, .txt report and .json fields of one key.
+
+    Columns are the endings of text members (txt, cls) and the top keys of .json; an image's name is TAR:KEY.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(ColumnConfig):
+        name: str = described("webdataset", "webdataset")
+        path: str = described("", "tar file, or a folder of them, path or fsspec URL; not compressed")
+
+        def __post_init__(self) -> None:
+            if self.image_column is not None and self.image_column.lower() not in _IMAGES:
+                raise ValueError(f"image_column={self.image_column!r}: the ending of the images, {', '.join(_IMAGES)}")
+
+    def __init__(self, config: Config) -> None:
+        if not config.path:
+            raise ValueError("source.path is not set: give the tar file or the folder of tar files as source.path=…")
+        self.config = config
+        self.name = config.name
+
+    def plan(self) -> pa.Table:
+        """See `Source`. A tar that ends too early gives the rows before its end, the last of them unreadable."""
+        path = self.config.path
+        if extension(path) in ("tar", "gz", "tgz"):
+            tars = [(path.rpartition("/")[2], absolute(path))]
+        else:
+            tars = [(name, join(path, name)) for name in list_files(path) if extension(name) == "tar"]
+            if not tars:
+                raise ValueError(f"source.path={path} holds no file that ends in .tar")
+        endings = (self.config.image_column.lower(),) if self.config.image_column else _IMAGES
+        groups = [(name, url, group) for name, url in tars for group in _groups(url, endings)]
+        if not groups:
+            raise ValueError(f"source.path={path}: the tar files are empty: nothing to prepare")
+        present = list(dict.fromkeys(name for *_, group in groups for name in group.fields))
+        roles = choose_roles(self.config, present, path, need_image=False)
+        return plan_rows(
+            [
+                roles.row(
+                    group.fields, location=f"{url}#{group.image}" if group.image else "", name=f"{name}:{group.key}"
+                )
+                for name, url, group in groups
+            ]
+        )
+
+    def sample(self, row: Mapping[str, Any]) -> Sample:
+        """See `Source`."""
+        url, _, place = row["location"].rpartition("#")
+        if not url:
+            raise BadImageError("no image of this key in the tar")
+        offset, size = (int(part) for part in place.split(":"))
+        data = _bytes_at(url, offset, size) if size >= 0 else b""
+        if len(data) != size:
+            raise BadImageError("the tar was cut off in the middle of this sample")
+        return plain_sample(row, decode_image(data))
+
+
+def _bytes_at(url: str, offset: int, size: int) -> bytes:
+    try:
+        with fsspec.open(url, "rb", **({"cache_type": "none"} if "://" in url else {})) as file:
+            file.seek(offset)
+            data: bytes = file.read(size)
+    except OSError as error:
+        raise BadImageError(f"tar can't be read: {type(error).__name__}") from None
+    return data
+
+
+def _groups(url: str, endings: tuple[str, ...]) -> list[_Group]:
+    """The samples of a tar in its order; of a tar that was cut off, the last one is marked."""
+    groups: dict[str, _Group] = {}
+    last, whole = "", False
+    with readable(url), fsspec.open(url, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        if file.read(2) == b"\x1f\x8b":
+            raise ValueError(f"{url} is compressed, and samples are read at their place: unpack it with gunzip")
+        file.seek(0)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    folder, slash, base = member.name.rpartition("/")
+                    stem, _, ending = base.partition(".")
+                    if not member.isfile() or base.startswith(".") or not ending:
+                        continue
+                    last = f"{folder}{slash}{stem}"
+                    group = groups.setdefault(last, _Group(key=last))
+                    _add(tar, member, ending.lower(), group, endings)
+                    whole = member.offset_data + member.size <= size
+                if whole:
+                    whole = size - tar.offset >= 0
+        except (tarfile.ReadError, EOFError):
+            if not groups:
+                raise ValueError(f"{url} is no tar file") from None
+            whole = False
+    if groups and not whole:
+        groups[last].image = "0:-1"
+    return list(groups.values())
+
+
+def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, group: _Group, images: tuple[str, ...]) -> None:
+    if ending in images:
+        group.image = group.image or f"{member.offset_data}:{member.size}"
+        return
+    if ending in _IMAGES or member.size > _MAX_TEXT:
+        return
+    if ending not in ("txt", "json", "cls", "text", "id"):
+        return
+    stream = tar.extractfile(member)
+    data = stream.read() if stream else b""
+    if len(data) < member.size:
+        raise EOFError
+    if ending != "json":
+        group.fields[ending] = decode_text(data)
+        return
+    try:
+        tree = json.loads(data)
+    except ValueError:
+        raise ValueError(f"{member.name} is no JSON") from None
+    group.fields.update(tree if isinstance(tree, dict) else {"json": tree})
