@@ -5,6 +5,8 @@ result is `key=value`, parsed into the command's own typed root. Work is done el
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -64,7 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--html", metavar="OUT", help="also a page with figures")
     show = add("config", _config, "the resolved configuration and its hash", config=True)
     show.add_argument("--fields", action="store_true", help="list every option with its type, default and meaning")
-    add("doctor", _doctor, "can this machine run medim-ray? one line a check", overrides=False)
+    doctor = add("doctor", _doctor, "can this machine run medim-ray? one line a check", overrides=False)
+    doctor.add_argument("--cluster", metavar="ADDRESS", help="check a Ray cluster: HOST:6379, with its token at hand")
+    doctor.add_argument("--storage", metavar="URL", help="with --cluster: storage that every node must see")
+    _add_submit(add("submit", _submit, "send a job: here, to Ray, Slurm or Kubernetes", overrides=False))
+    _add_jobs(commands.add_parser("jobs", help="the jobs that were submitted from here"))
     shards = commands.add_parser("shards", help="look after shards").add_subparsers(required=True, metavar="ACTION")
     verify = shards.add_parser("verify", help="compare every file with its checksum; exit code 1 on any difference")
     verify.add_argument("out", metavar="OUT")
@@ -80,6 +86,31 @@ def _add_tag(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", required=True, metavar="TAGS.csv")
     sub.add_argument("--mentions", metavar="OUT.parquet", help="also every mention with span, assertion, side, zone")
     sub.add_argument("--vocabulary", metavar="NLM", help="descriptor XML or mtrees file of the NLM, path or URL")
+
+
+def _add_submit(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("spec", metavar="JOB.yaml")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="options of the spec: target=slurm name=second")
+    sub.add_argument("--dry-run", action="store_true", help="print exactly what would be sent; contacts nothing")
+    sub.add_argument("--detach", action="store_true", help="do not follow the log; exit code 0 once it is submitted")
+
+
+def _add_jobs(sub: argparse.ArgumentParser) -> None:
+    sub.set_defaults(command=_jobs)
+    actions = sub.add_subparsers(required=True, metavar="ACTION", dest="action")
+    actions.add_parser("list", help="every job, newest first")
+    for name, meaning in (
+        ("status", "state, reason and exit code"),
+        ("logs", "what it printed"),
+        ("stop", "end it; it goes on from its last checkpoint when it is resubmitted"),
+        ("resubmit", "a new attempt at the same spec"),
+    ):
+        action = actions.add_parser(name, help=meaning, description=meaning)
+        action.add_argument("name")
+        if name == "logs":
+            action.add_argument("--follow", action="store_true", help="until it ends; the exit code is the job's")
+        elif name == "resubmit":
+            action.add_argument("--detach", action="store_true", help="do not follow the log")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,9 +215,55 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    if args.cluster:
+        from medim_ray.submit.doctor_cluster import check_cluster
+
+        return check_cluster(args.cluster, args.storage)
+    if args.storage:
+        raise ValueError("--storage is a check of a cluster: give --cluster ADDRESS too")
     from medim_ray.submit.doctor import check_machine
 
     return check_machine()
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from medim_ray.submit.command import submit
+
+    return submit(args.spec, args.overrides, check_words, dry_run=args.dry_run, follow=not args.detach)
+
+
+def _jobs(args: argparse.Namespace) -> int:
+    from medim_ray.submit import command
+
+    if args.action == "list":
+        return command.list_jobs()
+    if args.action == "status":
+        return command.show_status(args.name)
+    if args.action == "logs":
+        return command.show_logs(args.name, args.follow)
+    if args.action == "stop":
+        return command.stop(args.name)
+    return command.resubmit(args.name, follow=not args.detach)
+
+
+def check_words(words: Sequence[str]) -> None:
+    """ValueError where `words` are no command line of medim-ray, or set an option that its command does not have."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            args = _parser().parse_args(list(words))
+    except SystemExit:
+        raise ValueError(f"command: {said.getvalue().strip().splitlines()[-1].removeprefix('medim-ray: ')}") from None
+    if args.command in (_submit, _jobs):
+        raise ValueError(f"command: `{words[0]}` is not run by a job: name the command that it would send")
+    if args.command in (_pretrain, _prepare):
+        load(_root_of(args.config) if args.command is _pretrain else _prepare_root(), args.config, args.overrides)
+
+
+def _prepare_root() -> type[Any]:
+    from medim_ray.data.ingest import PrepareConfig
+
+    return PrepareConfig
 
 
 def _shards_verify(args: argparse.Namespace) -> int:
