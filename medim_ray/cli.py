@@ -52,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("overrides", nargs="*", metavar="key=value", help="dotted options, see `medim-ray config`")
         return sub
 
-    add("prepare", _prepare, "images and reports, anywhere, into shards", config=True)
+    ingest = add("prepare", _prepare, "images and reports, anywhere, into shards", config=True)
+    ingest.add_argument("--list-sources", action="store_true", help="the datasets and formats that can be read")
     add("pretrain", _pretrain, "train an encoder on shards; the same command resumes it", config=True)
     add("probe", _probe, "frozen-feature probes of a run: run=PATH probe.labels=[view,sex]")
     add("masks", _masks, "a gallery of a run's masks: run=PATH num=16 out=masks.html")
@@ -133,6 +134,12 @@ class ExportRoot:
 
 
 def _prepare(args: argparse.Namespace) -> int:
+    if args.list_sources:
+        from medim_ray.data.sources import SOURCES
+
+        for name in SOURCES:
+            print(f"{name:15} {(SOURCES[name].__doc__ or '').partition(chr(10))[0]}")
+        return 0
     from medim_ray.data.ingest import PrepareConfig, prepare
 
     for line in prepare(load(PrepareConfig, args.config, args.overrides)).lines():

@@ -67,6 +67,12 @@ def read_table(
     return table.rename_columns(names)
 
 
+def header_of(url: str) -> list[str]:
+    """The column names of a published table, stripped."""
+    line = read_bytes(url).partition(b"\n")[0].decode("utf-8-sig", errors="replace")
+    return [name.strip() for name in next(csv.reader(io.StringIO(line.strip("\r\n"))), [])]
+
+
 def columns(url: str, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, list[str]]:
     """Columns of a published table, stripped strings; those `optional` that are not there are ''."""
     table = read_table(url, [("the published column", name) for name in names], optional)
