@@ -1,7 +1,8 @@
-"""The job `medim-ray prepare`: a source to a shard set, read and encoded by Ray Data tasks.
+"""The job `medim-ray prepare`: a source to a shard set, on Ray Data tasks. The same command continues a killed job.
 
-The driver lists the rows and cuts them into row groups and files; one task encodes a row group, another writes a file.
-Each file is a function of its rows, so the bytes do not depend on the number of CPUs. The manifest is written last.
+Three steps, each a function of the one before, each committed file by file: the rows as listed are encoded part by part
+(work.py); their hashes decide splits and copies (duplicates.py); files are put together from the parts. The manifest is
+written last. So neither the number of CPUs nor interruptions change a byte.
 """
 
 from __future__ import annotations
@@ -11,60 +12,37 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-import fsspec
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
-from ray.data import DataContext, Dataset
+from ray.data import DataContext
 
-import medim_ray
-from medim_ray.data import shards
-from medim_ray.data.encode import NO_PATIENT, NO_REPORT, Facts, RowEncoder
+from medim_ray.config.loader import leaves
+from medim_ray.data import output, shards
+from medim_ray.data.encode import NO_PATIENT, NO_REPORT, PartFacts, RowEncoder
+from medim_ray.data.finish import Encoded, Identity, Plan, finish, plan_files
 from medim_ray.data.images import ImageEncoder
-from medim_ray.data.listing import final_rows, table_hash
-from medim_ray.data.output import occupied, remove, same_set, storage_faults
+from medim_ray.data.layout import FilePlan, ShardConfig
+from medim_ray.data.lease import Lease
+from medim_ray.data.listing import final_rows, rows_hash
+from medim_ray.data.output import Stored
 from medim_ray.data.progress import progress_bar, quiet
-from medim_ray.data.shards import Manifest, OtherFile, ShardFile
+from medim_ray.data.shards import Manifest
 from medim_ray.data.sources import SOURCES
-from medim_ray.data.sources.base import absolute
-from medim_ray.data.splits import SPLITS, SplitConfig, hash_patient
-from medim_ray.data.vocabulary import VocabularyConfig, write_vocabulary
+from medim_ray.data.sources.base import Source, absolute
+from medim_ray.data.splits import SplitConfig, hash_patient
+from medim_ray.data.storage import StorageConfig, filesystem, missing_packages, sources_open_with, storage_faults
+from medim_ray.data.vocabulary import VocabularyConfig
+from medim_ray.data.work import WorkFolder, WrittenFile
 
+__all__ = ["PrepareConfig", "PrepareSummary", "QuarantineConfig", "ShardConfig", "prepare"]
 SALT_VARIABLE = "MEDIM_RAY_SALT"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardConfig:
-    """How rows are cut into files."""
-
-    rows_per_file: int = field(
-        default=4096,
-        metadata={"help": "rows of a Parquet file, a multiple of row_group_rows (4096 of 512 px: 200 MB)"},
-    )
-    row_group_rows: int = field(
-        default=64,
-        metadata={"help": "rows of a row group: encoded by one task, read at once by the training stream"},
-    )
-
-    def __post_init__(self) -> None:
-        if self.row_group_rows < 1:
-            raise ValueError(f"row_group_rows={self.row_group_rows}: at least 1")
-        if self.rows_per_file < 1 or self.rows_per_file % self.row_group_rows:
-            up = -(-max(self.rows_per_file, 1) // self.row_group_rows) * self.row_group_rows
-            raise ValueError(
-                f"rows_per_file={self.rows_per_file} is not a multiple of row_group_rows={self.row_group_rows}: "
-                f"use rows_per_file={up}"
-            )
-
-    @property
-    def groups_per_file(self) -> int:
-        """Row groups of a full file."""
-        return self.rows_per_file // self.row_group_rows
+_KEPT = "; what was done is kept: run the same command again to go on"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +66,15 @@ class PrepareConfig:
         default_factory=lambda: SOURCES["csv"].Config(name="csv"),
         metadata={"registry": SOURCES, "default_name": "csv", "help": "where images and reports come from"},
     )
+    source_storage: StorageConfig = field(default_factory=StorageConfig, metadata={"hashed": False})
     out: str = field(default="", metadata={"help": "folder or fsspec URL for the shards; required", "hashed": False})
+    out_storage: StorageConfig = field(default_factory=StorageConfig, metadata={"hashed": False})
     image: ImageEncoder.Config = field(default_factory=ImageEncoder.Config)
     split: SplitConfig = field(default_factory=SplitConfig)
+    duplicates: Literal["keep", "skip"] = field(
+        default="keep",
+        metadata={"help": "exact copies of an image: keep them, in one split, or skip all but one; listed either way"},
+    )
     shards: ShardConfig = field(default_factory=ShardConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     quarantine: QuarantineConfig = field(default_factory=QuarantineConfig)
@@ -103,67 +87,195 @@ class PrepareConfig:
         },
     )
 
+    def __post_init__(self) -> None:
+        if self.duplicates not in ("keep", "skip"):
+            raise ValueError(f"duplicates={self.duplicates!r}: use keep or skip")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSummary:
-    """What `prepare` did; rows_in = sum of `splits` + sum of `quarantine`."""
+    """What `prepare` did; rows_in = sum of `splits` + sum of `quarantine` + `skipped`."""
 
     out: str
     rows_in: int
     splits: dict[str, int]
     quarantine: dict[str, int]
+    skipped: int
     notices: tuple[str, ...]
     already_prepared: bool
 
     def lines(self) -> list[str]:
         """The last lines that the command prints."""
         kept, lost = sum(self.splits.values()), sum(self.quarantine.values())
-        assert self.rows_in == kept + lost, "rows went missing"
+        assert self.rows_in == kept + lost + self.skipped, "rows went missing"
         lines = [f"already prepared, nothing to do: {self.out}"] if self.already_prepared else []
         lines += [f"note: {notice}" for notice in self.notices]
         lines += [f"quarantine: {num} rows: {reason}" for reason, num in self.quarantine.items()]
         by_split = ", ".join(f"{split} {num}" for split, num in self.splits.items())
-        lines.append(f"{self.rows_in} rows in = {kept} in shards ({by_split}) + {lost} in quarantine")
+        lines.append(
+            f"{self.rows_in} rows in = {kept} in shards ({by_split}) + {lost} in quarantine "
+            f"+ {self.skipped} skipped as duplicates"
+        )
         return lines
 
 
 def prepare(config: PrepareConfig) -> PrepareSummary:
-    """Writes the shard set `config.out`. Uses the Ray that is running, or starts one (RAY_ADDRESS is honoured).
+    """Writes the shard set `config.out`, goes on with an unfinished one, or adds the rows that are new in the source.
+    Uses the Ray that is running, or starts one (RAY_ADDRESS is honoured).
 
     ValueError before anything is written: faults of the source, duplicate image ids, a patient in two splits, an output
     that is in use. ValueError after removing what was written: more than `quarantine.max_ratio` of the rows unreadable.
-    RuntimeError, likewise: storage that can't be written (no permission, disk full).
+    RuntimeError: storage that can't be read or written (no permission, disk full); finished parts stay.
     """
     if not config.out:
         raise ValueError("out is not set: give the folder or URL for the shards as out=…")
     salt = config.salt or os.environ.get(SALT_VARIABLE, "")
     source = SOURCES[config.source.name](config.source)
-    rows = final_rows(source.plan(), config.split, salt)
-    config_hash, input_hash = _config_hash(config, salt), table_hash(rows)
-    fs, root = fsspec.core.url_to_fs(absolute(config.out))
-    root = root.rstrip("/")
-    with storage_faults(config.out):
-        if occupied(fs, root):
-            manifest = same_set(config.out, config_hash, input_hash)
-            return _summary(config, manifest, salt, already_prepared=True)
+    with _reading(config):
+        rows = final_rows(source.plan(), config.split, salt)
+    job = _job(config, rows, salt)
+    out = absolute(config.out)
+    fs, root = filesystem(out, config.out_storage, "out_storage")
+    with storage_faults(f"out={config.out}"):
+        manifest = output.look(out, fs, root, job)
+        if manifest is not None and manifest.input_hash == job["input_hash"]:
+            return _already(config, WorkFolder(fs, root), manifest, salt)
+        stored = None if manifest is None else output.read_stored(out, fs, root, manifest)
+        todo = rows if stored is None else output.new_rows(out, rows, stored)
         existed = fs.exists(root)
+    work = WorkFolder(fs, root)
     try:
-        encoder = RowEncoder(source, ImageEncoder(config.image))
-        with _ray(), storage_faults(config.out):
-            fs.makedirs(root, exist_ok=True)
-            files, facts = _encode(rows, encoder, config.shards, fs, root)
-            manifest = _finish(config, rows, files, facts, fs, root, hashes=(config_hash, input_hash))
-    except BaseException:  # also Ctrl-C: nothing half-written stays
-        remove(fs, root, existed=existed)
-        raise
-    return _summary(config, manifest, salt, already_prepared=False)
+        with storage_faults(f"out={config.out}", kept=_KEPT), Lease(fs, work.lease, what=f"out={config.out}") as lease:
+            output.look(out, fs, root, job)  # the job that held the lease until now may have been another
+            work.begin(job)
+            manifest, notices = _run(config, source, todo, stored, work, lease, job)
+            work.remove()
+    except _TooManyUnreadableError as error:
+        if stored is None:
+            output.remove(fs, root, existed=existed)
+        work.remove()
+        raise ValueError(str(error)) from None
+    except RuntimeError as error:
+        if existed or work.has_parts():
+            raise
+        output.remove(fs, root, existed=False)
+        raise RuntimeError(str(error).removesuffix(_KEPT)) from None
+    return _summary(config, manifest, salt, already_prepared=False, notices=notices)
 
 
-def _config_hash(config: PrepareConfig, salt: str) -> str:
-    """Over the options that shape the rows; the salt enters through what it makes of a fixed word."""
-    tree = {key: asdict(getattr(config, key)) for key in ("source", "image", "split", "shards", "vocabulary")}
-    tree["format"] = {"schema": shards.SCHEMA_VERSION, "salt": hash_patient("medim-ray", salt)}
-    return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=8).hexdigest()
+class _TooManyUnreadableError(Exception):
+    """What `quarantine.max_ratio` does not allow."""
+
+
+@contextlib.contextmanager
+def _reading(config: PrepareConfig) -> Iterator[None]:
+    """Faults of the storage of the source, in plain words; its options apply within."""
+    path = getattr(config.source, "path", "")
+    with sources_open_with(config.source_storage), missing_packages(path), storage_faults(f"source.path={path}"):
+        yield
+
+
+def _job(config: PrepareConfig, rows: pa.Table, salt: str) -> dict[str, Any]:
+    """What an unfinished job is known by."""
+    options = {key: value for key, value, meta in leaves(config) if meta.get("hashed", True)}
+    options = json.loads(json.dumps(options))
+    # The salt enters through what it makes of a fixed word.
+    tree = {**options, "format": {"schema": shards.SCHEMA_VERSION, "salt": hash_patient("medim-ray", salt)}}
+    digest = hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return {"config_hash": digest, "input_hash": rows_hash(rows), "options": options}
+
+
+def _already(config: PrepareConfig, work: WorkFolder, manifest: Manifest, salt: str) -> PrepareSummary:
+    """Nothing to do, but for what a job that was killed after its last step has left."""
+    if work.job() is not None:
+        with Lease(work.fs, work.lease, what=f"out={config.out}"):
+            pass
+        work.remove()
+    return _summary(config, manifest, salt, already_prepared=True)
+
+
+def _run(
+    config: PrepareConfig,
+    source: Source,
+    rows: pa.Table,
+    stored: Stored | None,
+    work: WorkFolder,
+    lease: Lease,
+    job: Mapping[str, Any],
+) -> tuple[Manifest, list[str]]:
+    """The three steps; manifest and notices. rows: those that are not stored."""
+    is_bound_N = None
+    if stored is not None:
+        rows, is_bound_N = output.bind_to_stored(rows, stored)
+    part_rows = config.shards.row_group_rows or 64
+    facts, whole = work.parts()
+    num_before = _num_rows(facts)
+    with _ray():
+        encode = _Encode(config, RowEncoder(source, ImageEncoder(config.image)), rows, part_rows, work, lease)
+        todo = set(range(-(-rows.num_rows // part_rows))) - facts.keys()
+        facts |= encode(todo, num_done=num_before)
+        quarantined = [reason for part in facts.values() for *_, reason in part.quarantined]
+        _refuse_too_many(config, facts, rows.num_rows, Counter(quarantined))
+        encoded = Encoded(rows=rows, part_rows=part_rows, facts=facts, is_bound_N=is_bound_N)
+        plan = plan_files(encoded, config.duplicates, config.shards, stored)
+        written = work.files(plan.files)
+        lost = plan.parts_of(file for file in plan.files if file.path not in written) - whole - todo
+        encode(lost, num_done=rows.num_rows - len(lost) * part_rows)
+        written |= _write_files(plan, written, work, lease)
+    lease.check()
+    identity = Identity(
+        source=config.source.name,
+        config_hash=job["config_hash"],
+        input_hash=job["input_hash"],
+        rule=config.duplicates,
+        vocabulary=config.vocabulary,
+    )
+    manifest = finish(identity, plan, written, stored, work)
+    notices = []
+    if num_before:
+        notices.append(f"went on with an unfinished job: {num_before} of {rows.num_rows} rows were done")
+    if stored is not None:
+        new_files = ", ".join(file.path for file in plan.files)
+        notices.append(f"added {rows.num_rows} new rows to the {stored.manifest.rows_in} that were there: {new_files}")
+    return manifest, [*notices, *_copies(plan)]
+
+
+def _num_rows(facts: Mapping[int, PartFacts]) -> int:
+    return sum(len(part.places) + len(part.quarantined) for part in facts.values())
+
+
+def _refuse_too_many(
+    config: PrepareConfig, facts: Mapping[int, PartFacts], num_rows: int, reasons: Counter[str]
+) -> None:
+    """More rows are unreadable than allowed."""
+    lost = sum(reasons.values())
+    if lost <= config.quarantine.max_ratio * num_rows:
+        return
+    shown = "; ".join(
+        f"{num} rows: {reason}" for reason, num in sorted(reasons.items(), key=lambda r: (-r[1], r[0]))[:5]
+    )
+    first = min(entry for part in facts.values() for entry in part.quarantined)
+    raise _TooManyUnreadableError(
+        f"{lost} of {num_rows} rows can't be read ({shown}), more than "
+        f"quarantine.max_ratio={config.quarantine.max_ratio} allows. The first is "
+        f"image {first[1]!r}. Check the paths of the source, or allow more"
+    )
+
+
+def _copies(plan: Plan) -> list[str]:
+    """Notices about exact copies."""
+    verdict, notices = plan.verdict, []
+    if verdict.groups:
+        num = sum(len(group) - 1 for group in verdict.groups)
+        notices.append(f"{num} images are exact copies of others: see {shards.DUPLICATES}")
+    if verdict.num_moved:
+        notices.append(f"{verdict.num_moved} rows went to the split of their patients' copies")
+    if verdict.num_straddling:
+        notices.append(
+            f"{verdict.num_straddling} images have copies in another split, as the split column says: "
+            "they leak; duplicates=skip leaves the copies out of training"
+        )
+    return notices
 
 
 @contextlib.contextmanager
@@ -179,103 +291,100 @@ def _ray() -> Iterator[None]:
         ray.shutdown()
 
 
-def _encode(
-    rows: pa.Table, encoder: RowEncoder, config: ShardConfig, fs: fsspec.AbstractFileSystem, root: str
-) -> tuple[list[ShardFile], Facts]:
-    """Encodes and writes all rows; the files in order and what the rows added up to."""
-    counter = ray.remote(num_cpus=0)(_Counter).remote()
+def _stream(
+    blocks: Sequence[pa.Table], task: Callable[[pa.Table], pa.Table], lease: Lease, bar: Callable[[], Any]
+) -> Iterator[dict[str, Any]]:
+    """One Ray Data task a block; the rows that they return, as they come."""
     context = DataContext.get_current().copy()
-    context.execution_options.preserve_order = True  # a file is a run of consecutive row groups
     context.enable_progress_bars = False  # they count blocks; ours counts images
     context.raise_original_map_exception = True  # so that a full disk is an OSError here too
-    with (
-        DataContext.current(context),
-        quiet("ray.data"),
-        progress_bar("prepare", rows.num_rows, partial(_done, counter)),
-    ):
-        dataset = _dataset(rows, config).map_batches(
-            partial(_encode_groups, encoder=encoder, counter=counter), batch_size=None, batch_format="pyarrow"
+    if not blocks:
+        return
+    with DataContext.current(context), quiet("ray.data"), bar():
+        dataset = ray.data.from_arrow(list(blocks)).map_batches(task, batch_size=None, batch_format="pyarrow")
+        for row in dataset.iter_rows():
+            lease.check()
+            yield row
+
+
+class _Encode:
+    """Callable: numbers of parts -> their facts, after their rows were committed."""
+
+    def __init__(
+        self, config: PrepareConfig, encoder: RowEncoder, rows: pa.Table, part_rows: int, work: WorkFolder, lease: Lease
+    ) -> None:
+        self._config, self._encoder, self._part_rows, self._work = config, encoder, part_rows, work
+        self._lease, self._num_rows = lease, rows.num_rows
+        self._rows = ray.put(rows.drop_columns(["is_given", "key"]))  # tasks on this node share it
+
+    def __call__(self, parts: Collection[int], num_done: int) -> dict[int, PartFacts]:
+        counter = ray.remote(num_cpus=0)(_Counter).remote(num_done)
+        task = partial(
+            _encode_part,
+            rows=self._rows,
+            part_rows=self._part_rows,
+            encoder=self._encoder,
+            work=self._work,
+            storage=self._config.source_storage,
+            counter=counter,
         )
-        dataset = dataset.map_batches(
-            partial(_write_file, fs=fs, root=root),
-            batch_size=config.groups_per_file,
-            batch_format="pyarrow",
-            num_cpus=0.5,  # waits for storage; and another size than above keeps Ray from fusing the two
-        )
-        results = sorted(dataset.iter_rows(), key=lambda row: row["order"])
-    facts = Facts()
-    for result in results:
-        facts.add(Facts.from_json(result["facts"]))
-    facts.quarantined.sort()
-    files = [ShardFile(**json.loads(result["file"])) for result in results]
-    return [file for file in files if file.rows], facts
+        bar = partial(progress_bar, "prepare", self._num_rows, partial(_done, counter))
+        blocks = [pa.table({"part": [part]}) for part in sorted(parts)]
+        results = _stream(blocks, task, self._lease, bar)
+        return {row["part"]: PartFacts.from_json(row["facts"]) for row in results}
 
 
-def _dataset(rows: pa.Table, config: ShardConfig) -> Dataset:
-    """One block a row group: its number, its file, its split and its rows of the plan (as an Arrow stream).
-
-    The last block of a split carries empty groups that complete its last file, so that a file is always a batch of
-    `groups_per_file` rows of this dataset.
-    """
-    blocks: list[pa.Table] = []
-    order = 0
-    for split in SPLITS:
-        of_split = rows.filter(pc.equal(rows["split"], split))
-        for start in range(0, of_split.num_rows, config.row_group_rows):
-            number = start // config.rows_per_file
-            plans = [_to_ipc(of_split.slice(start, config.row_group_rows))]
-            if start + config.row_group_rows >= of_split.num_rows:
-                plans += [b""] * (-(start // config.row_group_rows + 1) % config.groups_per_file)
-            file = f"{split}/{number:05d}.parquet"
-            columns = {
-                "order": pa.array(range(order, order + len(plans)), type=pa.int64()),
-                "file": pa.array([file] * len(plans), type=pa.string()),
-                "split": pa.array([split] * len(plans), type=pa.string()),
-                "plan": pa.array(plans, type=pa.large_binary()),
-            }
-            blocks.append(pa.table(columns))
-            order += len(plans)
-    return ray.data.from_arrow(blocks)
+def _encode_part(
+    batch: pa.Table,
+    rows: Any,
+    part_rows: int,
+    encoder: RowEncoder,
+    work: WorkFolder,
+    storage: StorageConfig,
+    counter: Any,
+) -> pa.Table:
+    """Ray task: encodes and commits one part; its facts."""
+    (part,) = batch["part"].to_pylist()
+    plan = ray.get(rows).slice(part * part_rows, part_rows)
+    with sources_open_with(storage):
+        table, facts = encoder(plan)
+    work.write_part(part, table, facts)
+    counter.add.remote(plan.num_rows)
+    return pa.table({"part": [part], "facts": [facts.to_json()]})
 
 
-def _encode_groups(groups: pa.Table, encoder: RowEncoder, counter: Any) -> pa.Table:
-    """Ray task: plan rows of row groups to shard rows (as an Arrow stream) and facts (as JSON)."""
-    rows, facts = [], []
-    for plan in groups["plan"].to_pylist():
-        table, fact = encoder(_from_ipc(plan)) if plan else (shards.SCHEMA.empty_table(), Facts())
-        rows.append(_to_ipc(table))
-        facts.append(fact.to_json())
-        counter.add.remote(table.num_rows + len(fact.quarantined))
-    columns = {name: groups[name] for name in ("order", "file", "split")}
-    return pa.table(
-        {**columns, "rows": pa.array(rows, type=pa.large_binary()), "facts": pa.array(facts, pa.large_string())}
-    )
+def _write_files(
+    plan: Plan, written: Mapping[str, WrittenFile], work: WorkFolder, lease: Lease
+) -> dict[str, WrittenFile]:
+    """Writes the files that are not written; frees parts as soon as nobody needs them."""
+    todo = [file for file in plan.files if file.path not in written]
+    waiting = Counter(part for file in todo for part in plan.parts_of([file]))
+    blocks = []
+    for file in todo:
+        parts_K, places_K = plan.rows_of(file)
+        columns = {
+            "file": [json.dumps(asdict(file))],
+            "parts": pa.array([parts_K], type=pa.large_list(pa.int64())),
+            "places": pa.array([places_K], type=pa.large_list(pa.int64())),
+        }
+        blocks.append(pa.table(columns))
+    done: dict[str, WrittenFile] = {}
+    bar = partial(progress_bar, "write", len(todo), lambda: len(done), "files")
+    for row in _stream(blocks, partial(_write_file, work=work), lease, bar):
+        entry = WrittenFile.from_json(row["written"])
+        done[entry.file.path] = entry
+        parts = plan.parts_of(file for file in todo if file.path == entry.file.path)
+        waiting.subtract(parts)
+        work.drop_parts(part for part in parts if not waiting[part])
+    return done
 
 
-def _write_file(groups: pa.Table, fs: fsspec.AbstractFileSystem, root: str) -> pa.Table:
-    """Ray task: the row groups of one file to storage; the file's entry of the manifest and the sum of the facts."""
-    (path,), (split,) = set(groups["file"].to_pylist()), set(groups["split"].to_pylist())
-    facts = Facts()
-    for text in groups["facts"].to_pylist():
-        facts.add(Facts.from_json(text))
-    tables = (_from_ipc(data.as_buffer()) for data in groups["rows"])
-    file = shards.write_shard(fs, root, path, split, tables)
-    if not file.rows:
-        fs.rm(f"{root}/{path}")  # every row went to quarantine
-    order = groups["order"][0].as_py()
-    return pa.table({"order": [order], "file": [json.dumps(asdict(file))], "facts": [facts.to_json()]})
-
-
-def _to_ipc(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
-
-
-def _from_ipc(data: Any) -> pa.Table:
-    return pa.ipc.open_stream(data).read_all()
+def _write_file(batch: pa.Table, work: WorkFolder) -> pa.Table:
+    """Ray task: puts one file of the set together; its entry."""
+    tree = json.loads(batch["file"][0].as_py())
+    plan = FilePlan(**{**tree, "row_groups": tuple(tree["row_groups"])})
+    parts_K, places_K = (np.array(batch[name][0].as_py(), dtype=np.int64) for name in ("parts", "places"))
+    return pa.table({"written": [work.write_file(plan, parts_K, places_K).to_json()]})
 
 
 def _done(counter: Any) -> int | None:
@@ -288,8 +397,8 @@ def _done(counter: Any) -> int | None:
 class _Counter:
     """Actor: images done, for the progress bar. Losing it loses nothing."""
 
-    def __init__(self) -> None:
-        self._done = 0
+    def __init__(self, done: int) -> None:
+        self._done = done
 
     def add(self, num: int) -> None:
         self._done += num
@@ -298,61 +407,10 @@ class _Counter:
         return self._done
 
 
-def _finish(
-    config: PrepareConfig,
-    rows: pa.Table,
-    files: list[ShardFile],
-    facts: Facts,
-    fs: fsspec.AbstractFileSystem,
-    root: str,
-    hashes: tuple[str, str],
-) -> Manifest:
-    """Quarantine, tokenizer, manifest. ValueError where more rows are unreadable than allowed."""
-    rows_in, lost = rows.num_rows, len(facts.quarantined)
-    reasons = Counter(reason for *_, reason in facts.quarantined)
-    if lost > config.quarantine.max_ratio * rows_in:
-        shown = "; ".join(f"{num} rows: {reason}" for reason, num in reasons.most_common(5))
-        raise ValueError(
-            f"{lost} of {rows_in} rows can't be read ({shown}), more than "
-            f"quarantine.max_ratio={config.quarantine.max_ratio} allows. The first is "
-            f"image {facts.quarantined[0][1]!r}. Check the paths of the source, or allow more"
-        )
-    others = [_write_quarantine(facts, fs, root), *write_vocabulary(files, config.vocabulary, fs, root)]
-    gone = {image_id for _, image_id, _, _ in facts.quarantined}
-    columns = (rows[name].to_pylist() for name in ("split", "patient_id", "image_id"))
-    kept = {(split, patient) for split, patient, image_id in zip(*columns, strict=True) if image_id not in gone}
-    splits = {split: sum(f.rows for f in files if f.split == split) for split in SPLITS}
-    manifest = Manifest(
-        package_version=medim_ray.__version__,
-        config_hash=hashes[0],
-        input_hash=hashes[1],
-        rows_in=rows_in,
-        rows_out=sum(splits.values()),
-        rows_quarantined=lost,
-        splits=splits,
-        sources={config.source.name: sum(splits.values())},
-        quarantine=dict(sorted(reasons.items())),
-        flags=dict(sorted(facts.flags.items())),
-        patients={split: sum(s == split for s, _ in kept) for split in SPLITS},
-        labels={name: dict(sorted(counts.items())) for name, counts in sorted(facts.labels.items())},
-        intensity=facts.mean_std(),
-        files=tuple(files),
-        other_files=tuple(others),
-    )
-    assert manifest.rows_in == manifest.rows_out + manifest.rows_quarantined, "rows went missing"
-    with fs.open(f"{root}/{shards.MANIFEST}", "wb") as file:
-        file.write(manifest.to_json().encode())
-    return manifest
-
-
-def _write_quarantine(facts: Facts, fs: fsspec.AbstractFileSystem, root: str) -> OtherFile:
-    names = shards.QUARANTINE_SCHEMA.names
-    rows = [dict(zip(names, entry[1:], strict=True)) for entry in facts.quarantined]
-    return shards.write_table(fs, root, shards.QUARANTINE, pa.Table.from_pylist(rows, schema=shards.QUARANTINE_SCHEMA))
-
-
-def _summary(config: PrepareConfig, manifest: Manifest, salt: str, *, already_prepared: bool) -> PrepareSummary:
-    notices = []
+def _summary(
+    config: PrepareConfig, manifest: Manifest, salt: str, *, already_prepared: bool, notices: Sequence[str] = ()
+) -> PrepareSummary:
+    notices = list(notices)
     if not salt:
         notices.append(f"patient ids are hashed without a secret; set {SALT_VARIABLE} before sharing the shards")
     if num := manifest.flags.get(NO_PATIENT):
@@ -368,6 +426,7 @@ def _summary(config: PrepareConfig, manifest: Manifest, salt: str, *, already_pr
         rows_in=manifest.rows_in,
         splits=manifest.splits,
         quarantine=manifest.quarantine,
+        skipped=manifest.rows_skipped,
         notices=tuple(notices),
         already_prepared=already_prepared,
     )

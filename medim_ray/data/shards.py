@@ -1,6 +1,6 @@
 """The shard format: Parquet files of encoded grayscale images and reports, and manifest.json, which is written last.
 
-    OUT/<split>/NNNNN.parquet   OUT/quarantine.parquet   OUT/tokenizer/...   OUT/manifest.json
+    OUT/<split>/NNNNN.parquet   OUT/quarantine.parquet   OUT/duplicates.json   OUT/tokenizer/...   OUT/manifest.json
 A folder without a manifest is not a shard set. Nothing here knows Ray, sources or models.
 """
 
@@ -18,9 +18,14 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-SCHEMA_VERSION = 1
+from medim_ray.data.storage import committed, missing_packages
+
+SCHEMA_VERSION = 2  # 2: hashes of the pixels, duplicates
+READABLE = (1, 2)
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.parquet"
+DUPLICATES = "duplicates.json"
+WORK = ".prepare"  # what an unfinished `prepare` keeps in OUT to go on from; no part of the set
 TOKENIZER = "tokenizer"
 
 _TRUTH = pa.struct(
@@ -50,13 +55,16 @@ SCHEMA = pa.schema(
         ("labels", pa.map_(pa.string(), pa.string())),  # known labels only, sorted by name
         ("truth", pa.list_(_TRUTH)),  # empty where unknown
         ("flags", pa.list_(pa.string())),
+        ("pixel_hash", pa.string()),  # of the stored pixels before encoding: equal for exact duplicates
+        ("perceptual_hash", pa.string()),  # 64 bits in hexadecimal digits: few of them differ for near duplicates
     ],
     metadata={"medim_ray.schema_version": str(SCHEMA_VERSION)},
 )
 QUARANTINE_SCHEMA = pa.schema([("image_id", pa.string()), ("location", pa.string()), ("reason", pa.string())])
 
 # Images and masks are compressed already and never repeat; everything else does.
-_TEXT_COLUMNS = ["report", *(f"sections.{name}" for name in SECTIONS), "sentences.list.element", "image_id"]
+_TEXT_COLUMNS = ["report", *(f"sections.{name}" for name in SECTIONS), "sentences.list.element"]
+_TEXT_COLUMNS += ["image_id", "pixel_hash", "perceptual_hash"]
 _NAME_COLUMNS = ["split", "source", "view", "patient_id", "labels.key_value.key", "labels.key_value.value"]
 
 
@@ -85,8 +93,9 @@ class OtherFile:
 class Manifest:
     """What a shard set holds. intensity: `mean` and `std` over all stored training pixels, on the scale [0, 1].
 
-    rows_in = rows_out + rows_quarantined; quarantine: rows by reason; labels: name -> value -> rows;
-    config_hash: options that shape the rows; input_hash: the rows of the source as listed (not the image files).
+    rows_in = rows_out + rows_quarantined + rows_skipped (copies that `duplicates=skip` leaves out); quarantine: rows by
+    reason; labels: name -> value -> rows; intensity also has `pixels`, their number; config_hash: options that shape
+    the rows; input_hash: the rows of the source as listed (not the image files).
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -105,6 +114,7 @@ class Manifest:
     intensity: dict[str, float]
     files: tuple[ShardFile, ...]
     other_files: tuple[OtherFile, ...] = field(default=())
+    rows_skipped: int = 0
 
     def to_json(self) -> str:
         """Text of manifest.json; `checksum` covers every other key."""
@@ -120,9 +130,10 @@ class Manifest:
             version = int(tree["schema_version"])
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{url} is damaged, it is no manifest: run `medim-ray prepare` again") from None
-        if version != SCHEMA_VERSION:
+        if version not in READABLE:
             fix = "update medim-ray" if version > SCHEMA_VERSION else "run `medim-ray prepare` again into a new folder"
-            raise ValueError(f"{url}: shards of schema version {version}, this medim-ray reads {SCHEMA_VERSION}: {fix}")
+            known = " and ".join(str(v) for v in READABLE)
+            raise ValueError(f"{url}: shards of schema version {version}, this medim-ray reads {known}: {fix}")
         if tree.pop("checksum", None) != _checksum(tree):
             raise ValueError(
                 f"{url}: the checksum does not fit, the manifest was changed or damaged after it was written"
@@ -134,6 +145,9 @@ class Manifest:
 
 def _checksum(tree: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+_VERIFY = "it lies in the manifest; restore it, or prepare the set again. All differences: medim-ray shards verify"
 
 
 class ShardSet:
@@ -149,9 +163,16 @@ class ShardSet:
         return hashlib.blake2b(json.dumps(files).encode(), digest_size=6).hexdigest()
 
     @classmethod
-    def open(cls, url: str) -> ShardSet:
-        """ValueError where there is no (readable) manifest or one of another schema version."""
-        fs, root = fsspec.core.url_to_fs(url)
+    def open(cls, url: str, fs: fsspec.AbstractFileSystem | None = None) -> ShardSet:
+        """ValueError where there is no (readable) manifest or one of another schema version.
+
+        fs: the opened file system of `url`, where it needs options.
+        """
+        with missing_packages(url):
+            if fs is None:
+                fs, root = fsspec.core.url_to_fs(url)
+            else:
+                root = fs._strip_protocol(url)
         try:
             text = fs.cat_file(f"{root}/{MANIFEST}").decode(errors="replace")
         except (FileNotFoundError, NotADirectoryError):
@@ -174,6 +195,13 @@ class ShardSet:
         """Rows of a split, or of all splits."""
         return sum(f.rows for f in self.files(split))
 
+    def exact_duplicates(self) -> list[dict[str, Any]]:
+        """The groups of exact copies in duplicates.json; [] in a set of schema version 1."""
+        if not any(file.path == DUPLICATES for file in self.manifest.other_files):
+            return []
+        groups: list[dict[str, Any]] = json.loads(self.fs.cat_file(f"{self.root}/{DUPLICATES}"))["exact"]
+        return groups
+
     def path(self, file: ShardFile) -> str:
         """Path of a file on `self.fs` (and on `self.arrow_fs()`)."""
         return f"{self.root}/{file.path}"
@@ -191,10 +219,27 @@ class ShardSet:
         unknown = [name for name in columns if name not in SCHEMA.names]
         if unknown:
             raise ValueError(f"columns {', '.join(unknown)} are not in shards; they have {', '.join(SCHEMA.names)}")
-        empty = pa.schema([SCHEMA.field(name) for name in columns]).empty_table()
-        arrow_fs = self.arrow_fs()
-        tables = [pq.read_table(self.path(f), columns=list(columns), filesystem=arrow_fs) for f in self.files(split)]
-        return pa.concat_tables([empty, *(t.select(list(columns)).replace_schema_metadata(None) for t in tables)])
+        schema = pa.schema([SCHEMA.field(name) for name in columns])
+        tables = [self._read(file, schema) for file in self.files(split)]
+        return pa.concat_tables([schema.empty_table(), *tables])
+
+    def _read(self, file: ShardFile, schema: pa.Schema) -> pa.Table:
+        """Columns of one file; null where it is of an older schema version, which had none. ValueError: it is gone,
+        cut off or damaged since the manifest was written."""
+        try:
+            with self.arrow_fs().open_input_file(self.path(file)) as raw:
+                parquet = pq.ParquetFile(raw)
+                present = [name for name in schema.names if name in parquet.schema_arrow.names]
+                table = parquet.read(columns=present).replace_schema_metadata(None)
+        except FileNotFoundError:
+            raise ValueError(f"{self.url}: {file.path} is missing: {_VERIFY} {self.url}") from None
+        except (pa.ArrowInvalid, OSError) as error:
+            kind = type(error).__name__
+            raise ValueError(f"{self.url}: {file.path} can't be read ({kind}): {_VERIFY} {self.url}") from None
+        for name in schema.names:
+            if name not in present:
+                table = table.append_column(name, pa.nulls(table.num_rows, schema.field(name).type))
+        return table.select(schema.names)
 
 
 class HashingFile:
@@ -243,10 +288,12 @@ class HashingFile:
 def write_shard(
     fs: fsspec.AbstractFileSystem, root: str, path: str, split: str, groups: Iterable[pa.Table]
 ) -> ShardFile:
-    """Writes root/path, a row group for each table of `groups` that has rows; the same rows give the same bytes."""
-    fs.makedirs(f"{root}/{path}".rpartition("/")[0], exist_ok=True)
+    """Writes root/path, a row group for each table of `groups` that has rows; the same rows give the same bytes.
+
+    The file appears whole or not at all.
+    """
     rows: list[int] = []
-    with fs.open(f"{root}/{path}", "wb") as raw:
+    with committed(fs, f"{root}/{path}", f"{root}/{WORK}") as raw:
         out = HashingFile(raw)
         with pq.ParquetWriter(
             pa.PythonFile(out, mode="w"),
@@ -266,10 +313,18 @@ def write_shard(
 
 
 def write_table(fs: fsspec.AbstractFileSystem, root: str, path: str, table: pa.Table) -> OtherFile:
-    """Writes a small Parquet file of the set."""
-    with fs.open(f"{root}/{path}", "wb") as raw:
+    """Writes a small Parquet file of the set, whole or not at all."""
+    with committed(fs, f"{root}/{path}", f"{root}/{WORK}") as raw:
         out = HashingFile(raw)
         pq.write_table(table, pa.PythonFile(out, mode="w"), compression="zstd")
+    return OtherFile(path=path, bytes=out.num_bytes, blake2b=out.hexdigest())
+
+
+def write_bytes(fs: fsspec.AbstractFileSystem, root: str, path: str, data: bytes) -> OtherFile:
+    """Writes a small file of the set, whole or not at all."""
+    with committed(fs, f"{root}/{path}", f"{root}/{WORK}") as raw:
+        out = HashingFile(raw)
+        out.write(data)
     return OtherFile(path=path, bytes=out.num_bytes, blake2b=out.hexdigest())
 
 
@@ -322,6 +377,6 @@ def verify(url: str) -> list[str]:
             )
     for full in sorted(fs.find(root)):
         path = full[len(root.rstrip("/")) + 1 :]
-        if path.endswith(".parquet") and path not in known:
+        if path.endswith(".parquet") and path not in known and not path.startswith(f"{WORK}/"):
             differences.append(f"{path}: not in the manifest")
     return differences

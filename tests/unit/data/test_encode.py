@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from medim_ray.data.encode import Facts, RowEncoder, report_text
+from medim_ray.data.encode import PartFacts, RowCounts, RowEncoder, mean_std, pixel_sums, pooled, report_text
 from medim_ray.data.images import BadImageError, ImageEncoder, decode, decode_mask
 from medim_ray.data.sources import SOURCES
 from medim_ray.data.sources.base import Sample
@@ -48,28 +48,34 @@ def plan(reports: list[str], split: str = "train") -> pa.Table:
 def test_a_bad_row_leaves_and_is_counted() -> None:
     reports = ["Heart: normal. FINDINGS: No edema. IMPRESSION: Normal.", "x", "", "COMPARISON: none."]
     table, facts = RowEncoder(Rows(), ImageEncoder(ImageEncoder.Config(format="png")))(plan(reports))
-    assert table["image_id"].to_pylist() == ["i0", "i2", "i3"]
+    assert table["image_id"].to_pylist() == ["i0", "i2", "i3"] and facts.places == [0, 2, 3]
     assert facts.quarantined == [(1, "i1", "/x/1", "file not found")]
     assert table["flags"].to_pylist() == [[], ["no_report"], ["no_report"]]
-    assert facts.flags == {"no_report": 2} and facts.labels == {"view": {"PA": 3}, "age": {"5": 3}}
     assert dict(table["labels"].to_pylist()[0]) == {"age": "5", "view": "PA"}
     assert decode(table["image"][1].as_py())[0, 0] == 100
-    pixels = np.repeat([0.0, 100.0, 150.0], 2400) / 255
-    assert facts.mean_std() == pytest.approx({"mean": pixels.mean(), "std": pixels.std()})
+    assert table["pixel_hash"].to_pylist() == facts.pixel_hash and len(set(facts.pixel_hash)) == 3
+    counts = RowCounts()
+    counts.count(table)
+    counts.add({"no_report": 1}, {"age": {"6": 2}})
+    assert counts.flags == {"no_report": 3} and counts.labels == {"view": {"PA": 3}, "age": {"5": 3, "6": 2}}
 
 
-def test_only_training_pixels_count() -> None:
-    _, facts = RowEncoder(Rows(), ImageEncoder(ImageEncoder.Config()))(plan(["a"], split="val"))
-    assert facts.mean_std() == {}
+def test_facts_survive_json() -> None:
+    _, facts = RowEncoder(Rows(), ImageEncoder(ImageEncoder.Config()))(plan(["a", "b", "c"]))
+    again = PartFacts.from_json(facts.to_json())
+    assert again.quarantined == facts.quarantined and [tuple(sums) for sums in again.pixel_sums] == facts.pixel_sums
 
 
-def test_facts_survive_json_and_add_up() -> None:
-    _, one = RowEncoder(Rows(), ImageEncoder(ImageEncoder.Config()))(plan(["a", "b", "c"]))
-    total = Facts()
-    total.add(Facts.from_json(one.to_json()))
-    assert total == one
-    total.add(one)
-    assert total.intensity[0] == 2 * one.intensity[0] and len(total.quarantined) == 2
+def test_mean_and_deviation_are_those_of_all_pixels_of_both_depths() -> None:
+    rng = np.random.default_rng(0)
+    images: list[Any] = [rng.integers(0, 256, (40, 50 + k), dtype=np.uint8) for k in range(3)]
+    images += [rng.integers(0, 65536, (60, 40), dtype=np.uint16)]
+    sums = np.array([pixel_sums(image) for image in images])
+    pixels = np.concatenate([image.ravel() / np.iinfo(image.dtype).max for image in images])
+    expected = {"mean": pixels.mean(), "std": pixels.std(), "pixels": pixels.size}
+    assert mean_std(sums) == pytest.approx(expected) and mean_std(sums) == mean_std(sums[::-1])
+    assert pooled([mean_std(sums[:2]), {}, mean_std(sums[2:])]) == pytest.approx(expected)
+    assert mean_std(sums[:0]) == {} == pooled([])
 
 
 def test_the_text_is_findings_and_impression_or_the_body() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def rows(first: int, num: int, split: str = "train") -> pa.Table:
             "labels": [("view", "PA")],
             "truth": [{"finding": "nodule", "side": "left", "zone": "upper", "sentence": 0, "mask": b"png"}],
             "flags": [],
+            "pixel_hash": f"{k:032x}",
+            "perceptual_hash": f"{k:016x}",
         }
         for k in range(first, first + num)
     ]
@@ -130,11 +133,11 @@ def test_a_changed_manifest_is_found(tmp_path: Path) -> None:
         ShardSet.open(str(tmp_path))
 
 
-@pytest.mark.parametrize(("version", "fix"), [(2, "update medim-ray"), (0, "run `medim-ray prepare` again")])
+@pytest.mark.parametrize(("version", "fix"), [(3, "update medim-ray"), (0, "run `medim-ray prepare` again")])
 def test_another_schema_version_says_what_to_do(tmp_path: Path, version: int, fix: str) -> None:
     path = write_set(tmp_path) / shards.MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": version}))
-    with pytest.raises(ValueError, match=rf"schema version {version}.*reads 1: {fix}"):
+    with pytest.raises(ValueError, match=rf"schema version {version}.*reads 1 and 2: {fix}"):
         ShardSet.open(str(tmp_path))
 
 
@@ -144,3 +147,33 @@ def test_a_folder_without_manifest_is_no_shard_set(tmp_path: Path) -> None:
         ShardSet.open(str(tmp_path))
     with pytest.raises(ValueError, match="not a finished shard set"):
         verify(str(tmp_path / "nowhere"))
+
+
+def test_shards_of_the_first_schema_are_read_with_nulls(tmp_path: Path) -> None:
+    root = write_set(tmp_path)
+    for name in ("train/00000.parquet", "test/00000.parquet"):
+        pq.write_table(pq.read_table(root / name).drop_columns(["pixel_hash", "perceptual_hash"]), root / name)
+    table = ShardSet.open(str(root)).read_rows("train")
+    assert table["pixel_hash"].null_count == 13 and table["image_id"].null_count == 0
+
+
+def test_a_file_that_is_gone_or_cut_off_is_named_with_what_to_do(tmp_path: Path) -> None:
+    root = write_set(tmp_path)
+    path = root / "train/00000.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"train/00000.parquet can't be read .*medim-ray shards verify"):
+        ShardSet.open(str(root)).read_rows("train")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"train/00000.parquet is missing.*medim-ray shards verify"):
+        ShardSet.open(str(root)).read_rows("train")
+
+
+def test_a_shard_that_fails_half_way_does_not_appear(tmp_path: Path) -> None:
+    def groups() -> Iterator[pa.Table]:
+        yield rows(0, 8)
+        raise OSError(28, "No space left on device")
+
+    fs = fsspec.filesystem("file")
+    with pytest.raises(OSError, match="No space"):
+        write_shard(fs, str(tmp_path), "train/00000.parquet", "train", groups())
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

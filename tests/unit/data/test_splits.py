@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medim_ray.data.splits import SplitConfig, assign, hash_patient, split_of
+from medim_ray.data.splits import SPLITS, Patients, SplitConfig, deal, hash_patient, hash_patients, split_of
 
 IDS = st.lists(st.text(min_size=1, max_size=4), min_size=1, max_size=40)
 
 
 def split(patients: list[str], given_splits: list[str] | None = None) -> list[str]:
-    names = [f"image{i}" for i in range(len(patients))]
-    return assign(patients, given_splits or [""] * len(patients), names, SplitConfig())
+    names = pa.array([f"image{i}" for i in range(len(patients))])
+    encoded = pa.array(patients).dictionary_encode()
+    rows = Patients(encoded.indices.to_numpy(), encoded.dictionary)
+    codes, is_given = deal(rows, pa.array(given_splits or [""] * len(patients)), names, SplitConfig())
+    of_given = {p for p, g in zip(patients, given_splits or [""] * len(patients), strict=True) if g}
+    assert is_given.tolist() == [p in of_given for p in patients]
+    return [SPLITS[code] for code in codes]
 
 
 @given(patients=IDS, more=IDS)
@@ -55,6 +61,7 @@ def test_unknown_split_names_are_listed() -> None:
 def test_hashes_depend_on_the_salt_and_splits_do_not() -> None:
     assert hash_patient("a", "x") == hash_patient("a", "x") != hash_patient("a", "y")
     assert len({hash_patient(f"p{i}", "x") for i in range(5000)}) == 5000
+    assert hash_patients(pa.array(["a", "bé"]), "x").to_pylist() == [hash_patient("a", "x"), hash_patient("bé", "x")]
     assert hash_patient("a", "long salt " * 50) != hash_patient("a", "long salt " * 51)
 
 
