@@ -6,6 +6,7 @@ against each other. Components never see RunConfig.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,7 +38,9 @@ class TrainConfig:
         hashed=False,
         fixed=False,
     )
-    num_workers: int = option(1, "Ray Train workers (data-parallel ranks)", fixed=False)
+    num_workers: int | tuple[int, int] = option(
+        1, "Ray Train workers (data-parallel ranks); [least, most]: as many as the cluster has at the time", fixed=False
+    )
     zero: int = option(0, "DeepSpeed ZeRO stage, 0 to 3", fixed=False)
     global_batch: int = option(8, "images per optimizer step, over all workers and accumulation steps")
     micro_batch: int | None = option(
@@ -57,28 +60,62 @@ class TrainConfig:
     use_gpu: bool = option(False, "one GPU per worker", hashed=False, fixed=False)
     cpus_per_worker: float = option(1.0, "logical CPUs of Ray per worker", hashed=False, fixed=False)
     max_failures: int = option(
-        3, "worker or node failures after which the run ends with the error", hashed=False, fixed=False
+        3, "losses of workers or nodes after which the run ends with the error", hashed=False, fixed=False
+    )
+    max_preemptions: int = option(
+        -1, "preemptions after which the run ends; -1: no bound, they are nobody's fault", hashed=False, fixed=False
+    )
+    max_errors: int = option(
+        3, "times that an exception may stop the same step before the run ends with it", hashed=False, fixed=False
+    )
+    hang_timeout_s: float = option(
+        600.0, "seconds of silence after which a worker counts as hung, and is replaced", hashed=False, fixed=False
+    )
+    resize_every_s: float = option(
+        60.0, "seconds between looks for more workers, where num_workers is a range", hashed=False, fixed=False
+    )
+    on_bad_step: Literal["stop", "skip", "rewind"] = option(
+        "stop",
+        "loss or gradient not finite, or a spike: stop the run; skip: leave the global batch out; rewind: go back to "
+        "the newest checkpoint, then leave it out",
+        hashed=False,
+        fixed=False,
+    )
+    spike_factor: float = option(
+        0.0,
+        "a gradient norm over this many medians of the last 64 is a bad step; 0: none is",
+        hashed=False,
+        fixed=False,
     )
 
     def __post_init__(self) -> None:
-        for key in ("steps", "num_workers", "global_batch", "checkpoint_every", "keep_last"):
+        if self.min_workers < 1 or self.min_workers > self.max_workers:
+            raise ValueError(f"num_workers={self.num_workers}: a number from 1 on, or [least, most]")
+        for key in ("steps", "global_batch", "checkpoint_every", "keep_last", "max_errors"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"zero={self.zero}: ZeRO stages are 0, 1, 2 and 3")
         if self.stop_after is not None and self.stop_after < 1:
             raise ValueError(f"stop_after={self.stop_after}: must be at least 1, or null for no stop")
-        if self.global_batch % self.num_workers:
-            raise ValueError(
-                f"global_batch={self.global_batch} is not divisible by num_workers={self.num_workers}: "
-                f"every worker takes the same share; use global_batch={_up(self.global_batch, self.num_workers)}"
-            )
-        share = self.global_batch // self.num_workers
-        if self.micro_batch is not None and (self.micro_batch < 1 or share % self.micro_batch):
-            raise ValueError(
-                f"micro_batch={self.micro_batch} does not divide the {share} images of a worker "
-                f"(global_batch={self.global_batch} / num_workers={self.num_workers}): use a divisor of {share}"
-            )
+        for num in self.worker_counts:
+            share, rest = divmod(self.global_batch, num)
+            if rest:
+                raise ValueError(
+                    f"global_batch={self.global_batch} is not divisible by num_workers={num}: every worker takes the "
+                    f"same share; use global_batch={_up(self.global_batch, math.lcm(*self.worker_counts))}"
+                )
+            if self.micro_batch is not None and (self.micro_batch < 1 or share % self.micro_batch):
+                raise ValueError(
+                    f"micro_batch={self.micro_batch} does not divide the {share} images of a worker "
+                    f"(global_batch={self.global_batch} / num_workers={num}): use a divisor of {share}"
+                )
+        if not self.hang_timeout_s > 0 or not self.resize_every_s > 0:
+            raise ValueError(f"hang_timeout_s={self.hang_timeout_s}, resize_every_s={self.resize_every_s}: above 0")
+        if self.spike_factor and self.spike_factor <= 1:
+            raise ValueError(f"spike_factor={self.spike_factor}: must be above 1, e.g. 10, or 0 for none")
+        if self.max_preemptions < -1:
+            raise ValueError(f"max_preemptions={self.max_preemptions}: a number from 0 on, or -1 for no bound")
         for key in ("lr", "min_lr", "weight_decay", "clip_norm", "max_failures"):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 0")
@@ -90,14 +127,29 @@ class TrainConfig:
             raise ValueError(f"warmup_ratio={self.warmup_ratio}: a share of the steps, between 0 and 1")
 
     @property
+    def min_workers(self) -> int:
+        """The smallest number of workers that the run may have."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The largest number of workers that the run may have."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def worker_counts(self) -> range:
+        """Every number of workers that the run may have."""
+        return range(self.min_workers, self.max_workers + 1)
+
+    @property
     def local_micro_batch(self) -> int:
-        """Images per forward and worker."""
-        return self.micro_batch or self.global_batch // self.num_workers
+        """Images per forward and worker, at the largest number of workers."""
+        return self.micro_batch or self.global_batch // self.max_workers
 
     @property
     def accumulation(self) -> int:
-        """Forwards per optimizer step and worker."""
-        return self.global_batch // (self.num_workers * self.local_micro_batch)
+        """Forwards per optimizer step and worker, at the largest number of workers."""
+        return self.global_batch // (self.max_workers * self.local_micro_batch)
 
     @property
     def last_step(self) -> int:
@@ -144,10 +196,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         granules = self.granules_per_step
-        if granules % self.train.num_workers:
+        common = math.lcm(*self.train.worker_counts)
+        if granules % common:
             raise ValueError(
                 f"data.granules_per_step={granules} is not divisible by train.num_workers={self.train.num_workers}: "
-                f"granules are dealt in turn; use data.granules_per_step={_up(granules, self.train.num_workers)}"
+                f"granules are dealt in turn; use data.granules_per_step={_up(granules, common)}"
             )
         if self.train.global_batch % granules:
             raise ValueError(
@@ -161,10 +214,11 @@ class RunConfig:
         """Granules a global batch; by default the largest of 4, 2, 1 that divides it, or one a worker."""
         if self.data.granules_per_step is not None:
             return self.data.granules_per_step
+        common = math.lcm(*self.train.worker_counts)
         for num in (4, 2, 1):
-            if self.train.global_batch % num == 0 and num % self.train.num_workers == 0:
+            if self.train.global_batch % num == 0 and num % common == 0:
                 return num
-        return self.train.num_workers
+        return common
 
 
 def _up(value: int, divisor: int) -> int:

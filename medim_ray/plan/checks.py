@@ -10,18 +10,18 @@ from medim_ray.plan.workload import Workload
 
 def check_workers(train: TrainConfig, cluster: Cluster) -> None:
     """One worker a GPU: there must be enough of them."""
-    if train.num_workers > cluster.num_gpus:
+    if train.max_workers > cluster.num_gpus:
         c = cluster.config
         raise ValueError(
-            f"train.num_workers={train.num_workers} is more than the {cluster.num_gpus} GPUs of the cluster "
+            f"train.num_workers={train.max_workers} is more than the {cluster.num_gpus} GPUs of the cluster "
             f"({c.num_nodes} nodes of {c.gpus_per_node}): use train.num_workers={cluster.num_gpus} or less, or "
-            f"cluster.num_nodes={cluster.num_nodes_of(train.num_workers)}"
+            f"cluster.num_nodes={cluster.num_nodes_of(train.max_workers)}"
         )
 
 
 def check_batch(train: TrainConfig, cluster: Cluster, work: Workload) -> None:
     """The micro-batch must fit in memory at one ZeRO stage at least, if need be with activation checkpointing."""
-    micro, workers = train.local_micro_batch, train.num_workers
+    micro, workers = train.local_micro_batch, train.max_workers
     for stage in STAGES:
         for checkpointed in (False, True):
             if fits(cluster, work, stage=stage, num_gpus=workers, micro_batch=micro, checkpointed=checkpointed):

@@ -77,7 +77,7 @@ def setting_of(config: RunConfig) -> Setting:
     """The layout of a recipe, without checkpointing."""
     train = config.train
     return Setting(
-        num_gpus=train.num_workers,
+        num_gpus=train.max_workers,
         stage=train.zero,
         micro_batch=train.local_micro_batch,
         accumulation=train.accumulation,

@@ -114,11 +114,11 @@ def make_plan(config: RunConfig, cluster: Cluster) -> Plan:
 
 def _setting(train: TrainConfig, cluster: Cluster, work: Workload) -> tuple[Setting, list[str]]:
     """The recipe's layout. Where it does not fit as it stands, checkpointing is planned and that is said."""
-    layout = {"stage": train.zero, "num_gpus": train.num_workers, "micro_batch": train.local_micro_batch}
+    layout = {"stage": train.zero, "num_gpus": train.max_workers, "micro_batch": train.local_micro_batch}
     checkpointed, warnings = False, []
     if not fits(cluster, work, checkpointed=False, **layout):
         checkpointed = fits(cluster, work, checkpointed=True, **layout)
-        best = largest_micro_batch(cluster, work, stage=train.zero, num_gpus=train.num_workers, checkpointed=False)
+        best = largest_micro_batch(cluster, work, stage=train.zero, num_gpus=train.max_workers, checkpointed=False)
         others = [s for s in STAGES if fits(cluster, work, checkpointed=False, **{**layout, "stage": s})]
         warnings.append(
             f"train.micro_batch={train.local_micro_batch} does not fit at train.zero={train.zero}: "

@@ -21,7 +21,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 import medim_ray
-from medim_ray.config.schema import RunConfig
+from medim_ray.config.schema import RunConfig, TrainConfig
 from medim_ray.data.shards import ShardSet
 from medim_ray.probes.command import ENCODERS, read_result
 from medim_ray.studies.figures import curve, interval_bar
@@ -182,6 +182,10 @@ def _number(value: Any) -> float:
 # --- Head ----------------------------------------------------------------------------------------------------------
 
 
+def _workers(train: TrainConfig) -> str:
+    return " to ".join(str(num) for num in sorted({train.min_workers, train.max_workers}))
+
+
 def _head(run_dir: str, config: RunConfig, config_text: str, records: Sequence[Mapping[str, Any]]) -> Head:
     train = config.train
     newest = CheckpointStore(run_dir).newest()
@@ -195,7 +199,7 @@ def _head(run_dir: str, config: RunConfig, config_text: str, records: Sequence[M
         ("Data", _data(config)),
         (
             "Spread over",
-            f"{train.num_workers} workers, ZeRO stage {train.zero}, global batch {train.global_batch} "
+            f"{_workers(train)} workers, ZeRO stage {train.zero}, global batch {train.global_batch} "
             f"({train.local_micro_batch} a forward, {train.accumulation} accumulated), {train.precision}",
         ),
         ("Checkpoint", f"{newest.name}, {newest.step} steps" if newest else "none committed yet"),

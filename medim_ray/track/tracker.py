@@ -13,7 +13,6 @@ from typing import Any
 
 import fsspec
 import ray
-from ray.train import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _LOG = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ class Tracker:
         self._dropped = 0
         self._run: Any = None
         self._last_step = -1
-        self._notes: list[str] = []
+        self._stop = False
         if aim_repo:
             try:
                 self._open(aim_repo, run_dir, params)
@@ -54,27 +53,26 @@ class Tracker:
             log_system_params=False,
         )
         self._run["config"] = params
+        self._last_step = self._run.get("last_step", -1)  # steps that are done again are not shown twice
         fs.pipe_file(file, f"{self._run.hash}\n".encode())
 
-    def log(self, record: dict[str, Any], dropped: int) -> None:
-        """A record of metrics.jsonl, and how many the sender has dropped so far."""
+    def log(self, record: dict[str, Any], dropped: int) -> bool:
+        """A record of metrics.jsonl, and how many the sender has dropped so far; whether the run is asked to stop."""
         self._latest, self._dropped = record, dropped
-        if self._run is None or record["step"] <= self._last_step:
-            return
-        self._last_step = record["step"]
+        if self._run is not None and record["step"] > self._last_step:
+            self._track(record)
+        return self._stop
+
+    def _track(self, record: dict[str, Any]) -> None:
+        self._last_step = self._run["last_step"] = record["step"]
         for name, value in record.items():
             if isinstance(value, int | float) and name not in ("step", "epoch"):
                 with contextlib.suppress(Exception):
                     self._run.track(value, name=name, step=record["step"], epoch=record["epoch"])
 
-    def note(self, text: str) -> None:
-        """Something the user should read now, e.g. why workers are started again."""
-        self._notes.append(text)
-
-    def take_notes(self) -> list[str]:
-        """The notes since the last call."""
-        notes, self._notes = self._notes, []
-        return notes
+    def request_stop(self) -> None:
+        """The run is to commit a checkpoint and end: the answers to `log` say so from now on."""
+        self._stop = True
 
     def latest(self) -> dict[str, Any] | None:
         """The newest record, for the progress line."""
@@ -86,18 +84,6 @@ class Tracker:
             with contextlib.suppress(Exception):
                 self._run.close()
         return self._dropped
-
-
-class FailureNotes(UserCallback):
-    """Tells the tracker, and so the user, what made Ray Train start the workers again."""
-
-    def __init__(self, tracker: Any) -> None:
-        self._tracker = tracker
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        for rank, error in sorted(worker_exceptions.items()):
-            text = str(error).strip() or type(error).__name__
-            self._tracker.note.remote(f"worker {rank} failed: {text.splitlines()[-1]}")
 
 
 def start_tracker(aim_repo: str, run_dir: str, params: dict[str, Any]) -> Any:
@@ -114,11 +100,18 @@ class TrackerClient:
         self._tracker = tracker
         self._pending: list[Any] = []
         self._dropped = 0
+        self._stop = False
+
+    def stop_requested(self) -> bool:
+        """Whether an answer so far said that the run is to stop."""
+        return self._stop
 
     def log(self, record: dict[str, Any]) -> None:
         """Fire and forget."""
         if self._pending:
-            _, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
+            answered, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
+            with contextlib.suppress(ray.exceptions.RayError):  # the actor is a view: it may die and be started again
+                self._stop = self._stop or any(ray.get(answered))
         if len(self._pending) >= _MAX_PENDING:
             self._dropped += 1
             return

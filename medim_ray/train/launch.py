@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import threading
 import uuid
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,38 +33,38 @@ from medim_ray.data.pipeline import ReaderFactory, execution_options
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.sources.base import absolute
 from medim_ray.models.vit import INITS
-from medim_ray.track.tracker import FailureNotes, start_tracker
+from medim_ray.track.tracker import start_tracker
+from medim_ray.train.attempts import Budgets, of_error, of_outcome
 from medim_ray.train.build import build_masking, needs_text, stream_plan
+from medim_ray.train.control import Outcome
 from medim_ray.train.runs import read_config, write_config
-from medim_ray.train.store import CheckpointStore
+from medim_ray.train.store import Checkpoint, CheckpointStore
 from medim_ray.train.stream import StreamFactory, reader_factory, run_worker
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """step: optimizer steps that are committed; finished: the run has reached train.steps."""
+    """step: optimizer steps that are committed; finished: the run has reached train.steps; signal: what asked the run
+    to end before, 0 where nothing did."""
 
     run_dir: str
     step: int
     finished: bool
+    signal: int = 0
 
 
 def launch(config: RunConfig, console: Console | None = None) -> RunResult:
-    """Trains to the end of the run or to `train.stop_after`, from wherever its newest checkpoint is.
+    """Trains to the end of the run or to `train.stop_after`, from wherever its newest checkpoint is; SIGTERM, SIGINT
+    and SIGUSR1 make it commit a checkpoint and return.
 
     ValueError for what the user can mend; RuntimeError, with the workers' error, where training failed.
     """
     console = console or Console(stderr=True)
     shards = check(config)
     config = absolute_paths(config)
-    store = CheckpointStore(config.run.dir)
-    newest = store.newest(lambda text: console.print(f"[yellow]{text}"))
-    if newest is not None and newest.manifest["data_hash"] != shards.content_hash:
-        raise ValueError(
-            f"{config.run.dir} was trained on other shards: data.shards={config.data.shards} has content "
-            f"{shards.content_hash}, its checkpoint {newest.manifest['data_hash']}. Give the "
-            "same shards, or another run.dir"
-        )
+    newest = _newest(config, shards, lambda text: console.print(f"[yellow]{text}"))
     done = newest.step if newest is not None else 0
     if done >= config.train.last_step:
         console.print(f"{config.run.dir} is at step {done} of {config.train.steps}: nothing to do")
@@ -76,15 +77,108 @@ def launch(config: RunConfig, console: Console | None = None) -> RunResult:
         # Looks at encoder and tokenizer, for which it loads timm: seconds that Ray takes to start.
         reader = pool.submit(reader_factory, config, shards)
         with ray_session(config.run.ray_address, _cpus(config)):
-            _fit(config, shards, reader.result(), done, console)
-    newest = store.newest()
-    step = newest.step if newest is not None else 0
-    if step < config.train.last_step:
+            signal_number = _attempts(config, shards, reader.result(), console)
+    step = _committed(config)
+    if step < config.train.last_step and not signal_number:
         raise RuntimeError(
             f"the workers ended, but {config.run.dir} holds no checkpoint of step {config.train.last_step} here: "
             "run.dir must be storage that every node sees, such as a shared folder or s3://"
         )
-    return RunResult(config.run.dir, step, step >= config.train.steps)
+    if signal_number:
+        console.print(f"{signal.Signals(signal_number).name}: stopped after step {step}; the same command goes on")
+    return RunResult(config.run.dir, step, step >= config.train.steps, signal_number)
+
+
+def _newest(config: RunConfig, shards: ShardSet, report: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint that the run goes on from; ValueError where it was trained on other data."""
+    newest = CheckpointStore(config.run.dir).newest(report)
+    if newest is not None and newest.manifest["data_hash"] != shards.content_hash:
+        raise ValueError(
+            f"{config.run.dir} was trained on other shards: data.shards={config.data.shards} has content "
+            f"{shards.content_hash}, its checkpoint {newest.manifest['data_hash']}. Give the same shards, or another "
+            "run.dir"
+        )
+    return newest
+
+
+def _committed(config: RunConfig) -> int:
+    """Optimizer steps behind the newest committed checkpoint."""
+    newest = CheckpointStore(config.run.dir).newest()
+    return newest.step if newest is not None else 0
+
+
+def _attempts(config: RunConfig, shards: ShardSet, reader: ReaderFactory, console: Console) -> int:
+    """Groups of workers, one after the other, until the run is where it should be; the signal that ended it before.
+
+    RuntimeError where a budget is spent (attempts.py).
+    """
+    write_config(config, shards.content_hash)
+    tree = to_tree(config)
+    tracker = start_tracker(_aim_repo(config) if config.track.aim else "", config.run.dir, tree)
+    budgets = Budgets(config.train)
+    try:
+        with progress(config, tracker, console), stop_signals() as received:
+            while True:
+                try:
+                    failure = of_outcome(_fit(_trainer(config, shards, reader, tracker), tracker, received))
+                except ray.train.TrainingFailedError as error:
+                    failure, cause = of_error(error), error
+                else:
+                    cause = None
+                if failure is None or received:
+                    return received[0] if received else 0
+                step = _committed(config)
+                why_enough = budgets.exhausted_by(failure, step)
+                if why_enough:
+                    raise RuntimeError(f"training ended after step {step}: {failure} ({why_enough})") from cause
+                console.print(f"[yellow]{escape(str(failure))}: going on from step {step}")
+    finally:
+        with contextlib.suppress(ray.exceptions.RayError):  # Aim is a view: its end must not hold up the run's
+            dropped = ray.get(tracker.close.remote(), timeout=20)
+            if dropped:
+                console.print(f"{dropped} records did not reach Aim; metrics.jsonl is complete")
+        ray.kill(tracker)
+
+
+def _fit(trainer: TorchTrainer, tracker: Any, received: list[int]) -> Outcome:
+    """What the workers return. Signals reach this thread, so Ray Train runs in another one; the first one received
+    asks the workers to commit a checkpoint and end."""
+    future: Future[Outcome] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(trainer.fit().return_value)
+        except BaseException as error:  # handed on to the waiting thread, whatever it is
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    asked = False
+    while not wait([future], timeout=0.2).done:
+        if received and not asked:
+            tracker.request_stop.remote()
+            asked = True
+    return future.result()
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM, SIGINT and SIGUSR1 (Slurm's warning); a second one ends this process at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # a trial of a sweep: its actor is ended by Tune
+        return
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
@@ -130,7 +224,7 @@ def _changed(old: RunConfig, new: RunConfig) -> list[str]:
 
 def _cpus(config: RunConfig) -> int:
     """Logical CPUs for a Ray that is started here: the workers, the decoding actors, the trial of a sweep."""
-    return max(os.cpu_count() or 1, int(config.train.num_workers * config.train.cpus_per_worker) + 1)
+    return max(os.cpu_count() or 1, int(config.train.max_workers * config.train.cpus_per_worker) + 1)
 
 
 @contextlib.contextmanager
@@ -163,58 +257,42 @@ def _aim_repo(config: RunConfig) -> str:
     return config.track.aim_repo or str(beside)
 
 
-def _fit(config: RunConfig, shards: ShardSet, reader: ReaderFactory, done: int, console: Console) -> None:
-    write_config(config, shards.content_hash)
-    tree = to_tree(config)
-    repo = _aim_repo(config) if config.track.aim else ""
-    tracker = start_tracker(repo, config.run.dir, tree)
-    stream = StreamFactory(
-        stream_plan(config, shards),
-        reader,
-        config.run.dir,
-        config.train.last_step,
-        config.data.num_actors,
-    )
+def _trainer(config: RunConfig, shards: ShardSet, reader: ReaderFactory, tracker: Any) -> TorchTrainer:
+    """One group of workers. Ray Train retries nothing by itself: attempts.py tells failures apart."""
+    train = config.train
+    stream = StreamFactory(stream_plan(config, shards), reader, config.run.dir, train.last_step, config.data.num_actors)
     fs, root = fsspec.core.url_to_fs(config.run.dir)
-    env = {"OMP_NUM_THREADS": str(max(1, int(config.train.cpus_per_worker)))}
-    if not config.train.use_gpu:
+    env = {"OMP_NUM_THREADS": str(max(1, int(train.cpus_per_worker)))}
+    if not train.use_gpu:
         env["DS_ACCELERATOR"] = "cpu"
-    trainer = TorchTrainer(
+    # Read by Ray Train's controller, and passed on to it, when it starts.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(train.hang_timeout_s)
+    elastic = {} if isinstance(train.num_workers, int) else {"elastic_resize_monitor_interval_s": train.resize_every_s}
+    return TorchTrainer(
         run_worker,
-        train_loop_config={"config": tree, "tracker": tracker},
-        torch_config=TorchConfig(backend=None if config.train.use_gpu else "gloo"),
+        train_loop_config={"config": to_tree(config), "tracker": tracker},
+        torch_config=TorchConfig(backend=None if train.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=config.train.num_workers,
-            use_gpu=config.train.use_gpu,
-            resources_per_worker={"CPU": config.train.cpus_per_worker, **({"GPU": 1} if config.train.use_gpu else {})},
+            num_workers=train.num_workers,
+            use_gpu=train.use_gpu,
+            resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": 1} if train.use_gpu else {})},
+            **elastic,
         ),
         run_config=ray.train.RunConfig(
-            # Ray's own record is per launch: what a run has done is told by its checkpoints alone.
+            # Ray's own record is per attempt: what a run has done is told by its checkpoints alone.
             name=f"launch-{uuid.uuid4().hex[:8]}",
             storage_path=f"{root.rstrip('/')}/ray",
             storage_filesystem=pafs.PyFileSystem(pafs.FSSpecHandler(fs)),
-            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
             worker_runtime_env={"env_vars": env},
-            callbacks=[FailureNotes(tracker)],
         ),
         datasets={"train": stream},
         dataset_config=DataConfig(execution_options=execution_options()),
     )
-    try:
-        with progress(config, done, tracker, console):
-            trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise RuntimeError(f"training failed: {error}") from error
-    finally:
-        with contextlib.suppress(ray.exceptions.RayError):  # Aim is a view: its end must not hold up the run's
-            dropped = ray.get(tracker.close.remote(), timeout=20)
-            if dropped:
-                console.print(f"{dropped} records did not reach Aim; metrics.jsonl is complete")
-        ray.kill(tracker)
 
 
 @contextlib.contextmanager
-def progress(config: RunConfig, done: int, tracker: Any, console: Console) -> Iterator[None]:
+def progress(config: RunConfig, tracker: Any, console: Console) -> Iterator[None]:
     """A line with step, loss terms, rate, data-wait share and time left, fed by the tracker."""
     bar = Progress(
         TextColumn("[bold]{task.description}"),
@@ -225,14 +303,14 @@ def progress(config: RunConfig, done: int, tracker: Any, console: Console) -> It
         console=console,
         refresh_per_second=2,
     )
-    task = bar.add_task("pretrain", total=config.train.last_step, completed=done, terms="starting workers")
+    task = bar.add_task(
+        "pretrain", total=config.train.last_step, completed=_committed(config), terms="starting workers"
+    )
     stop = threading.Event()
 
     def show() -> None:
         with contextlib.suppress(ray.exceptions.RayError):
-            record, notes = ray.get([tracker.latest.remote(), tracker.take_notes.remote()], timeout=5)
-            for note in notes:
-                console.print(f"[yellow]{escape(note)}")
+            record = ray.get(tracker.latest.remote(), timeout=5)
             if record is not None:
                 bar.update(task, completed=record["step"] + 1, terms=describe(record))
 
@@ -253,7 +331,7 @@ def progress(config: RunConfig, done: int, tracker: Any, console: Console) -> It
 
 def describe(record: dict[str, Any]) -> str:
     """The numbers of a record that fit on a line."""
-    hidden = {"step", "epoch", "lr", "grad_norm", "samples_per_s", "step_s", "data_wait_ratio"}
+    hidden = {"step", "epoch", "lr", "grad_norm", "samples_key", "samples_per_s", "step_s", "data_wait_ratio"}
     terms = [f"{k} {v:.4g}" for k, v in record.items() if k not in hidden and isinstance(v, float) and "/" not in k]
     return " ".join([*terms[:6], f"{record['samples_per_s']:.1f} samples/s", f"wait {record['data_wait_ratio']:.0%}"])
 

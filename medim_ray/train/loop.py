@@ -15,10 +15,13 @@ from torch import Tensor
 
 from medim_ray.config.schema import TrainConfig
 from medim_ray.data.collate import Columns, micro_batches, to_batch
+from medim_ray.data.reader import IMAGE_ID
 from medim_ray.data.transforms import View
-from medim_ray.draws import step_draws
+from medim_ray.draws import name_key, step_draws
 from medim_ray.schedules import Schedule
-from medim_ray.train.metrics import mean_over_ranks
+from medim_ray.train.control import Outcome, RunControl
+from medim_ray.train.health import NumberGuard
+from medim_ray.train.metrics import reduce_logs
 
 
 class Recorder(Protocol):
@@ -44,6 +47,8 @@ class Trainer:
     views: tuple[View, ...]
     steps: Iterator[Columns]
     lr: Schedule
+    guard: NumberGuard
+    control: RunControl
     recorder: Recorder
     checkpoints: Checkpoints
     first_step: int
@@ -51,47 +56,77 @@ class Trainer:
     samples_per_epoch: int
 
 
-def train(run: Trainer) -> None:
-    """Steps from `first_step` to the end of the run or to `stop_after`; a checkpoint is committed at the last one."""
+def train(run: Trainer) -> Outcome:
+    """Steps from `first_step` to the end of the run, to `stop_after`, or to where driver or cluster want it to end; a
+    checkpoint is committed at the last one. BadStep where a step has numbers that must not become weights."""
     last = run.config.last_step
     for step in range(run.first_step, last):
         started = time.perf_counter()
         columns = next(run.steps)
         waited = time.perf_counter() - started
-        logs = train_step(run, step, columns)
-        elapsed = time.perf_counter() - started
-        run.recorder.log(record(run, step, logs, elapsed, waited))
-        if (step + 1) % run.config.checkpoint_every == 0 or step + 1 == last:
+        logs, sums = train_step(run, step, columns)
+        run.recorder.log(record(run, step, logs, sums, time.perf_counter() - started, waited))
+        ends = run.control.decide(sums)
+        if (step + 1) % run.config.checkpoint_every == 0 or step + 1 == last or ends:
             run.checkpoints.save(step + 1)
+        if ends and step + 1 < last:
+            return Outcome(kind=ends[0], step=step + 1, message=ends[1])
+    return Outcome(kind="finished", step=last)
 
 
-def train_step(run: Trainer, step: int, columns: Columns) -> dict[str, float]:
-    """One optimizer step over this rank's share of the global batch; the logged means over all ranks."""
+def train_step(run: Trainer, step: int, columns: Columns) -> tuple[dict[str, float], dict[str, float]]:
+    """One optimizer step over this rank's share of the global batch; means and sums over all ranks.
+
+    The numbers are reduced and judged before the last backward pass, so that a bad step changes nothing.
+    """
     torch.manual_seed(int(step_draws(run.seed, step).integers(f"torch/{run.rank}", 1, 1 << 62)[0, 0]))
     for group in run.engine.optimizer.param_groups:
         group["lr"] = run.lr(step) * group["lr_ratio"] * (step >= group["frozen_steps"])
         group["weight_decay"] = run.config.weight_decay * group["decay_ratio"]
+    sums = {**run.control.wishes(), "samples_key": samples_key(columns)}
+    if step in run.guard.omitted:
+        return reduce_logs([], sums, run.device)
     logs: list[dict[str, Tensor]] = []
-    for rows in micro_batches(columns, run.config.local_micro_batch):
+    parts = list(micro_batches(columns, run.config.local_micro_batch))
+    for rows in parts:
         batch = to_batch(rows, run.views, run.device)
         assert batch.step == step, f"the stream is at step {batch.step}, the loop at step {step}"
         output = run.engine(batch)
+        logs.append({"loss": output.loss.detach(), **output.logs})
+        if len(logs) == len(parts):
+            means, sums = reduce_logs(logs, sums, run.device)
+            if not run.guard.passes(step, means, columns):
+                return means, sums
         run.engine.backward(output.loss)
         run.engine.step()
-        logs.append({"loss": output.loss.detach(), **output.logs})
     run.engine.module.after_step(step)
-    return mean_over_ranks(logs, run.device)
+    run.guard.check_norm(step, grad_norm(run.engine), columns)
+    return means, sums
 
 
-def record(run: Trainer, step: int, logs: dict[str, float], elapsed: float, waited: float) -> dict[str, Any]:
+def grad_norm(engine: Any) -> float | None:
+    """The global gradient norm of the last step before clipping; None where the engine has not made a step."""
+    norm = engine.get_global_grad_norm()
+    return float(norm) if norm is not None else None
+
+
+def samples_key(columns: Columns) -> float:
+    """A number that tells which samples a rank had, whatever their order: the sum of 32 bits of each id's key."""
+    return float(sum(name_key(str(image_id)) >> 32 for image_id in columns[IMAGE_ID]))
+
+
+def record(
+    run: Trainer, step: int, logs: dict[str, float], sums: dict[str, float], elapsed: float, waited: float
+) -> dict[str, Any]:
     """The line of metrics.jsonl for one step."""
-    grad_norm = run.engine.get_global_grad_norm()
+    omitted = run.guard.omitted.get(step)
     return {
         "step": step,
         "epoch": step * run.config.global_batch // run.samples_per_epoch,
-        **logs,
+        **({"omitted": omitted} if omitted else logs),
         "lr": run.lr(step),
-        "grad_norm": float(grad_norm) if grad_norm is not None else None,
+        "grad_norm": None if omitted else grad_norm(run.engine),
+        "samples_key": int(sums["samples_key"]),
         "samples_per_s": run.config.global_batch / elapsed,
         "step_s": elapsed,
         "data_wait_ratio": waited / elapsed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,21 @@ def read_metrics(run_dir: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in read_lines(run_dir)]
 
 
-def mean_over_ranks(logs: list[dict[str, Tensor]], device: torch.device) -> dict[str, float]:
-    """Mean of each scalar over the micro-batches and all ranks; every rank must log the same names."""
-    names = sorted(logs[0])
-    values = torch.stack([torch.stack([log[name].detach().float().to(device) for name in names]) for log in logs])
-    mean = values.mean(dim=0)
-    dist.all_reduce(mean)
-    mean /= dist.get_world_size()
-    return dict(zip(names, mean.tolist(), strict=True))
+def reduce_logs(
+    logs: list[dict[str, Tensor]], sums: Mapping[str, float], device: torch.device
+) -> tuple[dict[str, float], dict[str, float]]:
+    """One reduction a step: the mean of each scalar of `logs` over micro-batches and ranks, and `sums` over the ranks.
+
+    Every rank must give the same names; `logs` may be empty. float64, so that sums of 32-bit integers are exact.
+    """
+    names = sorted(logs[0]) if logs else []
+    own = torch.tensor([sums[name] for name in sorted(sums)], dtype=torch.float64, device=device)
+    rows = [torch.stack([log[name].detach().double().to(device) for name in names]) for log in logs]
+    mean = torch.stack(rows).mean(dim=0) if rows else own[:0]
+    both = torch.cat([mean / dist.get_world_size(), own])
+    dist.all_reduce(both)
+    reduced: list[float] = both.tolist()
+    return (
+        dict(zip(names, reduced[: len(names)], strict=True)),
+        dict(zip(sorted(sums), reduced[len(names) :], strict=True)),
+    )

@@ -20,6 +20,7 @@ from medim_ray.train.store import CheckpointStore
 if TYPE_CHECKING:
     from medim_ray.config.schema import RunConfig
     from medim_ray.data.shards import ShardSet
+    from medim_ray.train.control import Outcome
 
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ def reader_factory(config: RunConfig, shards: ShardSet) -> ReaderFactory:
     return partial(pickle.loads, pickle.dumps(make_reader(config, shards)))
 
 
-def run_worker(settings: dict[str, Any]) -> None:
+def run_worker(settings: dict[str, Any]) -> Outcome:
     """Entry point of a Ray Train worker. settings: config (plain tree), tracker (actor handle)."""
     blocks = ray.train.get_dataset_shard("train").iter_batches(
         batch_size=None, batch_format="numpy", prefetch_batches=settings["config"]["data"]["prefetch_blocks"]
@@ -40,7 +41,7 @@ def run_worker(settings: dict[str, Any]) -> None:
     blocks = early(blocks)
     from medim_ray.train.worker import train_worker
 
-    train_worker(settings, blocks)
+    return train_worker(settings, blocks)
 
 
 def early(items: Iterable[T]) -> Iterator[T]:

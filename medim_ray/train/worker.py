@@ -7,9 +7,9 @@ restores the same checkpoint, and the loop checks that both are at the same step
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from medim_ray.schedules import cosine
 from medim_ray.track.tracker import TrackerClient
 from medim_ray.train import checkpoint
 from medim_ray.train.build import build_crop, build_objective, stream_plan
+from medim_ray.train.control import Outcome, RunControl
+from medim_ray.train.health import BadStep, NumberGuard, omitted_steps, write_bad_step, write_batch_plan
 from medim_ray.train.loop import Trainer, train
 from medim_ray.train.metrics import MetricsFile
 from medim_ray.train.store import CheckpointStore
@@ -39,13 +41,13 @@ class RunRecorder:
 
     def __init__(self, run_dir: str, first_step: int, tracker: Any, is_first: bool) -> None:
         self._file = MetricsFile(run_dir, first_step) if is_first else None
-        self._tracker = TrackerClient(tracker) if is_first and tracker is not None else None
+        self.tracker = TrackerClient(tracker) if is_first and tracker is not None else None
 
     def log(self, record: dict[str, Any]) -> None:
         if self._file is not None:
             self._file.write(record)
-        if self._tracker is not None:
-            self._tracker.log(record)
+        if self.tracker is not None:
+            self.tracker.log(record)
 
     def sync(self) -> None:
         """Publishes the metrics file where the run lies on object storage."""
@@ -74,10 +76,31 @@ class RunCheckpoints:
         ray.train.report({"step": step, "checkpoint": name})
 
 
-def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> None:
+class BadStepReport:
+    """Keeps what is known of a bad step in the run folder: rank 0 the record, every rank its batch plan."""
+
+    def __init__(self, config: RunConfig, rank: int) -> None:
+        self._config, self._rank = config, rank
+
+    def __call__(self, bad: BadStep, columns: Columns) -> None:
+        run_dir, train = self._config.run.dir, self._config.train
+        write_batch_plan(run_dir, bad.step, self._rank, columns)
+        if self._rank == 0:
+            record = {
+                "step": bad.step,
+                "reason": bad.reason,
+                "first_position": bad.step * train.global_batch,
+                "num_samples": train.global_batch,
+                "policy": train.on_bad_step,
+                "omitted": train.on_bad_step != "stop",
+            }
+            write_bad_step(run_dir, record)
+
+
+def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> Outcome:
     """Trains on this rank's blocks. settings: config (plain tree), tracker (actor handle)."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    config = from_tree(RunConfig, settings["config"])
+    config = of_this_group(from_tree(RunConfig, settings["config"]), dist.get_world_size())
     shards = ShardSet.open(config.data.shards)
     device = ray.train.torch.get_device()
     objective = build_objective(config, shards)
@@ -87,7 +110,7 @@ def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> None:
     if newest is not None:
         checkpoint.restore(store, newest, engine)
     first_step = newest.step if newest is not None else 0
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     recorder = RunRecorder(config.run.dir, first_step, settings["tracker"], rank == 0)
     plan = stream_plan(config, shards)
     run = Trainer(
@@ -96,23 +119,40 @@ def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> None:
         engine=engine,
         device=device,
         views=build_crop(config).views,
-        steps=_steps(blocks, first_step, config.granules_per_step // world_size),
+        steps=_steps(blocks, first_step, config.granules_per_step // config.train.max_workers),
         lr=cosine(
             config.train.lr,
             config.train.min_lr,
             config.train.steps,
             warmup_steps=round(config.train.warmup_ratio * config.train.steps),
         ),
+        guard=NumberGuard(config.train, _omitted(config.run.dir), BadStepReport(config, rank)),
+        control=RunControl(recorder.tracker),
         recorder=recorder,
         checkpoints=RunCheckpoints(config, shards.content_hash, engine, recorder),
         first_step=first_step,
         rank=rank,
         samples_per_epoch=plan.steps_per_epoch * plan.global_batch,
     )
-    if rank == 0:
-        num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-        _LOG.info(json.dumps({"parameters": num_parameters, "first_step": first_step, "workers": world_size}))
-    train(run)
+    try:
+        return train(run)
+    except BadStep as bad:
+        recorder.sync()
+        return Outcome(kind="bad_step", step=first_step, message=str(bad))
+
+
+def of_this_group(config: RunConfig, world_size: int) -> RunConfig:
+    """The configuration with the number of workers that there are; the images of a forward stay those of the largest
+    group, so that losses within a forward do not depend on the size of the group."""
+    train = replace(config.train, num_workers=world_size, micro_batch=config.train.local_micro_batch)
+    return replace(config, data=replace(config.data, granules_per_step=config.granules_per_step), train=train)
+
+
+def _omitted(run_dir: str) -> dict[int, str]:
+    """Collective: the steps that the run leaves out, as rank 0 reads them."""
+    steps = [omitted_steps(run_dir) if dist.get_rank() == 0 else {}]
+    dist.broadcast_object_list(steps)
+    return steps[0]
 
 
 def _steps(blocks: Iterable[Columns], first_step: int, slots_per_rank: int) -> Iterator[Columns]:

@@ -1,0 +1,91 @@
+"""What follows when the workers of a run end: done, once more, or an error; a budget for each kind of failure.
+
+Ray Train starts a group of workers an attempt (launch.py); that the next one goes on exactly is the checkpoints' part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import ray.exceptions
+from ray.train import TrainingFailedError
+
+from medim_ray.config.schema import TrainConfig
+from medim_ray.train.control import Outcome
+
+Kind = Literal["preemption", "loss", "error", "numbers"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an attempt ended early. rank: of the worker that is to blame, where one is."""
+
+    kind: Kind
+    rank: int | None
+    message: str
+
+    def __str__(self) -> str:
+        who = "" if self.rank is None else f"worker {self.rank}: "
+        return f"{who}{self.message}"
+
+
+def of_outcome(outcome: Outcome) -> Failure | None:
+    """The failure that the workers told of themselves, None where they ended as they should."""
+    if outcome.kind == "preempted":
+        return Failure("preemption", None, outcome.message)
+    return Failure("numbers", None, outcome.message) if outcome.kind == "bad_step" else None
+
+
+def of_error(error: TrainingFailedError) -> Failure:
+    """The failure behind Ray Train's exception.
+
+    Where one worker is lost the others fail in their collectives, so a loss is told before an exception.
+    """
+    if type(error).__name__ == "PreemptionError":
+        return Failure("preemption", None, str(error))
+    worker_failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
+    for rank, one in sorted(worker_failures.items()):
+        inner = getattr(one, "health_check_failure", one)
+        if isinstance(inner, ray.exceptions.RayActorError) and inner.preempted:
+            return Failure("preemption", rank, "its node was taken away")
+    for rank, one in sorted(worker_failures.items()):
+        inner = getattr(one, "health_check_failure", one)
+        if isinstance(inner, ray.exceptions.RayActorError):
+            return Failure("loss", rank, "its process or node is gone")
+        if "HealthCheck" in type(one).__name__:
+            return Failure("loss", rank, f"it hangs: {_last_line(one)}")
+    for rank, one in sorted(worker_failures.items()):
+        return Failure("error", rank, _last_line(one))
+    return Failure("error", None, _last_line(error))
+
+
+def _last_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[-1].strip() if text else type(error).__name__
+
+
+@dataclass
+class Budgets:
+    """Counts failures and says when it is enough. The budgets are those of TrainConfig; -1: no bound."""
+
+    train: TrainConfig
+    _spent: dict[Kind, int] = field(default_factory=dict)
+    _error_step: int = -1
+
+    def exhausted_by(self, failure: Failure, step: int) -> str | None:
+        """Counts `failure` after `step` committed steps; why the run ends now, or None: once more."""
+        if failure.kind == "error" and step != self._error_step:
+            # Progress was made since the last one: it is not the same step that fails.
+            self._error_step, self._spent["error"] = step, 0
+        self._spent[failure.kind] = spent = self._spent.get(failure.kind, 0) + 1
+        if failure.kind == "numbers":
+            # A step that is left out can't fail again, so policies other than stop need no bound.
+            return "train.on_bad_step=stop" if self.train.on_bad_step == "stop" else None
+        if failure.kind == "error":
+            enough = spent >= self.train.max_errors
+            return f"the same step failed {spent} times (train.max_errors)" if enough else None
+        option = {"preemption": "max_preemptions", "loss": "max_failures"}[failure.kind]
+        bound: int = getattr(self.train, option)
+        return f"train.{option}={bound} is spent" if 0 <= bound < spent else None

@@ -1,0 +1,58 @@
+"""Who may end a run early, and how the ranks agree on it: driver, signals, preemption. No loss and no engine here.
+
+A rank puts its wish into the reduction that the step's logs make anyway (metrics.py); so every rank learns of it in the
+same step, commits a checkpoint and returns. What the driver does next is in attempts.py.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+import ray.train
+
+STOP, PREEMPTION = "stop", "preemption"  # names of the flags in the reduction
+_PREEMPTION_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker returns. kind: finished (train.steps or stop_after), stopped (asked to), preempted (its node goes
+    away), bad_step (numbers.py). step: optimizer steps that are committed."""
+
+    kind: Literal["finished", "stopped", "preempted", "bad_step"]
+    step: int
+    message: str = ""
+
+
+class RunControl:
+    """One rank's view. `wishes` goes into the reduction of a step, `decide` reads its sum.
+
+    mailbox: on rank 0, tells whether the driver wants a stop (TrackerClient); None on the others.
+    """
+
+    def __init__(self, mailbox: Any | None) -> None:
+        self._mailbox = mailbox
+        self._next_look = time.monotonic()
+
+    def wishes(self) -> dict[str, float]:
+        """{STOP: the driver asked for it, PREEMPTION: it is time to ask Ray about it}, as numbers to be summed."""
+        stop = self._mailbox is not None and self._mailbox.stop_requested()
+        look = self._mailbox is not None and time.monotonic() >= self._next_look
+        if look:
+            self._next_look = time.monotonic() + _PREEMPTION_EVERY_S
+        return {STOP: float(stop), PREEMPTION: float(look)}
+
+    def decide(self, sums: dict[str, float]) -> tuple[Literal["stopped", "preempted"], str] | None:
+        """Collective in the sense that every rank calls it with the same sums: how the run ends now, if it does."""
+        if sums[STOP]:
+            return "stopped", "asked to stop"
+        if sums[PREEMPTION]:
+            # A barrier over the ranks, so it is asked seldom and by all in the same step.
+            info = ray.train.get_preemption_info()
+            if info is not None:
+                left = "" if info.deadline_ms is None else f", {info.deadline_ms / 1e3 - time.time():.0f} s left"
+                return "preempted", f"{len(info.preempted_node_ids)} nodes go away{left}"
+        return None
