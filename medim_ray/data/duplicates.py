@@ -192,7 +192,7 @@ def to_json(rows: Hashed, verdict: Verdict, rule: str, earlier: Sequence[dict[st
     equal = _equal_hashes(rows, first_U)
     near: list[dict[str, Any]] = []
     for pair, bits in [(p, 0) for p in equal] + list(
-        zip(first_U[pairs_P2], distances(hashes_U, pairs_P2).tolist(), strict=True)
+        zip(np.sort(first_U[pairs_P2], axis=1), distances(hashes_U, pairs_P2).tolist(), strict=True)
     ):
         sides = splits(np.asarray(pair))
         near.append(

@@ -6,21 +6,17 @@ found); shards are decoded by `decode`, which trusts them. DICOM is read in dico
 
 from __future__ import annotations
 
-import contextlib
 import io
-import time
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import cv2
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-_PAUSES_S = (0.2, 1.0, 3.0)
-_STUMBLES = (TimeoutError, ConnectionError, EOFError)
+from medim_ray.data.storage import read_bytes
 
 Gray = NDArray[np.uint8] | NDArray[np.uint16]
 
@@ -143,30 +139,20 @@ def decode_mask(data: bytes) -> NDArray[np.bool_]:
 def fetch(url: str) -> bytes:
     """The bytes of one row's file at any fsspec URL; remote storage that stumbles is asked again.
 
-    BadImageError: the file can't be read.
+    BadImageError: the file can't be read. RuntimeError: its storage keeps failing.
     """
     if not url:
         raise BadImageError("no image path")
-    for pause_s in _PAUSES_S if "://" in url else ():
-        with contextlib.suppress(*_STUMBLES):
-            return _read(url)
-        time.sleep(pause_s)
     try:
-        return _read(url)
+        return read_bytes(url)
     except FileNotFoundError:
         raise BadImageError("file not found") from None
     except PermissionError:
         raise BadImageError("no permission to read the file") from None
     except IsADirectoryError:
         raise BadImageError("a folder, not a file") from None
-    except Exception as error:  # a name too long or with NUL, a broken disk or link; clients have errors of their own
+    except (OSError, ValueError) as error:  # a name too long or with NUL, a broken disk or link
         raise BadImageError(f"file can't be read: {type(error).__name__}") from None
-
-
-def _read(url: str) -> bytes:
-    with fsspec.open(url, "rb") as file:
-        data: bytes = file.read()
-    return data
 
 
 def decode_file(data: bytes) -> Gray:

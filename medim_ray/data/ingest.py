@@ -32,7 +32,7 @@ from medim_ray.data.lease import Lease
 from medim_ray.data.listing import final_rows, rows_hash
 from medim_ray.data.output import Stored
 from medim_ray.data.progress import progress_bar, quiet
-from medim_ray.data.shards import Manifest
+from medim_ray.data.shards import Manifest, ShardSet
 from medim_ray.data.sources import SOURCES
 from medim_ray.data.sources.base import Source, absolute
 from medim_ray.data.splits import SplitConfig, hash_patient
@@ -139,6 +139,7 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     with storage_faults(f"out={config.out}"):
         manifest = output.look(out, fs, root, job)
         if manifest is not None and manifest.input_hash == job["input_hash"]:
+            ShardSet(config.out, fs, root, manifest).check_files()
             return _already(config, WorkFolder(fs, root), manifest, salt)
         stored = None if manifest is None else output.read_stored(out, fs, root, manifest)
         todo = rows if stored is None else output.new_rows(out, rows, stored)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from medim_ray.data.storage import committed, missing_packages
+from medim_ray.data.storage import committed, missing_packages, sizes
 
 SCHEMA_VERSION = 2  # 2: hashes of the pixels, duplicates
 READABLE = (1, 2)
@@ -195,6 +195,15 @@ class ShardSet:
         """Rows of a split, or of all splits."""
         return sum(f.rows for f in self.files(split))
 
+    def check_files(self, split: str | None = None) -> None:
+        """ValueError where a file of the split (of any: None) is gone or has another size; nothing is read."""
+        found = sizes(self.fs, self.root)
+        for file in self.files(split):
+            size = found.get(file.path)
+            if size != file.bytes:
+                what = "is missing" if size is None else f"has {size} bytes instead of {file.bytes}"
+                raise ValueError(f"{self.url}: {file.path} {what}: {_VERIFY} {self.url}")
+
     def exact_duplicates(self) -> list[dict[str, Any]]:
         """The groups of exact copies in duplicates.json; [] in a set of schema version 1."""
         if not any(file.path == DUPLICATES for file in self.manifest.other_files):
@@ -345,18 +354,18 @@ class Nowhere:
         return memoryview(data).nbytes
 
 
-def verify(url: str) -> list[str]:
+def verify(url: str, fs: fsspec.AbstractFileSystem | None = None) -> list[str]:
     """Every difference between the manifest and the files, one line each; [] where the set is whole.
 
-    Reads every byte. ValueError where there is no manifest; a manifest that was changed is a difference.
+    Reads every byte. fs: see `ShardSet.open`. ValueError where there is no manifest; a manifest that was changed is a difference.
     """
-    fs, root = fsspec.core.url_to_fs(url)
     try:
-        shards = ShardSet.open(url)
+        shards = ShardSet.open(url, fs)
     except ValueError as error:
-        if not fs.exists(f"{root}/{MANIFEST}"):
+        if "not a finished shard set" in str(error):
             raise
         return [str(error)]
+    fs, root = shards.fs, shards.root
     listed: list[ShardFile | OtherFile] = [*shards.manifest.files, *shards.manifest.other_files]
     known = {file.path: file for file in listed}
     differences = []

@@ -11,7 +11,7 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,31 +108,39 @@ def sources_open_with(config: StorageConfig) -> Iterator[None]:
         conf.update(before)
 
 
-def read_bytes(url: str) -> bytes:
-    """The whole file at any URL; servers that fail for a moment are asked again.
+def retried(url: str, read: Callable[[], bytes]) -> bytes:
+    """What `read` returns; where the storage of `url` is remote and fails for a moment, it is asked again.
 
     FileNotFoundError, PermissionError and other OSErrors of the file itself; RuntimeError where the storage keeps
-    failing (the file may be fine).
+    failing: the file may be fine, so the job must not go on without it.
     """
+    is_remote = (split_protocol(url)[0] or "file") not in ("file", "local")
     for attempt in range(_ATTEMPTS):
         try:
-            with fsspec.open(url, "rb") as file:
-                data: bytes = file.read()
-                return data
+            return read()
         except Exception as error:
             status = _status(error)
             if status in (404, 410):
                 raise FileNotFoundError(url) from None
             if status in (401, 403):
                 raise PermissionError(url) from None
-            if not _passing(error) or (split_protocol(url)[0] or "file") in ("file", "local"):
+            if not is_remote or not _passing(error):
                 raise
             if attempt == _ATTEMPTS - 1:
-                raise RuntimeError(
-                    f"the storage of the images keeps failing ({_words(error)}): run the same command again to go on"
-                ) from None
+                raise RuntimeError(f"the storage of the images keeps failing ({_words(error)})") from None
             time.sleep(0.2 * 3**attempt)
     raise AssertionError
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole file at any URL; see `retried`."""
+
+    def read() -> bytes:
+        with fsspec.open(url, "rb") as file:
+            data: bytes = file.read()
+            return data
+
+    return retried(url, read)
 
 
 def _status(error: BaseException) -> int | None:
@@ -175,7 +183,7 @@ def storage_faults(option: str, kept: str = "") -> Iterator[None]:
     except Exception as error:
         cause: Any = getattr(error, "cause", None) or error  # where Ray wrapped it
         if isinstance(cause, RuntimeError) and cause is not error:
-            raise RuntimeError(str(cause)) from None
+            raise RuntimeError(f"{cause}{kept}") from None
         if not isinstance(cause, OSError) and not _foreign(cause):
             raise
         if isinstance(cause, PermissionError):

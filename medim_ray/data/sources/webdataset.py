@@ -19,6 +19,7 @@ from medim_ray.data.sources.base import SOURCES, Sample, absolute, decode_image,
 from medim_ray.data.sources.files import decode_text, extension, join, list_files, readable
 from medim_ray.data.sources.folder import IMAGE_EXTENSIONS
 from medim_ray.data.sources.roles import ColumnConfig, choose_roles
+from medim_ray.data.storage import retried
 
 _IMAGES = (*IMAGE_EXTENSIONS, "dcm")
 _MAX_TEXT = 1 << 24  # bytes of a text member; more is no report
@@ -92,13 +93,16 @@ class WebDatasetSource:
 
 
 def _bytes_at(url: str, offset: int, size: int) -> bytes:
-    try:
+    def read() -> bytes:
         with fsspec.open(url, "rb", **({"cache_type": "none"} if "://" in url else {})) as file:
             file.seek(offset)
             data: bytes = file.read(size)
+            return data
+
+    try:
+        return retried(url, read)
     except OSError as error:
         raise BadImageError(f"tar can't be read: {type(error).__name__}") from None
-    return data
 
 
 def _groups(url: str, endings: tuple[str, ...]) -> list[_Group]:
