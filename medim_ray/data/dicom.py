@@ -74,6 +74,7 @@ _PIXELS = [
     *("BluePaletteColorLookupTableDescriptor", "BluePaletteColorLookupTableData"),
 ]
 _HEADER = sorted({*FIELDS.values(), *_IDENTITY, "NumberOfFrames", "SpecificCharacterSet"})
+_OVERLAY_BIT = 0x60000102
 _SECONDARY_CAPTURE_CLASSES = "1.2.840.10008.5.1.4.1.1.7"
 
 
@@ -113,7 +114,7 @@ def decode_dicom(data: bytes, *, window: Window) -> Radiograph:
     """
     if not data:
         raise BadImageError("empty file")
-    dataset = _dataset(io.BytesIO(data), [*_HEADER, *_PIXELS], stop_before_pixels=False)
+    dataset = _dataset(io.BytesIO(data), [*_HEADER, *_PIXELS, _OVERLAY_BIT], stop_before_pixels=False)
     header = _header(dataset)
     flags = [SECONDARY_CAPTURE] if header.secondary_capture else []
     flags += [TAGS_REPAIRED] if _repair(dataset) else []
@@ -143,7 +144,7 @@ def refuse_other(header: Header, *, body_parts: Sequence[str], modalities: Seque
         raise BadImageError(f"modality {re.sub('[^A-Z0-9]', '?', modality)[:8]!r} is not wanted")
 
 
-def _dataset(file: Any, keywords: Sequence[str], *, stop_before_pixels: bool) -> Any:
+def _dataset(file: Any, keywords: Sequence[str | int], *, stop_before_pixels: bool) -> Any:
     """The dataset with `keywords` only. A file without preamble is read where its first tag looks like DICOM."""
     start = file.read(132)
     file.seek(0)
@@ -301,7 +302,9 @@ _PLUGINS = {str(syntax): "pillow" for syntax in (JPEGBaseline8Bit, JPEG2000, JPE
 
 def _stored(dataset: Any) -> tuple[NDArray[Any], bool]:
     """Stored values [H, W], colour as luma (ITU-R 601); whether more bits were used than the header says."""
-    syntax = UID(str(dataset.file_meta.TransferSyntaxUID))
+    syntax, bits = UID(str(dataset.file_meta.TransferSyntaxUID)), int(dataset.BitsStored)
+    if not syntax.is_encapsulated and not dataset.PixelRepresentation:
+        dataset.BitsStored = dataset.BitsAllocated  # or else pydicom cuts what the header does not tell of
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -312,6 +315,7 @@ def _stored(dataset: Any) -> tuple[NDArray[Any], bool]:
         raise BadImageError(f"damaged pixel data ({syntax.name})") from None
     except Exception:  # each codec has errors of its own
         raise BadImageError(f"damaged or short pixel data ({syntax.name})") from None
+    dataset.BitsStored = bits
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         values = pydicom.pixels.apply_color_lut(values, dataset)
         values = (values >> 8 if values.dtype == np.uint16 else values).astype(np.uint8)
@@ -319,8 +323,9 @@ def _stored(dataset: Any) -> tuple[NDArray[Any], bool]:
         return cv2.cvtColor(np.ascontiguousarray(values.astype(np.uint8)), cv2.COLOR_RGB2GRAY), False
     if values.ndim != 2:
         raise BadImageError(f"pixels of {values.ndim} dimensions")
-    bits = int(dataset.BitsStored)
     if values.dtype.kind == "u" and int(values.max()) >= 1 << bits:
+        if dataset.get(_OVERLAY_BIT):  # a drawing in the bits above the image
+            return values & values.dtype.type((1 << bits) - 1), False
         dataset.BitsStored = int(values.max()).bit_length()
         return values, True
     return values, False

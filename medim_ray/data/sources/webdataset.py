@@ -88,7 +88,7 @@ class WebDatasetSource:
         offset, size = (int(part) for part in place.split(":"))
         data = _bytes_at(url, offset, size) if size >= 0 else b""
         if len(data) != size:
-            raise BadImageError("the tar was cut off in the middle of this sample")
+            raise BadImageError("the tar was cut off in this sample: it has no end mark")
         return plain_sample(row, decode_image(data))
 
 
@@ -108,32 +108,26 @@ def _bytes_at(url: str, offset: int, size: int) -> bytes:
 def _groups(url: str, endings: tuple[str, ...]) -> list[_Group]:
     """The samples of a tar in its order; of a tar that was cut off, the last one is marked."""
     groups: dict[str, _Group] = {}
-    last, whole = "", False
+    last, end = "", 0
     with readable(url), fsspec.open(url, "rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
         if file.read(2) == b"\x1f\x8b":
             raise ValueError(f"{url} is compressed, and samples are read at their place: unpack it with gunzip")
         file.seek(0)
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
+                    end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                     folder, slash, base = member.name.rpartition("/")
                     stem, _, ending = base.partition(".")
-                    if not member.isfile() or base.startswith(".") or not ending:
-                        continue
-                    last = f"{folder}{slash}{stem}"
-                    group = groups.setdefault(last, _Group(key=last))
-                    _add(tar, member, ending.lower(), group, endings)
-                    whole = member.offset_data + member.size <= size
-                if whole:
-                    whole = size - tar.offset >= 0
+                    if member.isfile() and stem and ending:
+                        last = f"{folder}{slash}{stem}"
+                        _add(tar, member, ending.lower(), groups.setdefault(last, _Group(key=last)), endings)
         except (tarfile.ReadError, EOFError):
-            if not groups:
+            if not end:
                 raise ValueError(f"{url} is no tar file") from None
-            whole = False
-    if groups and not whole:
-        groups[last].image = "0:-1"
+        file.seek(end)
+        if groups and file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # no end mark
+            groups[last].image = "0:-1"
     return list(groups.values())
 
 
