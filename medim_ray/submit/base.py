@@ -23,6 +23,14 @@ NO_PACKAGE = 78
 """Exit code of a job whose image or interpreter lacks medim_ray (EX_CONFIG)."""
 
 
+EXIT_CODE, STOPPED = "exit_code", "stopped"
+"""Files in a job's folder: what the command ended with, and that it was told to."""
+
+
+GRACE_S = 60.0
+"""Seconds between the request to end and the kill."""
+
+
 class TargetError(RuntimeError):
     """The target can't be reached, refuses, or lost the job; the message says what to do."""
 

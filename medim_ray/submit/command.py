@@ -74,8 +74,17 @@ def _send(job: Job, target: Target) -> Record:
         attempt=job.attempt,
         handle=handle,
         submitted_at=time.time(),
-        spec=to_tree(job.spec),
+        spec=_escaped(to_tree(job.spec)),
     )
+
+
+def _escaped(value: Any) -> Any:
+    """A plain tree whose `${…}` mean themselves when it is loaded again: they are for the command to resolve."""
+    if isinstance(value, dict):
+        return {key: _escaped(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_escaped(entry) for entry in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 def _shown(job: Job, target: Target) -> str:

@@ -16,11 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from medim_ray.submit.base import UNFINISHED
-
-EXIT_CODE, STOPPED = "exit_code", "stopped"
-GRACE_S = 60.0
-"""Seconds between the request to end and the kill."""
+from medim_ray.submit.base import EXIT_CODE, GRACE_S, STOPPED, UNFINISHED
 
 
 def run(command: Sequence[str], *, retries: int, time_limit_s: float, folder: Path | None = None) -> int:

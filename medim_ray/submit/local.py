@@ -15,6 +15,9 @@ from pathlib import Path
 import psutil
 
 from medim_ray.submit.base import (
+    EXIT_CODE,
+    GRACE_S,
+    STOPPED,
     TARGETS,
     Job,
     Plan,
@@ -26,7 +29,6 @@ from medim_ray.submit.base import (
     notes_outside_kubernetes,
     package_check,
 )
-from medim_ray.submit.entry import EXIT_CODE, GRACE_S, STOPPED
 
 LOG = "log"
 
@@ -41,6 +43,7 @@ class LocalTarget:
             notes.append("one machine takes the place of all nodes: as many workers as train.num_workers says")
         lines = [
             "#!/bin/bash",
+            f"trap 'echo $? >{shlex.quote(str(job.folder / EXIT_CODE))}' EXIT",
             f"cd {shlex.quote(str(working_dir(job)))} || exit 1",
             "unset RAY_ADDRESS # a Ray of its own",
             *environment(job),

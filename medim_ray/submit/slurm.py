@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from medim_ray.submit.base import (
     NO_PACKAGE,
+    STOPPED,
     TARGETS,
     UNFINISHED,
     Job,
@@ -27,7 +28,6 @@ from medim_ray.submit.base import (
     notes_outside_kubernetes,
     words,
 )
-from medim_ray.submit.entry import STOPPED
 from medim_ray.submit.local import LOG, environment, file_status, new_folder, tail, working_dir
 
 _PENDING = (

@@ -103,7 +103,8 @@ echo "medim-ray: $job is job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((rest
 
 # The token is a file that the nodes read: nothing secret stands in a command line or in Slurm's records.
 head -c 32 /dev/urandom | base64 -w 0 >"$token"
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token RAY_USAGE_STATS_ENABLED=0
+# A drain of 30 s before nodes end is for servers; here the command has ended by then.
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token RAY_USAGE_STATS_ENABLED=0 RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 
 # One of a thousand blocks of ports by the job's number, and from there on the first that is free.
 head_ip=$(address_of "$SLURMD_NODENAME")
@@ -139,12 +140,13 @@ until (exec 3<>"/dev/tcp/$head_ip/$port") 2>/dev/null; do
     sleep 0.5
 done
 if ((num_nodes - decode_nodes > 1)); then
-    step "${first[@]}" --nodes=$((num_nodes - decode_nodes - 1)) --exclude="$SLURMD_NODENAME" \
+    others=$((num_nodes - decode_nodes - 1))
+    step "${first[@]}" --nodes="$others" --ntasks="$others" --exclude="$SLURMD_NODENAME" \
         'start_worker "${sizes[@]}"' &
     steps+=($!)
 fi
 if ((decode_nodes)); then
-    step --het-group=1 --nodes="$decode_nodes" 'start_worker "${decode_sizes[@]}"' &
+    step --het-group=1 --nodes="$decode_nodes" --ntasks="$decode_nodes" 'start_worker "${decode_sizes[@]}"' &
     steps+=($!)
 fi
 "${run[@]}" "$python" -m medim_ray.submit.wait_nodes "$num_nodes" "$start_timeout_s" "${steps[@]}" ||
