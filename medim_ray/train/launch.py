@@ -233,7 +233,6 @@ def ray_session(address: str, num_cpus: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     address = address or os.environ.get("RAY_ADDRESS", "")
     if address:
         ray.init(address=address, log_to_driver=False, logging_level="WARNING")
@@ -266,6 +265,7 @@ def _trainer(config: RunConfig, shards: ShardSet, reader: ReaderFactory, tracker
     if not train.use_gpu:
         env["DS_ACCELERATOR"] = "cpu"
     # Read by Ray Train's controller, and passed on to it, when it starts.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(train.hang_timeout_s)
     elastic = {} if isinstance(train.num_workers, int) else {"elastic_resize_monitor_interval_s": train.resize_every_s}
     return TorchTrainer(

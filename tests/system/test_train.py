@@ -1,55 +1,116 @@
-"""Whole runs through `launch`: real Ray Train and DeepSpeed on phantoms."""
+"""Whole runs through `launch`: real Ray Train and DeepSpeed on phantoms, ended early in several ways."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import signal
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from medim_ray.config.loader import from_tree, load, to_tree
+from medim_ray.config.loader import from_tree, to_tree
 from medim_ray.config.schema import RunConfig
-from medim_ray.train.checkpoint import load_weights
+from medim_ray.data.plan import StreamPlan
+from medim_ray.data.shards import ShardSet
+from medim_ray.draws import name_key
+from medim_ray.train.build import stream_plan
 from medim_ray.train.launch import launch
-from medim_ray.train.metrics import read_metrics
+from medim_ray.train.metrics import read_lines, read_metrics
 from medim_ray.train.runs import load_run, open_config
-from medim_ray.train.store import CheckpointStore
+from tests.system.runs import MAE, MEDIM, RAD_DINO, assert_same_weights, config_of, weights
 
 pytestmark = [pytest.mark.system, pytest.mark.usefixtures("ray_session")]
-RECIPES = Path(__file__).parents[2] / "configs/debug"
-MAE, MEDIM = (RECIPES / f"{name}-vit_tiny-2w-z1.yaml" for name in ("mae", "medim"))
-SMALL = ["encoder.depth=2", "train.cpus_per_worker=0.5", "track.aim=false"]
 
 
-def config_of(recipe: Path, shards: str, run_dir: Path, *overrides: str) -> RunConfig:
-    return load(RunConfig, recipe, [f"data.shards={shards}", f"run.dir={run_dir}", *SMALL, *overrides])
+def after_steps(run_dir: Path, num_steps: int, do: Callable[[], None]) -> threading.Thread:
+    """Does it once, as soon as metrics.jsonl has that many lines."""
+
+    def watch() -> None:
+        while len(read_lines(str(run_dir))) < num_steps:
+            time.sleep(0.005)
+        do()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
 
 
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    store = CheckpointStore(str(run_dir))
-    newest = store.newest()
-    assert newest is not None
-    return load_weights(store, newest)
+def train_workers() -> list[psutil.Process]:
+    """Ray Train's workers below this process, by rank of their start."""
+    found = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    return sorted(found, key=lambda process: process.pid)
 
 
-@pytest.mark.parametrize(("recipe", "zero"), [(MEDIM, 1), (MAE, 3)])
-def test_a_stopped_run_goes_on_bit_equal(phantom_shards: str, tmp_path: Path, recipe: Path, zero: int) -> None:
-    options = ["train.steps=6", f"train.zero={zero}"]
-    straight = config_of(recipe, phantom_shards, tmp_path / "straight", *options)
-    assert launch(straight).finished
-    stopped = config_of(recipe, phantom_shards, tmp_path / "stopped", *options, "train.stop_after=3")
+def planned_keys(config: RunConfig, num_steps: int) -> list[int]:
+    """What metrics.jsonl must tell of each step's samples, from the plan and the shards alone."""
+    shards = ShardSet.open(config.data.shards)
+    plan: StreamPlan = stream_plan(config, shards)
+    ids = shards.read_rows("train", ["image_id"])["image_id"].to_pylist()
+    keys = [0] * num_steps
+    for index in range(plan.num_blocks(0, num_steps)):
+        block = plan.block(index, 0)
+        for step, row in zip(block.steps_K, block.rows_K, strict=True):
+            if step < num_steps:
+                keys[step] += name_key(ids[row]) >> 32
+    return keys
+
+
+def test_a_stopped_run_goes_on_bit_equal(phantom_shards: str, tmp_path: Path) -> None:
+    options = ["train.steps=6", "train.zero=1"]
+    assert launch(config_of(MEDIM, phantom_shards, tmp_path / "straight", *options)).finished
+    stopped = config_of(MEDIM, phantom_shards, tmp_path / "stopped", *options, "train.stop_after=3")
     first = launch(stopped)
     assert (first.step, first.finished) == (3, False)
     assert launch(stopped).step == 3, "a stop that is reached is not passed by the same command"
-    goes_on = config_of(recipe, phantom_shards, tmp_path / "stopped", *options)
-    assert launch(goes_on).finished
-    one, other = weights(tmp_path / "straight"), weights(tmp_path / "stopped")
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert launch(config_of(MEDIM, phantom_shards, tmp_path / "stopped", *options)).finished
+    assert_same_weights(tmp_path / "straight", tmp_path / "stopped")
     records = read_metrics(str(tmp_path / "stopped"))
     assert [r["step"] for r in records] == list(range(6))
     assert [r["loss"] for r in records] == [r["loss"] for r in read_metrics(str(tmp_path / "straight"))]
+
+
+def test_a_killed_worker_costs_no_sample_and_changes_no_bit(phantom_shards: str, tmp_path: Path) -> None:
+    options = ["train.steps=8", "train.zero=3", "train.checkpoint_every=2"]
+    straight = config_of(MAE, phantom_shards, tmp_path / "straight", *options)
+    assert launch(straight).finished
+    killed: list[int] = []
+
+    def kill() -> None:
+        worker = train_workers()[-1]
+        killed.append(worker.pid)
+        worker.kill()
+
+    after_steps(tmp_path / "killed", 3, kill)
+    assert launch(config_of(MAE, phantom_shards, tmp_path / "killed", *options)).finished
+    assert killed, "the run was over before its worker was killed"
+    assert len({attempt.name for attempt in (tmp_path / "killed" / "ray").glob("launch-*")}) == 2
+    assert_same_weights(tmp_path / "straight", tmp_path / "killed")
+    keys = [record["samples_key"] for record in read_metrics(str(tmp_path / "killed"))]
+    assert keys == planned_keys(straight, 8), "other samples than planned went into the weights"
+
+
+def test_a_signal_commits_a_checkpoint_and_the_sharded_float32_teacher_goes_on_bit_equal(
+    phantom_shards: str, tmp_path: Path
+) -> None:
+    options = ["train.steps=6", "train.zero=3", "train.precision=bf16"]
+    assert launch(config_of(RAD_DINO, phantom_shards, tmp_path / "straight", *options)).finished
+    warned = config_of(RAD_DINO, phantom_shards, tmp_path / "warned", *options)
+    after_steps(tmp_path / "warned", 1, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    first = launch(warned)
+    assert first.signal == signal.SIGUSR1 and 1 <= first.step < 6
+    assert len(read_metrics(str(tmp_path / "warned"))) == first.step, "steps after the checkpoint are lost"
+    assert launch(warned).finished
+    assert_same_weights(tmp_path / "straight", tmp_path / "warned")
+    teacher = {key: value for key, value in weights(tmp_path / "warned").items() if key.startswith("encoder.")}
+    assert all(value.dtype == torch.float32 for value in teacher.values())
+    assert any((value != value.bfloat16().float()).any() for value in teacher.values()), "rounded to bf16"
 
 
 def test_one_and_two_workers_agree_at_each_step(phantom_shards: str, tmp_path: Path) -> None:
@@ -64,6 +125,15 @@ def test_one_and_two_workers_agree_at_each_step(phantom_shards: str, tmp_path: P
     assert len(losses[0]) == 20
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert losses[0][-1] < losses[0][0]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_named(phantom_shards: str, tmp_path: Path) -> None:
+    options = ["train.steps=8", "train.lr=1e30", "train.warmup_ratio=0", "train.num_workers=1"]
+    with pytest.raises(RuntimeError, match=r"step \d: .*(loss|grad_norm).* is (nan|inf).*train.on_bad_step=stop"):
+        launch(config_of(MAE, phantom_shards, tmp_path / "run", *options))
+    (record,) = (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()
+    assert '"omitted": false' in record
+    assert list((tmp_path / "run" / "bad_steps").glob("step-*-rank-00000.npz"))
 
 
 def test_a_run_folder_reloads_and_refuses_another_run(

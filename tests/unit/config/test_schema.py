@@ -48,7 +48,14 @@ def test_masks_that_need_reports_are_refused_without_a_text_encoder() -> None:
 
 def test_the_hash_is_that_of_the_result_not_of_the_place() -> None:
     one = load(RunConfig, RECIPE)
-    same = ["run.dir=elsewhere", "data.shards=moved", "train.stop_after=3", "track.aim=false", "data.prefetch_blocks=9", "data.num_actors=2"]
+    same = [
+        "run.dir=elsewhere",
+        "data.shards=moved",
+        "train.stop_after=3",
+        "track.aim=false",
+        "data.prefetch_blocks=9",
+        "data.num_actors=2",
+    ]
     assert run_hash(load(RunConfig, RECIPE, same)) == run_hash(one)
     for other in ("seed=1", "train.lr=1", "masking.ratio=0.6", "train.steps=31"):
         assert run_hash(load(RunConfig, RECIPE, [other])) != run_hash(one), other
