@@ -8,6 +8,8 @@ import argparse
 import contextlib
 import io
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +24,11 @@ Command = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit code 0: done; 1: the command says no or the work failed; 2: the input is at fault."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, more = parser.parse_known_args(argv)
+    if more and (not hasattr(args, "overrides") or any(text.startswith("-") for text in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # key=value after an option: argparse takes the words of a list in one piece only
+        args.overrides = [*args.overrides, *more]
     # Ray starts local clusters with token authentication, as it should, and warns that it does.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     command: Command = args.command
@@ -151,8 +157,10 @@ def _pretrain(args: argparse.Namespace) -> int:
     from medim_ray.config.schema import RunConfig
     from medim_ray.train.launch import launch, summary
 
-    print(summary(launch(load(RunConfig, args.config, args.overrides))))
-    return 0
+    result = launch(load(RunConfig, args.config, args.overrides))
+    print(summary(result))
+    # Slurm's warning asks for another turn (EX_TEMPFAIL, to be queued again); the others end as signals do.
+    return 0 if not result.signal else os.EX_TEMPFAIL if result.signal == signal.SIGUSR1 else 128 + result.signal
 
 
 def _config(args: argparse.Namespace) -> int:
