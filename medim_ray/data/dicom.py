@@ -348,7 +348,7 @@ def _shown(dataset: Any, stored_HW: NDArray[Any], window: Window) -> tuple[Gray,
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         depth = 8 if image_HW.dtype == np.uint8 else min(int(dataset.BitsStored), 16)
         top = max(int(image_HW.max()), (1 << depth) - 1)
-        image_HW = (top - image_HW.astype(np.int64)).astype(image_HW.dtype)
+        image_HW = top - image_HW  # of its own type: top is the largest value or above
     if padding_HW is not None and padding_HW.any() and not padding_HW.all():
         image_HW[padding_HW] = image_HW[~padding_HW].min()
     return image_HW, ignored

@@ -135,7 +135,12 @@ def test_colour_becomes_luma() -> None:
 
 @pytest.mark.parametrize("window", ["voi", "none"])
 def test_missing_tags_are_repaired_and_flagged(window: Any) -> None:
-    missing = {"PhotometricInterpretation": None, "BitsStored": None, "HighBit": None, "PixelRepresentation": None}
+    missing: dict[str, Any] = {
+        "PhotometricInterpretation": None,
+        "BitsStored": None,
+        "HighBit": None,
+        "PixelRepresentation": None,
+    }
     ds = dataset(EIGHT, **missing, SamplesPerPixel=None, BodyPartExamined=None)
     radiograph = decode_dicom(file_of(ds), window=window)
     assert np.array_equal(radiograph.image_HW, EIGHT) and radiograph.flags == (TAGS_REPAIRED,)

@@ -190,7 +190,7 @@ def test_a_dicom_tree(tmp_path: Path) -> None:
     by_id = dict(zip(ids, samples_of(made), strict=True))
     assert by_id["1.3"] == "BurnedInAnnotation is YES: text in the pixels may name the patient"
     assert by_id["1.4"] == "body part 'KNEE' is not wanted" and by_id["q/broken.dcm"] == "not a DICOM file"
-    assert [by_id[i].flags for i in shared] == [("shared_sop_uid",)] * 2  # type: ignore[union-attr]
+    assert [by_id[i].flags for i in shared] == [("shared_sop_uid",)] * 2
     first = by_id["1.1"]
     assert isinstance(first, Sample) and np.array_equal(first.image_HW, pixels) and first.flags == ()
     assert first.labels == {"view": "PA", "sex": "F", "age": "62", "modality": "DX"} and first.view == "PA"
