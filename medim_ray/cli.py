@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"medim-ray: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (RuntimeError, OSError) as error:
         print(f"medim-ray: {error}", file=sys.stderr)
         return 1

@@ -27,7 +27,14 @@ C = TypeVar("C")
 
 class _Yaml(yaml.SafeLoader):
     """Scalars as in YAML 1.2: only true and false are booleans (`on` is a key of ours) and 1e-4 is a number; 007,
-    1_000, 1:30 and 2026-11-22 are text."""
+    1_000, 1:30 and 2026-11-22 are text. A key that stands twice in one mapping is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Yaml.yaml_implicit_resolvers = {
@@ -83,7 +90,8 @@ def load(root: type[C], file: str | Path | None = None, overrides: Sequence[str]
             tree = _merge(root, tree, layer, where=str(path))
     if overrides:
         tree = _merge(root, tree, _parse_overrides(overrides), where="the command line")
-    return from_tree(root, tree, where=str(file) if file else "the command line")
+    sources = [str(file)] * (file is not None) + ["the command line"] * bool(overrides)
+    return from_tree(root, tree, where=" and ".join(sources) or "the defaults")
 
 
 def read_tree(file: str | Path) -> dict[str, Any]:
@@ -188,6 +196,8 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[str, An
     path = path.resolve()
     if path in seen:
         raise ValueError(f"{path}: `inherits` runs in a circle: {' -> '.join(p.name for p in (*seen, path))}")
+    if path.is_dir():
+        raise ValueError(f"config file {path} is a folder. Give --config the path of a YAML file in it")
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist. Give --config the path of a YAML file, see configs/")
     try:
@@ -197,6 +207,8 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[str, An
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: a config is a mapping of keys to values, this is a {type(tree).__name__}")
     parent = tree.pop("inherits", None)
+    if parent is not None and not isinstance(parent, str):
+        raise ValueError(f"{path}: inherits={parent!r}: one parent, the path of a YAML file from this folder")
     above = _layers(path.parent / parent, (*seen, path)) if parent is not None else []
     return [*above, (path, tree)]
 

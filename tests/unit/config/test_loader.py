@@ -170,3 +170,18 @@ def test_describe_lists_the_options_of_every_component() -> None:
     keys = [key for key, *_ in describe(Root)]
     assert "paint.layers [oil]" in keys and "paint.drops [water]" in keys and "frame.size" in keys
     assert to_tree(Root())["frame"]["size"] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("inherits: [a.yaml, b.yaml]\n", r"inherits=\['a.yaml', 'b.yaml'\]: one parent"),
+        ("seed: 1\nsize: 2\nseed: 3\n", "key 'seed' stands twice"),
+    ],
+)
+def test_files_that_can_be_read_in_two_ways_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(Root, tmp_path / "recipe.yaml")
+    with pytest.raises(ValueError, match="is a folder"):
+        load(Root, tmp_path)
