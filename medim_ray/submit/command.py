@@ -16,6 +16,7 @@ from medim_ray.submit.spec import JobSpec, changed, load_spec
 CommandCheck = Callable[[Sequence[str]], None]
 DETACHED = 130
 _RETRY_S = (1, 2, 4, 8, 16, 32)
+_PENDING_POLL_S = 1.0
 
 
 def submit(file: str, overrides: Sequence[str], check: CommandCheck, *, dry_run: bool, follow: bool) -> int:
@@ -101,10 +102,17 @@ def _shown(job: Job, target: Target) -> str:
 def _follow(record: Record) -> int:
     """Prints the log until the job ends; its exit code. Ctrl-C leaves the job alone."""
     target, job = _target(record.target), _job(record)
-    printed, failures = 0, 0
+    printed, failures, reason = 0, 0, ""
     try:
         while True:
             try:
+                status = target.status(record, job)
+                if status.state == "pending":
+                    if status.reason != reason:
+                        print(f"{record.name}: pending, {status.reason}", file=sys.stderr)
+                    reason, failures = status.reason, 0
+                    time.sleep(_PENDING_POLL_S)
+                    continue
                 position = 0
                 for piece in target.logs(record, job, follow=True):
                     fresh = piece[max(0, printed - position) :]

@@ -61,6 +61,8 @@ class SlurmTarget:
             return known.split()[0]
         folder = new_folder(job)
         (folder / "job.sh").write_text(plan.text)
+        # Slurm takes jobs that no partition can ever run, and lets them wait: asked first, it refuses.
+        _run(["sbatch", "--test-only", str(folder / "job.sh")], job)
         answer = _run(["sbatch", "--parsable", str(folder / "job.sh")], job)
         return answer.strip().partition(";")[0]
 
