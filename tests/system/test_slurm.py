@@ -94,9 +94,11 @@ def test_a_job_on_two_nodes_is_one_job_and_leaves_nothing_behind(
 
 @needs_slurm
 def test_slurm_that_is_down_is_told_as_such(
-    here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    slurm: Path, here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "none.conf"))
+    down = tmp_path / "down.conf"  # no controller listens there
+    down.write_text(slurm.read_text().replace("SlurmctldPort=16810", "SlurmctldPort=16819"))
+    monkeypatch.setenv("SLURM_CONF", str(down))
     assert main([*DOCTOR, here]) == 1
     assert "Slurm is down" in capsys.readouterr().err
     assert state.read() == {}
