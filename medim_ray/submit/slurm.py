@@ -137,7 +137,9 @@ def _run(command: Sequence[str], job: Job) -> str:
     if done.returncode == 0:
         return done.stdout
     said = " ".join(done.stderr.split())
-    if re.search(r"[Uu]nable to contact slurm controller|Connection refused|configuration (source|file)|auth.*munge", said):
+    if re.search(
+        r"[Uu]nable to contact slurm controller|Connection refused|configuration (source|file)|auth.*munge", said
+    ):
         raise TargetError(f"Slurm is down: {said}. {_DOWN}")
     if re.search(r"Socket timed out|Zero Bytes|Connection timed out", said):
         raise TargetError(f"Slurm does not answer: {said}. Try again")
