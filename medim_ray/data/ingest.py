@@ -29,7 +29,7 @@ from medim_ray.data.finish import Encoded, Identity, Plan, finish, plan_files
 from medim_ray.data.images import ImageEncoder
 from medim_ray.data.layout import FilePlan, ShardConfig
 from medim_ray.data.lease import Lease
-from medim_ray.data.listing import final_rows, rows_hash
+from medim_ray.data.listing import final_rows, little_memory, rows_hash
 from medim_ray.data.output import Stored
 from medim_ray.data.progress import progress_bar, quiet
 from medim_ray.data.shards import Manifest, ShardSet
@@ -131,9 +131,9 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
         raise ValueError("out is not set: give the folder or URL for the shards as out=…")
     salt = config.salt or os.environ.get(SALT_VARIABLE, "")
     source = SOURCES[config.source.name](config.source)
-    with _reading(config):
+    with _reading(config), little_memory():
         rows = final_rows(source.plan(), config.split, salt)
-    job = _job(config, rows, salt)
+        job = _job(config, rows, salt)
     out = absolute(config.out)
     fs, root = filesystem(out, config.out_storage, "out_storage")
     with storage_faults(f"out={config.out}"):

@@ -5,6 +5,7 @@ Everything is done a column at a time and freed as soon as may be: a million row
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +31,7 @@ def final_rows(plan: pa.Table, split: SplitConfig, salt: str) -> pa.Table:
     """
     columns: dict[str, Any] = {name: plan[name] for name in plan.column_names}
     del plan  # a column is dropped when its sorted copy is made
+    give_back()
     keys_N = image_keys(columns["image_id"])
     _refuse_twice(columns["image_id"], keys_N)
     unknown = pc.equal(columns["patient_id"], "")
@@ -37,6 +39,7 @@ def final_rows(plan: pa.Table, split: SplitConfig, salt: str) -> pa.Table:
     encoded = pa.chunked_array([names]) if isinstance(names, pa.Array) else names
     encoded = encoded.combine_chunks().dictionary_encode()
     del names, columns["patient_id"]
+    give_back()
     patients = Patients(encoded.indices.to_numpy(), encoded.dictionary)
     splits_N, is_given_N = deal(patients, columns.pop("split"), columns["image_id"], split)
     order_N = np.lexsort((keys_N, splits_N))
@@ -53,6 +56,7 @@ def final_rows(plan: pa.Table, split: SplitConfig, salt: str) -> pa.Table:
     del encoded, patients
     for name in ("image_id", "location", "view", "report", "labels"):
         table[name] = columns.pop(name).combine_chunks().take(order)
+        give_back()
     return pa.table({name: table[name] for name in ROW_COLUMNS})
 
 
@@ -60,6 +64,23 @@ ROW_COLUMNS = (
     *("row", "image_id", "patient_id", "location", "view", "report", "split", "labels"),
     *("flags", "is_given", "key"),
 )
+
+
+@contextlib.contextmanager
+def little_memory() -> Iterator[None]:
+    """Within, Arrow takes memory from the system's allocator, which can be told to give back what is free."""
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+        give_back()
+    finally:
+        pa.set_memory_pool(before)
+
+
+def give_back() -> None:
+    """Returns free memory to the system."""
+    pa.default_memory_pool().release_unused()
 
 
 def values(column: Any) -> Iterator[list[Any]]:
@@ -98,7 +119,7 @@ def _refuse_twice(image_ids: Any, keys_N: NDArray[np.uint64]) -> None:
 def rows_hash(rows: pa.Table) -> str:
     """16 hexadecimal digits over what the source said of every row; neither their places in the source nor their order
     count, nor labels that no row has."""
-    rows = rows.take(pa.array(np.argsort(rows["key"].to_numpy(), kind="stable")))
+    order = pa.array(np.argsort(rows["key"].to_numpy(), kind="stable"))
     digest = hashlib.blake2b(digest_size=8)
     columns = {name: rows[name] for name in ("image_id", "patient_id", "location", "view", "report", "split")}
     labels = rows["labels"].combine_chunks()
@@ -106,11 +127,14 @@ def rows_hash(rows: pa.Table) -> str:
         column = pc.struct_field(labels, field.name)
         if column.null_count < len(column):
             columns[f"label {field.name}"] = column
-    for name, column in columns.items():
+    for name in list(columns):
+        column = columns.pop(name)
         digest.update(name.encode())
         sink = shards.HashingFile(shards.Nowhere())
-        one = pa.table({"x": column.cast(pa.large_string())}).combine_chunks()
+        one = pa.table({"x": column.take(order)}).combine_chunks()
         with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), one.schema) as writer:
             writer.write_table(one)
+        del one, column
+        give_back()
         digest.update(sink.hexdigest().encode())
     return digest.hexdigest()

@@ -357,7 +357,8 @@ class Nowhere:
 def verify(url: str, fs: fsspec.AbstractFileSystem | None = None) -> list[str]:
     """Every difference between the manifest and the files, one line each; [] where the set is whole.
 
-    Reads every byte. fs: see `ShardSet.open`. ValueError where there is no manifest; a manifest that was changed is a difference.
+    Reads every byte. fs: see `ShardSet.open`. ValueError where there is no manifest; a manifest that was changed is a
+    difference.
     """
     try:
         shards = ShardSet.open(url, fs)

@@ -79,14 +79,16 @@ def plan_table(
 ) -> pa.Table:
     """A plan from arrays or sequences of strings of equal length; `labels` holds one a label name."""
 
-    def column(values: Any, kind: pa.DataType) -> pa.Array:
-        array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-        return array.cast(kind) if isinstance(array, pa.Array) else pa.array(array, type=kind)
+    def column(values: Any, kind: pa.DataType) -> Any:
+        return values.cast(kind) if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, type=kind)
+
+    def whole(values: Any) -> pa.Array:
+        return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
 
     columns = [column(v, pa.string()) for v in (image_id, patient_id, location, view)]
     columns += [column(report, pa.large_string()), column(split, pa.string())]
     names = list(labels)
-    values = [column(labels[name], pa.string()) for name in names]
+    values = [whole(column(labels[name], pa.string())) for name in names]
     empty = pa.array([{}] * len(columns[0]), type=pa.struct([]))
     columns.append(pa.StructArray.from_arrays(values, names=names) if names else empty)
     return pa.table(columns, names=list(PLAN_COLUMNS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from medim_ray.data.sources.base import SOURCES, Sample, absolute, described, plain_sample, plan_table, read_image
-from medim_ray.data.sources.tables import read_table
+from medim_ray.data.sources.tables import read_tables
 
 
 @SOURCES.register("csv")
@@ -49,26 +49,32 @@ class CsvSource:
     def plan(self) -> pa.Table:
         """See `Source`. ValueError: no such file, a column that is not there, no row, ragged rows."""
         config = self.config
-        table = self._read()
+        pieces, unnamed = [], 0
+        for table in self._read():  # piece by piece: a million rows fit in little memory
+            piece = self._plan_of(table)
+            unnamed += pc.sum(pc.equal(piece["image_id"], "")).as_py() or 0
+            pieces.append(piece)
+        if unnamed:
+            raise ValueError(
+                f"{unnamed} rows of {config.path} have no image id in {config.id_column or config.image_column!r}: "
+                "fill the column or name another one as source.id_column"
+            )
+        return pa.concat_tables(pieces)
+
+    def _plan_of(self, table: pa.Table) -> pa.Table:
+        config = self.config
         empty = pa.repeat("", table.num_rows)
 
         def column(name: str) -> Any:
             return pc.utf8_trim_whitespace(table[name]) if name else empty
 
         files = column(config.image_column)
-        image_id = column(config.id_column) if config.id_column else files
-        unnamed = pc.sum(pc.equal(image_id, "")).as_py()
-        if unnamed:
-            raise ValueError(
-                f"{unnamed} rows of {config.path} have no image id in {config.id_column or config.image_column!r}: "
-                "fill the column or name another one as source.id_column"
-            )
         labels = {}
         for name in config.label_columns:
             values = column(name)
             labels[name] = pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.string()), values)
         return plan_table(
-            image_id=image_id,
+            image_id=column(config.id_column) if config.id_column else files,
             patient_id=column(config.patient_column),
             location=self._locations(files),
             view=column(config.view_column),
@@ -81,7 +87,7 @@ class CsvSource:
         """See `Source`."""
         return plain_sample(row, read_image(row["location"]))
 
-    def _read(self) -> pa.Table:
+    def _read(self) -> Iterator[pa.Table]:
         """The needed columns as strings; a null is ''."""
         config = self.config
         options = {
@@ -90,13 +96,10 @@ class CsvSource:
         }
         wanted = [(key, name) for key, name in options.items() if name]
         wanted += [("source.label_columns", name) for name in config.label_columns]
-        return read_table(config.path, wanted)
+        return read_tables(config.path, wanted)
 
-    def _locations(self, files: Any) -> pa.Array:
+    def _locations(self, files: Any) -> Any:
         root = self.config.image_root or absolute(self.config.path).rpartition("/")[0]
         prefix = absolute(root).rstrip("/") + "/"
-        names = files.to_pylist()
-        return pa.array(
-            [f if f.startswith("/") or "://" in f or "::" in f else prefix + f if f else "" for f in names],
-            type=pa.string(),
-        )
+        is_whole = pc.match_substring_regex(files, r"^/|^$|://|::")
+        return pc.if_else(is_whole, files, pc.binary_join_element_wise(prefix, files, ""))
