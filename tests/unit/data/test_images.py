@@ -134,6 +134,35 @@ def test_reduced_sizes_meet_the_limit_and_keep_the_ratio(height: int, width: int
     assert abs(new_height - height * scale) <= 1 and abs(new_width - width * scale) <= 1
 
 
+def test_bspline_passes_through_smooth_pixels_and_keeps_the_depth() -> None:
+    deep = np.rint(smooth(400, 300, top=60000)).astype(np.uint16)
+    spline, area = (
+        ImageEncoder(ImageEncoder.Config(longest_side=None, shorter_side=150, resize=how, format="png", bits=16))
+        for how in ("bspline", "area")
+    )
+    assert spline.prepare(deep).shape == area.prepare(deep).shape == (200, 150)
+    assert np.abs(spline.prepare(deep).astype(int) - area.prepare(deep)).max() < 300  # of 65535: both follow the ramp
+    sharp = np.zeros((400, 300), np.uint8)
+    sharp[:, 150:] = 255
+    edge = spline.prepare(sharp)
+    assert edge.dtype == np.uint8 and (edge[:, :70] == 0).all() and (edge[:, 80:] == 255).all()  # overshoot is cut off
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (400, 300), dtype=np.uint8)
+    assert spline.prepare(noise).std() > 1.3 * area.prepare(noise).std()  # no smoothing before it
+
+
+@given(height=st.integers(1, 300), width=st.integers(1, 300))
+def test_bars_make_a_square_and_masks_follow(height: int, width: int) -> None:
+    encoder = ImageEncoder(ImageEncoder.Config(longest_side=64, pad=True, format="png"))
+    image = np.full((height, width), 200, np.uint8)
+    stored, mask = encoder.prepare(image), decode_mask(encoder.encode_mask(np.ones((height, width), bool)))
+    new_height, new_width = encoder.target_size(height, width)
+    assert stored.shape == mask.shape == (64, 64) and (stored > 0).sum() == new_height * new_width
+    assert np.array_equal(stored > 0, mask)
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    assert abs(rows[0] - (63 - rows[-1])) <= 1 and abs(columns[0] - (63 - columns[-1])) <= 1
+
+
 def test_png_is_lossless_and_jpeg_is_close() -> None:
     png = ImageEncoder(ImageEncoder.Config(format="png"))
     jpeg = ImageEncoder(ImageEncoder.Config())
@@ -168,6 +197,8 @@ def test_masks_follow_the_image_to_its_size() -> None:
     [
         ({"shorter_side": 100}, "set the other to null"),
         ({"longest_side": 8}, "longest_side=8"),
+        ({"pad": True, "longest_side": None}, "name the side of the square"),
+        ({"resize": "cubic"}, "use area or bspline"),
         ({"bits": 16}, "use format=png"),
         ({"quality": 0}, "quality=0"),
         ({"quality": 90, "format": "png"}, "PNG is lossless"),
