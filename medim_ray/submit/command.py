@@ -152,11 +152,11 @@ def list_jobs() -> int:
     rows = sorted(state.read().values(), key=lambda r: -r.submitted_at)
     for record in rows:
         try:
-            shown: str = _target(record.target).status(record, _job(record)).state
+            said: str = _target(record.target).status(record, _job(record)).state
         except (TargetError, OSError, ValueError):
-            shown = "unknown: the target does not answer"
+            said = "unknown: the target does not answer"
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.submitted_at))
-        print(f"{record.name:{_WIDTH}} {record.target:8} {when}  {record.handle}  {shown}")
+        print(f"{record.name:{_WIDTH}} {record.target:8} {when}  {record.handle}  {said}")
     if not rows:
         print("no jobs; `medim-ray submit JOB.yaml` makes one")
     return 0

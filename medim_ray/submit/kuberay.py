@@ -111,6 +111,8 @@ def _run(job: Job, arguments: Sequence[str], text: str = "") -> str:
         raise TargetError(f"this cluster has no KubeRay operator: {said}. Install KubeRay 1.6 or newer with its CRDs")
     if re.search(r"refused|no such host|i/o timeout|Unauthorized|no configuration|current-context", said):
         raise TargetError(f"Kubernetes can't be reached: {said}. See `kubectl config get-contexts`, kuberay.context")
+    if re.search(r"context \S+ does not exist", said):
+        raise ValueError(f"kuberay.context={job.spec.kuberay.context}: {said}; see `kubectl config get-contexts`")
     if re.search(r"namespaces \S+ not found", said):
         raise ValueError(f"kuberay.namespace={job.spec.kuberay.namespace}: no such namespace: kubectl create namespace")
     raise ValueError(f"kubectl: {said}")

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import requests
 
 from medim_ray.cli import main
 from medim_ray.submit import state
+from medim_ray.submit.spec import Tls
 
 pytestmark = pytest.mark.system
 ROOT = Path(__file__).parents[2]
@@ -38,7 +40,8 @@ def free_ports(num: int) -> list[int]:
 class Head:
     """A running head: address of its Jobs API and of its GCS, and the file of its token."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, more: dict[str, str] | None = None) -> None:
+        self._more = more or {}
         self.token_file = folder / "token"
         self.token_file.write_text(f"{os.urandom(24).hex()}\n")
         port, dashboard, client, agent = free_ports(4)
@@ -65,7 +68,7 @@ class Head:
     def environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         quick = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
-        return {**kept, **quick, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file)}
+        return {**kept, **quick, **self._more, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file)}
 
     @property
     def headers(self) -> dict[str, str]:
@@ -225,3 +228,40 @@ def test_doctor_of_a_cluster(head: Head, tmp_path: Path) -> None:
     assert bad.returncode == 1 and "FAIL join" in bad.stdout
     none = subprocess.run([*command, f"127.0.0.1:{free_ports(1)[0]}"], env=wrong, capture_output=True, text=True)
     assert none.returncode == 1 and "FAIL ports" in none.stdout
+
+
+def certificates(folder: Path) -> Tls:
+    """An authority, and a certificate of it for loopback."""
+    for command in (
+        "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test-authority -keyout ca.key -out ca.crt",
+        "req -newkey rsa:2048 -nodes -subj /CN=localhost -keyout node.key -out node.csr",
+        "x509 -req -in node.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile san -out node.crt",
+    ):
+        (folder / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+        subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
+    return Tls(cert=f"{folder}/node.crt", key=f"{folder}/node.key", ca=f"{folder}/ca.crt")
+
+
+@pytest.mark.chaos
+def test_tls_on_loopback_with_certificates_made_here(tmp_path: Path) -> None:
+    tls = certificates(tmp_path)
+    folder = Path(tempfile.mkdtemp(prefix="mr-tls-", dir="/tmp"))
+    head = Head(folder, tls.variables())
+    try:
+        context = ssl.create_default_context(cafile=tls.ca)
+        context.load_cert_chain(tls.cert, tls.key)
+        host, port = head.gcs.split(":")
+        with socket.create_connection((host, int(port))) as plain, context.wrap_socket(plain, server_hostname=host):
+            pass  # the head shows a certificate of our authority
+        command = [sys.executable, "-m", "medim_ray.cli", "doctor"]
+        environment = {**head.environment, "RAY_ADDRESS": head.gcs}
+        good = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert f"cluster at {head.gcs}, 1 node(s), a task ran" in good.stdout, good.stdout + good.stderr
+        in_clear = {k: v for k, v in environment.items() if not k.startswith(("RAY_USE_TLS", "RAY_TLS"))}
+        try:
+            bad = subprocess.run(command, env=in_clear, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+            assert "a task ran" not in bad.stdout
+        except subprocess.TimeoutExpired:
+            pass  # Ray tries again for long
+    finally:
+        head.stop()

@@ -1,0 +1,54 @@
+"""Target `kuberay` without a cluster: what is refused, and what kubectl's complaints become."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from medim_ray.cli import main
+from medim_ray.submit import state
+
+ROOT = Path(__file__).parents[3]
+SUBMIT = ["submit", str(ROOT / "jobs/pretrain-medim-small.yaml"), "target=kuberay", "storage.root=/mnt/medim"]
+CONFIG = """\
+apiVersion: v1
+kind: Config
+clusters: [{name: none, cluster: {server: "https://127.0.0.1:1"}}]
+contexts: [{name: none, context: {cluster: none, user: none}}]
+users: [{name: none, user: {token: none}}]
+current-context: none
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDIM_RAY_JOBS", str(tmp_path / "jobs.json"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config").write_text(CONFIG)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    monkeypatch.chdir(ROOT)
+
+
+def test_an_image_is_needed_and_a_cluster_is_no_job(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(SUBMIT) == 2
+    assert "environment.image is empty" in capsys.readouterr().err
+    assert main([*SUBMIT, "environment.image=m:1", "kuberay.kind=cluster"]) == 2
+    assert "is a cluster, not a job" in capsys.readouterr().err
+    assert state.read() == {}
+
+
+def test_no_kubectl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main([*SUBMIT, "environment.image=m:1"]) == 1
+    assert "kubectl is not on this machine" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_no_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SUBMIT, "environment.image=m:1"]) == 1
+    assert "Kubernetes can't be reached" in capsys.readouterr().err
+    assert main([*SUBMIT, "environment.image=m:1", "kuberay.context=nowhere"]) == 2
+    assert "kuberay.context" in capsys.readouterr().err
+    assert state.read() == {}
