@@ -70,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     page = add("report", _report, "RUN/report.html: curves, masks, probes, configuration", overrides=False)
     page.add_argument("run")
     page.add_argument("--no-text", action="store_true", help="leave the words of the reports out")
+    keep = add("checkpoint", _checkpoint, "list, verify or prune the checkpoints of a run", overrides=False)
+    keep.add_argument("action", choices=("list", "verify", "prune"))
+    keep.add_argument("run")
+    keep.add_argument("--keep", type=int, default=2, help="prune: checkpoints that stay, the newest ones (2)")
     plan = add("plan", _plan, "memory, time and cost of a recipe on a cluster: cluster=FILE", config=True)
     plan.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
     plan.add_argument("--compare", action="store_true", help="ZeRO stage x micro-batch x GPUs")
@@ -230,6 +234,12 @@ def _report(args: argparse.Namespace) -> int:
 
     print(write_report(args.run, text=not args.no_text))
     return 0
+
+
+def _checkpoint(args: argparse.Namespace) -> int:
+    from medim_ray.train.checkpoint_command import run_checkpoint
+
+    return run_checkpoint(args.action, args.run, args.keep)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -6,6 +6,9 @@ same step, commits a checkpoint and returns. What the driver does next is in att
 
 from __future__ import annotations
 
+import signal
+import sys
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,18 +16,32 @@ from typing import Any, Literal
 import ray
 import ray.train
 
-STOP, PREEMPTION = "stop", "preemption"  # names of the flags in the reduction
+STOP, WARNED, PREEMPTION = "stop", "warned", "preemption"  # names of the flags in the reduction
 _PREEMPTION_EVERY_S = 2.0
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a worker returns. kind: finished (train.steps or stop_after), stopped (asked to), preempted (its node goes
-    away), bad_step (numbers.py). step: optimizer steps that are committed."""
+    away), bad_step (health.py). step: optimizer steps that are committed."""
 
     kind: Literal["finished", "stopped", "preempted", "bad_step"]
     step: int
     message: str = ""
+
+
+_sigterm = threading.Event()
+
+
+def catch_sigterm() -> None:
+    """Called in the main thread of a worker: from now on SIGTERM asks for a checkpoint, and the second one ends it."""
+
+    def note(number: int, frame: Any) -> None:
+        if _sigterm.is_set():
+            sys.exit(128 + number)
+        _sigterm.set()
+
+    signal.signal(signal.SIGTERM, note)
 
 
 class RunControl:
@@ -38,17 +55,20 @@ class RunControl:
         self._next_look = time.monotonic()
 
     def wishes(self) -> dict[str, float]:
-        """{STOP: the driver asked for it, PREEMPTION: it is time to ask Ray about it}, as numbers to be summed."""
+        """{STOP: the driver asked for it, WARNED: this worker got SIGTERM, PREEMPTION: it is time to ask Ray}, as
+        numbers to be summed."""
         stop = self._mailbox is not None and self._mailbox.stop_requested()
         look = self._mailbox is not None and time.monotonic() >= self._next_look
         if look:
             self._next_look = time.monotonic() + _PREEMPTION_EVERY_S
-        return {STOP: float(stop), PREEMPTION: float(look)}
+        return {STOP: float(stop), WARNED: float(_sigterm.is_set()), PREEMPTION: float(look)}
 
     def decide(self, sums: dict[str, float]) -> tuple[Literal["stopped", "preempted"], str] | None:
         """Collective in the sense that every rank calls it with the same sums: how the run ends now, if it does."""
         if sums[STOP]:
             return "stopped", "asked to stop"
+        if sums[WARNED]:
+            return "preempted", f"{sums[WARNED]:.0f} workers got SIGTERM"
         if sums[PREEMPTION]:
             # A barrier over the ranks, so it is asked seldom and by all in the same step.
             info = ray.train.get_preemption_info()

@@ -20,6 +20,7 @@ import numpy as np
 from medim_ray.config.schema import TrainConfig
 from medim_ray.data.collate import Columns
 from medim_ray.data.reader import IMAGE_ID
+from medim_ray.data.storage import committed
 from medim_ray.draws import name_key
 
 BAD_STEPS = "bad_steps.jsonl"
@@ -113,5 +114,5 @@ def write_bad_step(run_dir: str, record: Mapping[str, Any]) -> None:
     fs, root = fsspec.core.url_to_fs(run_dir)
     path = f"{root.rstrip('/')}/{BAD_STEPS}"
     kept = [old for old in read_bad_steps(run_dir) if old["step"] != record["step"]]
-    fs.pipe_file(f"{path}.partial", "".join(f"{json.dumps(one)}\n" for one in [*kept, dict(record)]).encode())
-    fs.mv(f"{path}.partial", path)
+    with committed(fs, path, root) as file:
+        file.write("".join(f"{json.dumps(one)}\n" for one in [*kept, dict(record)]).encode())

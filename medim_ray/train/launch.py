@@ -22,25 +22,28 @@ import pyarrow.fs as pafs
 import ray
 import ray.train
 from ray.train import DataConfig, FailureConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from medim_ray.config.loader import leaves, to_tree
 from medim_ray.config.schema import RunConfig
+from medim_ray.data.lease import Lease
 from medim_ray.data.pipeline import ReaderFactory, execution_options
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.sources.base import absolute
 from medim_ray.models.vit import INITS
 from medim_ray.track.tracker import start_tracker
 from medim_ray.train.attempts import Budgets, of_error, of_outcome
+from medim_ray.train.backend import WarnedTorchConfig
 from medim_ray.train.build import build_masking, needs_text, stream_plan
 from medim_ray.train.control import Outcome
 from medim_ray.train.runs import read_config, write_config
 from medim_ray.train.store import Checkpoint, CheckpointStore
 from medim_ray.train.stream import StreamFactory, reader_factory, run_worker
 
+LEASE = ".lease"  # in the run folder, while a job trains there
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -64,6 +67,12 @@ def launch(config: RunConfig, console: Console | None = None) -> RunResult:
     console = console or Console(stderr=True)
     shards = check(config)
     config = absolute_paths(config)
+    fs, root = fsspec.core.url_to_fs(config.run.dir)
+    with Lease(fs, f"{root.rstrip('/')}/{LEASE}", what=f"run.dir={config.run.dir}"):
+        return _launch(config, shards, console)
+
+
+def _launch(config: RunConfig, shards: ShardSet, console: Console) -> RunResult:
     newest = _newest(config, shards, lambda text: console.print(f"[yellow]{text}"))
     done = newest.step if newest is not None else 0
     if done >= config.train.last_step:
@@ -271,7 +280,7 @@ def _trainer(config: RunConfig, shards: ShardSet, reader: ReaderFactory, tracker
     return TorchTrainer(
         run_worker,
         train_loop_config={"config": to_tree(config), "tracker": tracker},
-        torch_config=TorchConfig(backend=None if train.use_gpu else "gloo"),
+        torch_config=WarnedTorchConfig(backend=None if train.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,
             use_gpu=train.use_gpu,

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from medim_ray.data.storage import is_local
+
 METRICS = "metrics.jsonl"
 
 
@@ -26,8 +28,7 @@ class MetricsFile:
         self._target = f"{root.rstrip('/')}/{METRICS}"
         self._fs.makedirs(root, exist_ok=True)
         kept = [line for line in read_lines(run_dir) if json.loads(line)["step"] < first_step]
-        protocol = self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)
-        self._is_local = "file" in protocol
+        self._is_local = is_local(self._fs)
         path = Path(self._target) if self._is_local else Path(tempfile.mkdtemp(prefix="medim-ray-")) / METRICS
         partial = path.with_suffix(".partial")
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

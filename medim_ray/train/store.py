@@ -17,6 +17,8 @@ from typing import Any
 
 import fsspec
 
+from medim_ray.data.storage import committed, is_local
+
 SCHEMA_VERSION = 2  # 2: the manifest tells which tensors lie in which file, and the data
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})-(\d+)$")
@@ -37,7 +39,7 @@ class CheckpointStore:
     def __init__(self, run_dir: str) -> None:
         self._fs, root = fsspec.core.url_to_fs(run_dir)
         self.root = f"{root.rstrip('/')}/checkpoints"
-        self.is_local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
+        self.is_local = is_local(self._fs)
 
     def names(self) -> list[str]:
         """Folders of checkpoints, committed or not, newest step first (of one step, the latest attempt first)."""
@@ -83,6 +85,10 @@ class CheckpointStore:
             report(f"checkpoint {name} is passed over: {problem}")
         return None
 
+    def is_committed(self, name: str) -> bool:
+        """Its manifest is there; whether the files fit it is the question of `problem`."""
+        return bool(self._fs.exists(f"{self.root}/{name}/{MANIFEST}"))
+
     def open(self, name: str) -> Checkpoint:
         """A committed checkpoint by its name; its files are not looked at."""
         manifest = json.loads(self._fs.cat_file(f"{self.root}/{name}/{MANIFEST}"))
@@ -96,8 +102,8 @@ class CheckpointStore:
         """
         names = self.names()
         before = names[names.index(current) + 1 :]
-        committed = [name for name in before if self._fs.exists(f"{self.root}/{name}/{MANIFEST}")]
-        for name in set(names) - {current, *committed[: keep_last - 1]}:
+        usable = [name for name in before if self.is_committed(name)]
+        for name in set(names) - {current, *usable[: keep_last - 1]}:
             with contextlib.suppress(FileNotFoundError):
                 self._fs.rm(f"{self.root}/{name}", recursive=True)
 
@@ -127,6 +133,6 @@ class CheckpointStore:
 
     def commit(self, name: str, manifest: dict[str, Any]) -> None:
         """Writes the manifest: from here on the checkpoint exists."""
-        target = f"{self.root}/{name}/{MANIFEST}"
-        self._fs.pipe_file(f"{target}.partial", json.dumps(manifest, indent=1).encode())
-        self._fs.mv(f"{target}.partial", target)
+        folder = f"{self.root}/{name}"
+        with committed(self._fs, f"{folder}/{MANIFEST}", folder) as file:
+            file.write(json.dumps(manifest, indent=1).encode())
