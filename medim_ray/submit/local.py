@@ -130,11 +130,14 @@ def new_folder(job: Job) -> Path:
 
 
 def file_status(folder: Path) -> Status | None:
-    """What the files of a job's folder say; None while no exit code is there."""
-    try:
-        code = int((folder / EXIT_CODE).read_text())
-    except (FileNotFoundError, ValueError):
+    """What the files of a job's folder say; None while no exit code is there. Of an array's tasks, the worst."""
+    codes = []
+    for path in folder.glob(f"{EXIT_CODE}*"):
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            codes.append(int(path.read_text()))
+    if not codes:
         return None
+    code = max(codes)
     if (folder / STOPPED).exists() and code != 0:
         return Status(state="stopped", exit_code=code, reason="stopped by `medim-ray jobs stop`")
     return Status(state="succeeded" if code == 0 else "failed", exit_code=code)

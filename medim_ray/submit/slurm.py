@@ -82,7 +82,13 @@ class SlurmTarget:
                 asked[:] = time.monotonic(), self.status(record, job).state in ("pending", "running")
             return follow and bool(asked[1])
 
-        return tail(job.folder / LOG, is_running)
+        if not job.spec.slurm.array:
+            yield from tail(job.folder / LOG, is_running)
+            return
+        while is_running():  # the tasks of an array write at once: each log is told whole, at the end
+            time.sleep(0.5)
+        for path in sorted(job.folder.glob(f"{LOG}-*")):
+            yield f"== task {path.name.removeprefix(f'{LOG}-')}\n{path.read_text(errors='replace')}"
 
     def stop(self, record: Record, job: Job) -> None:
         (job.folder / STOPPED).touch()

@@ -163,6 +163,28 @@ def test_two_jobs_at_once_have_a_cluster_each(
     assert len(addresses) >= 2
 
 
+@pytest.mark.chaos
+@needs_slurm
+def test_an_array_has_a_cluster_and_a_log_a_task(
+    slurm: Path, here: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(slurm))
+    assert main([*DOCTOR, here, "slurm.array=3-4", "resources.nodes=1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("== task") == 2 and out.count(", 1 node(s), a task ran") == 2
+
+
+@pytest.mark.chaos
+@needs_slurm
+def test_nodes_of_two_kinds_are_one_cluster(
+    slurm: Path, here: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(slurm))
+    kinds = ["resources.nodes=1", "resources.decode_nodes=1", "resources.decode_cpus=2", "resources.decode_memory_gb=2"]
+    assert main([*DOCTOR, here, *kinds]) == 0
+    assert "2 node(s), a task ran" in capsys.readouterr().out
+
+
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     store = CheckpointStore(str(run_dir))
     newest = store.newest()
