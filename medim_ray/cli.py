@@ -85,12 +85,25 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--storage", metavar="URL", help="with --cluster: storage that every node must see")
     _add_submit(add("submit", _submit, "send a job: here, to Ray, Slurm or Kubernetes", overrides=False))
     _add_jobs(commands.add_parser("jobs", help="the jobs that were submitted from here"))
-    shards = commands.add_parser("shards", help="look after shards").add_subparsers(required=True, metavar="ACTION")
-    verify = shards.add_parser("verify", help="compare every file with its checksum; exit code 1 on any difference")
-    verify.add_argument("out", metavar="OUT")
-    verify.set_defaults(command=_shards_verify)
+    _add_shards(commands.add_parser("shards", help="look after shards").add_subparsers(required=True, metavar="ACTION"))
     _add_tag(add("tag", _tag, "MeSH headings and mentions of reports in a CSV file", overrides=False))
     return parser
+
+
+def _add_shards(actions: Any) -> None:
+    for name, subject, meaning in (
+        ("verify", "OUT", "compare every file with its checksum; exit code 1 on any difference"),
+        ("stats", "OUT", "rows, patients, labels, files and copies of a shard set"),
+        ("merge", "OUT…", "several shard sets into out=NEW; files are copied, every checksum is checked"),
+        ("sample", "OUT", "rows=100 of a shard set, drawn by seed=0, into out=NEW"),
+    ):
+        sub = actions.add_parser(name, help=meaning, description=meaning)
+        sub.add_argument(
+            "items", nargs="+", metavar=f"{subject} | key=value", help="storage.endpoint=… for object stores"
+        )
+        sub.set_defaults(command=_shards, action=name, json=False)
+        if name == "stats":
+            sub.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
 
 
 def _add_tag(sub: argparse.ArgumentParser) -> None:
@@ -294,18 +307,10 @@ def _prepare_root() -> type[Any]:
     return PrepareConfig
 
 
-def _shards_verify(args: argparse.Namespace) -> int:
-    from medim_ray.data.shards import ShardSet, verify
+def _shards(args: argparse.Namespace) -> int:
+    from medim_ray.data.shards_command import run_shards
 
-    try:
-        differences = verify(args.out)
-    except ValueError as error:
-        differences = [str(error)]
-    for line in differences:
-        print(line)
-    if not differences:
-        print(f"{args.out}: {ShardSet.open(args.out).num_rows()} rows, every checksum holds")
-    return 1 if differences else 0
+    return run_shards(args.action, args.items, as_json=args.json)
 
 
 def _tag(args: argparse.Namespace) -> int:

@@ -57,13 +57,15 @@ class PartFacts:
 
 @dataclass(kw_only=True)
 class RowCounts:
-    """Rows by flag and by value of each label."""
+    """Rows by flag, by value of each label, and by source."""
 
     labels: dict[str, Counter[str]] = field(default_factory=dict)
     flags: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
 
     def count(self, rows: pa.Table) -> None:
         """Adds rows of a shard, in place."""
+        self.sources.update(rows["source"].to_pylist())
         for flags, labels in zip(rows["flags"].to_pylist(), rows["labels"].to_pylist(), strict=True):
             self.flags.update(flags)
             for name, value in labels:

@@ -104,6 +104,13 @@ def bind_to_stored(rows: pa.Table, stored: Stored) -> tuple[pa.Table, np.ndarray
     return bound.take(pa.array(order_N)), is_bound_N[order_N]
 
 
+def refuse_occupied(out: str, fs: fsspec.AbstractFileSystem, root: str) -> None:
+    """ValueError where anything lies at `out`."""
+    fs.invalidate_cache()
+    if _names(fs, root):
+        raise ValueError(f"out={out} is not empty: choose another out=, or remove {out}")
+
+
 def _names(fs: fsspec.AbstractFileSystem, root: str) -> set[str]:
     """What lies in `root`."""
     try:

@@ -25,7 +25,8 @@ from medim_ray.data.splits import SplitConfig
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before, start = peak(), time.process_time()
 with little_memory():
-    rows = final_rows(SOURCES["csv"](SOURCES["csv"].Config(path=sys.argv[1], image_root="/data")).plan(), SplitConfig(), "salt")
+    source = SOURCES["csv"](SOURCES["csv"].Config(path=sys.argv[1], image_root="/data"))
+    rows = final_rows(source.plan(), SplitConfig(), "salt")
     rows_hash(rows)
 print(json.dumps([rows.num_rows, time.process_time() - start, peak() - before]))
 """

@@ -42,11 +42,13 @@ def rows(first: int, num: int, split: str = "train") -> pa.Table:
     return pa.Table.from_pylist(values, schema=shards.SCHEMA)
 
 
-def write_set(root: Path) -> Path:
+def write_set(root: Path, first: int = 0) -> Path:
+    """13 training and 3 test rows, numbered from `first` and `first` + 20."""
     fs = fsspec.filesystem("file")
+    train = [rows(first, 8), rows(first + 8, 0), rows(first + 8, 5)]
     files = (
-        write_shard(fs, str(root), "train/00000.parquet", "train", [rows(0, 8), rows(8, 0), rows(8, 5)]),
-        write_shard(fs, str(root), "test/00000.parquet", "test", [rows(20, 3, "test")]),
+        write_shard(fs, str(root), "train/00000.parquet", "train", train),
+        write_shard(fs, str(root), "test/00000.parquet", "test", [rows(first + 20, 3, "test")]),
     )
     quarantine = write_table(fs, str(root), shards.QUARANTINE, shards.QUARANTINE_SCHEMA.empty_table())
     manifest = Manifest(
@@ -62,7 +64,7 @@ def write_set(root: Path) -> Path:
         flags={},
         patients={"train": 13, "test": 3},
         labels={"view": {"PA": 16}},
-        intensity={"mean": 0.1, "std": 0.2},
+        intensity={"mean": 0.1, "std": 0.2, "pixels": 1000},
         files=files,
         other_files=(quarantine,),
     )

@@ -1,0 +1,283 @@
+"""Shard sets made of shard sets: several put together (files are copied as they are), or a sample. Knows no Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+import medim_ray
+from medim_ray.data import shards
+from medim_ray.data.duplicates import Hashed, judge, to_json
+from medim_ray.data.encode import RowCounts, pooled
+from medim_ray.data.output import STORED_COLUMNS, refuse_occupied, remove
+from medim_ray.data.shards import HashingFile, Manifest, OtherFile, ShardFile, ShardSet
+from medim_ray.data.splits import SPLITS
+from medim_ray.data.storage import committed
+from medim_ray.data.vocabulary import VocabularyConfig, write_vocabulary
+
+_GROUP_ROWS = 64
+
+
+def merge(sets: Sequence[ShardSet], out: str, fs: fsspec.AbstractFileSystem, root: str) -> Manifest:
+    """Writes all samples of `sets` into the empty folder `root` on `fs`; every byte is checked on its way.
+
+    ValueError: fewer than two sets, one of an older schema, an image id in two of them, a patient in two splits,
+    copies of an image in two splits, a damaged file, an output that is not empty.
+    """
+    if len(sets) < 2:
+        raise ValueError("shards merge: name at least two shard sets")
+    for one in sets:
+        if one.manifest.schema_version != shards.SCHEMA_VERSION:
+            raise ValueError(
+                f"{one.url} has schema version {one.manifest.schema_version}, without hashes of the pixels: "
+                "run `medim-ray prepare` again into a new folder"
+            )
+    rows = pa.concat_tables([one.read_rows(None, STORED_COLUMNS) for one in sets])
+    _refuse_conflicts(rows)
+    copies = _list_of_copies(rows)
+    across = json.loads(copies)["num_across_splits"]["exact"]
+    if across:
+        raise ValueError(
+            f"{across} images have exact copies in another split, which leaks them from training into the test: "
+            "prepare the sources together, or with duplicates=skip one of them"
+        )
+    refuse_occupied(out, fs, root)
+    try:
+        files = tuple(_copied(sets, fs, root))
+        quarantine = pa.concat_tables([_quarantine(one) for one in sets])
+        others = [
+            shards.write_table(fs, root, shards.QUARANTINE, quarantine),
+            shards.write_bytes(fs, root, shards.DUPLICATES, copies.encode()),
+            *_tokenizer(sets, files, fs, root),
+        ]
+        manifest = _sum_of(sets, rows, files, tuple(others))
+        shards.write_bytes(fs, root, shards.MANIFEST, manifest.to_json().encode())
+    except BaseException:
+        remove(fs, root, existed=True)
+        raise
+    _sweep(fs, root)
+    return manifest
+
+
+def sample(one: ShardSet, out: str, fs: fsspec.AbstractFileSystem, root: str, *, num_rows: int, seed: int) -> Manifest:
+    """Writes `num_rows` samples, drawn by a hash of image id and `seed` with the shares of the splits kept.
+
+    ValueError: more rows than there are, a damaged file, an output that is not empty.
+    """
+    total = one.num_rows()
+    if not 1 <= num_rows <= total:
+        raise ValueError(f"rows={num_rows}: between 1 and the {total} rows of {one.url}")
+    rows = one.read_rows(None, STORED_COLUMNS)
+    key = hashlib.blake2b(f"medim-ray sample {seed}".encode()).digest()
+    ranks = [hashlib.blake2b(name.encode(), key=key, digest_size=8).digest() for name in rows["image_id"].to_pylist()]
+    # Rows of equal share: the k-th of n rows of a split is at (k + 1/2) / n, whatever the split.
+    order = sorted(range(total), key=ranks.__getitem__)
+    seen: Counter[str] = Counter()
+    splits = rows["split"].to_pylist()
+    place = {}
+    for row in order:
+        place[row] = (seen[splits[row]] + 0.5) / one.num_rows(splits[row])
+        seen[splits[row]] += 1
+    chosen = sorted(order, key=place.__getitem__)[:num_rows]
+    refuse_occupied(out, fs, root)
+    try:
+        manifest = _write_sample(one, rows.take(pa.array(sorted(chosen))), fs, root, seed)
+    except BaseException:
+        remove(fs, root, existed=True)
+        raise
+    _sweep(fs, root)
+    return manifest
+
+
+def _write_sample(one: ShardSet, rows: pa.Table, fs: fsspec.AbstractFileSystem, root: str, seed: int) -> Manifest:
+    counts = RowCounts()
+    files = []
+    for split in SPLITS:
+        wanted = rows.filter(pc.equal(rows["split"], split))["image_id"].combine_chunks()
+        if len(wanted):
+            groups = _chosen(one, split, wanted, counts)
+            files.append(shards.write_shard(fs, root, f"{split}/00000.parquet", split, groups))
+    others = [
+        shards.write_table(fs, root, shards.QUARANTINE, shards.QUARANTINE_SCHEMA.empty_table()),
+        shards.write_bytes(fs, root, shards.DUPLICATES, _list_of_copies(rows).encode()),
+        *_tokenizer([one], files, fs, root),
+    ]
+    old = one.manifest
+    num = {split: sum(file.rows for file in files if file.split == split) for split in SPLITS}
+    manifest = replace(
+        old,
+        package_version=medim_ray.__version__,
+        schema_version=shards.SCHEMA_VERSION,
+        config_hash=_hash_of(old.config_hash, "sample", str(seed), str(rows.num_rows)),
+        rows_in=rows.num_rows,
+        rows_out=rows.num_rows,
+        rows_quarantined=0,
+        rows_skipped=0,
+        splits=num,
+        sources=dict(sorted(counts.sources.items())),
+        quarantine={},
+        flags=dict(sorted(counts.flags.items())),
+        patients=_patients(rows),
+        labels={name: dict(sorted(values.items())) for name, values in sorted(counts.labels.items())},
+        files=tuple(files),
+        other_files=tuple(others),
+    )
+    shards.write_bytes(fs, root, shards.MANIFEST, manifest.to_json().encode())
+    return manifest
+
+
+def _chosen(one: ShardSet, split: str, image_ids: pa.Array, counts: RowCounts) -> Iterator[pa.Table]:
+    """Row groups of the samples with these ids, in the order of the shards."""
+    held = shards.SCHEMA.empty_table()
+    for file in one.files(split):
+        with one.arrow_fs().open_input_file(one.path(file)) as raw:
+            parquet = pq.ParquetFile(raw)
+            for group in range(parquet.num_row_groups):
+                here = pc.is_in(parquet.read_row_group(group, columns=["image_id"])["image_id"], image_ids)
+                if not pc.any(here).as_py():
+                    continue
+                table = parquet.read_row_group(group).filter(here)
+                for name in shards.SCHEMA.names:
+                    if name not in table.column_names:
+                        table = table.append_column(name, pa.nulls(table.num_rows, shards.SCHEMA.field(name).type))
+                counts.count(table)
+                held = pa.concat_tables([held, table.select(shards.SCHEMA.names).cast(shards.SCHEMA)])
+                while held.num_rows >= _GROUP_ROWS:
+                    yield held.slice(0, _GROUP_ROWS)
+                    held = held.slice(_GROUP_ROWS)
+    yield held
+
+
+def _refuse_conflicts(rows: pa.Table) -> None:
+    counts = pc.value_counts(rows["image_id"].combine_chunks())
+    twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
+    if twice:
+        raise ValueError(
+            f"{len(twice)} image ids are in more than one set, the first is {twice[0]!r}: drop one of them"
+        )
+    places = rows.select(["patient_id", "split"]).group_by(["patient_id", "split"]).aggregate([])
+    patients = pc.value_counts(places["patient_id"].combine_chunks())
+    num = pc.sum(pc.greater(patients.field("counts"), 1)).as_py()
+    if num:
+        raise ValueError(
+            f"{num} patients are in one split here and in another there, which leaks them from training into the test: "
+            "prepare the sources together, with one salt and one split"
+        )
+
+
+def _list_of_copies(rows: pa.Table) -> str:
+    known = rows.filter(pc.is_valid(rows["pixel_hash"]))  # a set of schema version 1 has none
+    num = known.num_rows
+    perceptual = b"".join(bytes.fromhex(text) for text in known["perceptual_hash"].to_pylist())
+    hashed = Hashed(
+        image_ids=known["image_id"],
+        patients=known["patient_id"],
+        pixel_hashes=known["pixel_hash"],
+        perceptual_N=np.frombuffer(perceptual, dtype=">u8").astype(np.uint64),
+        splits_N=pc.index_in(known["split"], pa.array(SPLITS)).to_numpy().astype(np.int8),
+        is_stored_N=np.ones(num, dtype=np.bool_),
+        is_given_N=np.zeros(num, dtype=np.bool_),
+        is_bound_N=np.zeros(num, dtype=np.bool_),
+    )
+    return to_json(hashed, judge(hashed, "keep"), "keep")
+
+
+def _copied(sets: Sequence[ShardSet], fs: fsspec.AbstractFileSystem, root: str) -> Iterator[ShardFile]:
+    """Copies every file under the next number of its split; ValueError where its checksum does not fit."""
+    for split in SPLITS:
+        number = 0
+        for one in sets:
+            for file in one.files(split):
+                path = f"{split}/{number:05d}.parquet"
+                number += 1
+                with (
+                    one.fs.open(one.path(file), "rb") as source,
+                    committed(fs, f"{root}/{path}", _scratch(root)) as raw,
+                ):
+                    sink = HashingFile(raw)
+                    while block := source.read(1 << 22):
+                        sink.write(block)
+                    if sink.hexdigest() != file.blake2b:
+                        raise ValueError(f"{one.url}: {file.path} is damaged: run `medim-ray shards verify {one.url}`")
+                yield replace(file, path=path)
+
+
+def _quarantine(one: ShardSet) -> pa.Table:
+    with one.fs.open(f"{one.root}/{shards.QUARANTINE}", "rb") as file:
+        return pq.read_table(file)
+
+
+def _tokenizer(
+    sets: Sequence[ShardSet], files: Sequence[ShardFile], fs: fsspec.AbstractFileSystem, root: str
+) -> list[OtherFile]:
+    """The vocabulary of the sets where they have the same, a new one elsewhere."""
+
+    def of(one: ShardSet) -> Mapping[str, str]:
+        return {f.path: f.blake2b for f in one.manifest.other_files if f.path.startswith(f"{shards.TOKENIZER}/")}
+
+    if any(of(one) != of(sets[0]) for one in sets):
+        return write_vocabulary(files, VocabularyConfig(), fs, root)
+    one = sets[0]
+    return [shards.write_bytes(fs, root, path, one.fs.cat_file(f"{one.root}/{path}")) for path in of(one)]
+
+
+def _sum_of(
+    sets: Sequence[ShardSet], rows: pa.Table, files: tuple[ShardFile, ...], others: tuple[OtherFile, ...]
+) -> Manifest:
+    manifests = [one.manifest for one in sets]
+    counts = RowCounts()
+    for manifest in manifests:
+        counts.add(manifest.flags, manifest.labels)
+
+    def total(name: str) -> dict[str, int]:
+        summed: Counter[str] = Counter()
+        for manifest in manifests:
+            summed.update(getattr(manifest, name))
+        return dict(summed)
+
+    return Manifest(
+        package_version=medim_ray.__version__,
+        config_hash=_hash_of(*(manifest.config_hash for manifest in manifests)),
+        input_hash=_hash_of(*(manifest.input_hash for manifest in manifests)),
+        rows_in=sum(manifest.rows_in for manifest in manifests),
+        rows_out=rows.num_rows,
+        rows_quarantined=sum(manifest.rows_quarantined for manifest in manifests),
+        rows_skipped=sum(manifest.rows_skipped for manifest in manifests),
+        splits=total("splits"),
+        sources=total("sources"),
+        quarantine=dict(sorted(total("quarantine").items())),
+        flags=dict(sorted(counts.flags.items())),
+        patients=_patients(rows),
+        labels={name: dict(sorted(values.items())) for name, values in sorted(counts.labels.items())},
+        intensity=pooled([manifest.intensity for manifest in manifests]),
+        files=files,
+        other_files=others,
+    )
+
+
+def _patients(rows: pa.Table) -> dict[str, int]:
+    return {split: len(pc.unique(rows.filter(pc.equal(rows["split"], split))["patient_id"])) for split in SPLITS}
+
+
+def _hash_of(*parts: str) -> str:
+    return hashlib.blake2b(" ".join(parts).encode(), digest_size=8).hexdigest()
+
+
+def _scratch(root: str) -> str:
+    return f"{root}/{shards.WORK}"
+
+
+def _sweep(fs: fsspec.AbstractFileSystem, root: str) -> None:
+    """The folder of what was not finished, now empty."""
+    fs.invalidate_cache()
+    if fs.exists(_scratch(root)):
+        fs.rm(_scratch(root), recursive=True)
