@@ -7,6 +7,7 @@ files and what is no radiograph are refused with a reason. pydicom is imported b
 from __future__ import annotations
 
 import io
+import logging
 import re
 import unicodedata
 import warnings
@@ -35,6 +36,12 @@ from pydicom.uid import (
 
 from medim_ray.data.images import BadImageError, Gray
 
+# pydicom would quote odd values, which may be a patient's, in warnings and logs. Set for the process, because headers
+# are read by threads, in which warnings.catch_warnings is not safe.
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+warnings.filterwarnings("ignore", module=r"pydicom\.")
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+
 Window = Literal["voi", "percentile", "none"]
 PERCENTILES = (0.5, 99.5)
 SECONDARY_CAPTURE, TAGS_REPAIRED, WINDOW_IGNORED = "secondary_capture", "dicom_tags_repaired", "dicom_window_ignored"
@@ -62,6 +69,8 @@ FIELDS = {
     "columns": "Columns",
 }
 """Label name -> the only header fields that can become labels. Names, dates, numbers of the study, free text: never."""
+_NAMES = ("manufacturer", "model")
+_NUMBERS = ("pixel_spacing", "imager_pixel_spacing", "kvp", "exposure", "bits_stored", "rows", "columns")
 
 _IDENTITY = ["PatientID", "SOPInstanceUID", "SOPClassUID", "BurnedInAnnotation"]
 _PIXELS = [
@@ -74,6 +83,7 @@ _PIXELS = [
     *("BluePaletteColorLookupTableDescriptor", "BluePaletteColorLookupTableData"),
 ]
 _HEADER = sorted({*FIELDS.values(), *_IDENTITY, "NumberOfFrames", "SpecificCharacterSet"})
+_VITAL = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "PixelRepresentation", "PixelData")
 _OVERLAY_BIT = 0x60000102
 _SECONDARY_CAPTURE_CLASSES = "1.2.840.10008.5.1.4.1.1.7"
 
@@ -103,7 +113,7 @@ class Radiograph:
 
 def read_header(file: Any) -> Header:
     """The header of an open binary file; pixels are not read. BadImageError: no DICOM, or a damaged header."""
-    return _header(_dataset(file, _HEADER, stop_before_pixels=True))
+    return _header(_dataset(file, _HEADER, stop_before_pixels=True)[0])
 
 
 def decode_dicom(data: bytes, *, window: Window) -> Radiograph:
@@ -114,10 +124,10 @@ def decode_dicom(data: bytes, *, window: Window) -> Radiograph:
     """
     if not data:
         raise BadImageError("empty file")
-    dataset = _dataset(io.BytesIO(data), [*_HEADER, *_PIXELS, _OVERLAY_BIT], stop_before_pixels=False)
+    dataset, dropped = _dataset(io.BytesIO(data), [*_HEADER, *_PIXELS, _OVERLAY_BIT], stop_before_pixels=False)
     header = _header(dataset)
     flags = [SECONDARY_CAPTURE] if header.secondary_capture else []
-    flags += [TAGS_REPAIRED] if _repair(dataset) else []
+    flags += [TAGS_REPAIRED] if _repair(dataset) or dropped else []
     stored_HW, repaired = _stored(dataset)
     flags += [TAGS_REPAIRED] if repaired else []
     image_HW, ignored = _shown(dataset, stored_HW, window)
@@ -144,24 +154,36 @@ def refuse_other(header: Header, *, body_parts: Sequence[str], modalities: Seque
         raise BadImageError(f"modality {re.sub('[^A-Z0-9]', '?', modality)[:8]!r} is not wanted")
 
 
-def _dataset(file: Any, keywords: Sequence[str | int], *, stop_before_pixels: bool) -> Any:
-    """The dataset with `keywords` only. A file without preamble is read where its first tag looks like DICOM."""
+def _dataset(file: Any, keywords: Sequence[str | int], *, stop_before_pixels: bool) -> tuple[Any, bool]:
+    """The dataset with `keywords` only, and whether one of them was left out for a value that can't be parsed.
+
+    A file without preamble is read where its first tag looks like DICOM.
+    """
     start = file.read(132)
     file.seek(0)
     if start[128:] != b"DICM" and not _starts_like_dicom(start):
         raise BadImageError("not a DICOM file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dataset = pydicom.dcmread(
-                file, force=True, stop_before_pixels=stop_before_pixels, specific_tags=list(keywords)
-            )
-            _ = [dataset.get(name) for name in keywords]  # values are parsed when asked for
+        dataset = pydicom.dcmread(file, force=True, stop_before_pixels=stop_before_pixels, specific_tags=list(keywords))
+        dropped = [name for name in keywords if not _parses(dataset, name)]
+        if any(name in dropped for name in _VITAL):
+            raise ValueError
+        for name in dropped:
+            del dataset[pydicom.tag.Tag(name)]
     except Exception as error:  # pydicom raises whatever its parser meets in damaged bytes
         raise BadImageError(f"damaged DICOM header ({type(error).__name__})") from None
     if not any(name in dataset for name in ("Rows", "SOPClassUID", "SOPInstanceUID", "Modality", "PixelData")):
         raise BadImageError("not a DICOM file")
-    return dataset
+    return dataset, bool(dropped)
+
+
+def _parses(dataset: Any, name: str | int) -> bool:
+    """Whether a value is what its tag says; pydicom parses when it is asked for."""
+    try:
+        dataset.get(name)
+    except Exception:
+        return False
+    return True
 
 
 def _starts_like_dicom(start: bytes) -> bool:
@@ -181,9 +203,7 @@ def _text(value: Any) -> str:
 
 
 def _header(dataset: Any) -> Header:
-    fields = {name: text for name, keyword in FIELDS.items() if (text := _text(dataset.get(keyword)))}
-    if "age" in fields:
-        fields["age"] = _years(fields["age"])
+    fields = {name: _field(name, _text(dataset.get(keyword))) for name, keyword in FIELDS.items()}
     fields = {name: text for name, text in fields.items() if text}
     return Header(
         patient_id=_text(dataset.get("PatientID")),
@@ -192,6 +212,16 @@ def _header(dataset: Any) -> Header:
         burned_in=_text(dataset.get("BurnedInAnnotation")).upper() in ("YES", "Y"),
         secondary_capture=_text(dataset.get("SOPClassUID")).startswith(_SECONDARY_CAPTURE_CLASSES),
     )
+
+
+def _field(name: str, text: str) -> str:
+    """The text of a header field where it is of the field's kind, else '': a wrong tag may hold anything."""
+    if name == "age":
+        return _years(text)
+    if name in _NAMES:
+        return text[:64]
+    fits = re.fullmatch(r"[-+.\dEe/]{1,64}" if name in _NUMBERS else r"[A-Z0-9_ /\\-]{1,64}", text.upper())
+    return text if fits else ""
 
 
 def _years(age: str) -> str:
@@ -306,9 +336,7 @@ def _stored(dataset: Any) -> tuple[NDArray[Any], bool]:
     if not syntax.is_encapsulated and not dataset.PixelRepresentation:
         dataset.BitsStored = dataset.BitsAllocated  # or else pydicom cuts what the header does not tell of
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            values = pixel_array(dataset, decoding_plugin=_PLUGINS.get(str(syntax), ""))
+        values = pixel_array(dataset, decoding_plugin=_PLUGINS.get(str(syntax), ""))
     except (NotImplementedError, RuntimeError, AttributeError, KeyError) as error:
         if isinstance(error, NotImplementedError) or re.search("missing|does not support", str(error)):
             raise BadImageError(f"no decoder for {syntax.name}") from None

@@ -217,6 +217,7 @@ def test_what_is_no_dicom(data: bytes) -> None:
         decode_dicom(data, window="none")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("syntax", ["JPEGLosslessProcess14_1", "JPEGLSLossless", "JPEG2000Lossless", "RLELossless"])
 def test_damage_is_a_reason_and_never_a_crash(syntax: str, tmp_path: Path) -> None:
     data = compressed(file_of(dataset(TWELVE, bits=12)), syntax, tmp_path)
@@ -259,6 +260,20 @@ def test_only_the_fixed_list_of_fields_is_read() -> None:
     assert not any(word in repr(header) for word in ("Secret", "20200102", "A77"))
     for keyword in ("PatientName", "PatientBirthDate", "StudyDate", "AccessionNumber", "StudyDescription"):
         assert keyword not in FIELDS.values()
+
+
+def test_odd_values_are_quoted_nowhere(caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder) -> None:
+    with pydicom.config.disable_value_validation():
+        data = file_of(dataset(EIGHT, PatientID="Zebrowski\u00a0" * 9, PatientSex="Zebrowski, W.", KVP="7531"))
+    data = data.replace(b"7531", b"Zeb!")
+    recwarn.clear()
+    radiograph = decode_dicom(data, window="voi")
+    assert {"kvp", "sex"} & set(radiograph.header.fields) == set()
+    broken = data.replace(b"US\x02\x00\x30\x00", b"US\x03\x00\x30\x00", 1)  # Rows of three bytes
+    with pytest.raises(BadImageError) as error:
+        decode_dicom(broken, window="voi")
+    assert "Zeb" not in str(error.value)
+    assert "Zeb" not in caplog.text and not [w for w in recwarn if "Zeb" in str(w.message)]
 
 
 @pytest.mark.parametrize(("age", "years"), [("062Y", "62"), ("62", "62"), ("011M", "0"), ("104Y", "90"), ("old", None)])
