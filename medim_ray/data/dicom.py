@@ -1,17 +1,15 @@
-"""DICOM files to gray pixels and to a fixed list of header fields. No other field of a header is ever read into a row.
+"""DICOM files to gray pixels: stored -> modality (rescale) -> window -> MONOCHROME1 inverted, as PS3.3 C.11 orders.
 
-Values go stored -> modality (rescale) -> window -> MONOCHROME1 inverted, as DICOM PS3.3 C.11 orders them. Multi-frame
-files and what is no radiograph are refused with a reason. pydicom is imported by whoever imports this module.
+Multi-frame files and what is no radiograph are refused with a reason. Headers are read in dicom_header.py. pydicom is
+imported by whoever imports this module.
 """
 
 from __future__ import annotations
 
 import io
-import logging
 import re
 import unicodedata
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,45 +32,13 @@ from pydicom.uid import (
     JPEGLSLossless,
 )
 
+from medim_ray.data.dicom_header import HEADER_KEYWORDS, Header, header_of, open_dataset
 from medim_ray.data.images import BadImageError, Gray
-
-# pydicom would quote odd values, which may be a patient's, in warnings and logs. Set for the process, because headers
-# are read by threads, in which warnings.catch_warnings is not safe.
-pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-warnings.filterwarnings("ignore", module=r"pydicom\.")
-logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
 Window = Literal["voi", "percentile", "none"]
 PERCENTILES = (0.5, 99.5)
 SECONDARY_CAPTURE, TAGS_REPAIRED, WINDOW_IGNORED = "secondary_capture", "dicom_tags_repaired", "dicom_window_ignored"
 
-FIELDS = {
-    "view": "ViewPosition",
-    "sex": "PatientSex",
-    "age": "PatientAge",
-    "modality": "Modality",
-    "body_part": "BodyPartExamined",
-    "laterality": "ImageLaterality",
-    "patient_orientation": "PatientOrientation",
-    "manufacturer": "Manufacturer",
-    "model": "ManufacturerModelName",
-    "detector": "DetectorType",
-    "photometric": "PhotometricInterpretation",
-    "presentation": "PresentationIntentType",
-    "conversion": "ConversionType",
-    "pixel_spacing": "PixelSpacing",
-    "imager_pixel_spacing": "ImagerPixelSpacing",
-    "kvp": "KVP",
-    "exposure": "Exposure",
-    "bits_stored": "BitsStored",
-    "rows": "Rows",
-    "columns": "Columns",
-}
-"""Label name -> the only header fields that can become labels. Names, dates, numbers of the study, free text: never."""
-_NAMES = ("manufacturer", "model")
-_NUMBERS = ("pixel_spacing", "imager_pixel_spacing", "kvp", "exposure", "bits_stored", "rows", "columns")
-
-_IDENTITY = ["PatientID", "SOPInstanceUID", "SOPClassUID", "BurnedInAnnotation"]
 _PIXELS = [
     *("SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit"),
@@ -82,24 +48,7 @@ _PIXELS = [
     *("GreenPaletteColorLookupTableDescriptor", "GreenPaletteColorLookupTableData"),
     *("BluePaletteColorLookupTableDescriptor", "BluePaletteColorLookupTableData"),
 ]
-_HEADER = sorted({*FIELDS.values(), *_IDENTITY, "NumberOfFrames", "SpecificCharacterSet"})
-_VITAL = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "PixelRepresentation", "PixelData")
 _OVERLAY_BIT = 0x60000102
-_SECONDARY_CAPTURE_CLASSES = "1.2.840.10008.5.1.4.1.1.7"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """What is read of a header: `fields` are those of FIELDS that are there, as text ("PA", "62", "0.168/0.168").
-
-    patient_id goes into the keyed hash of the plan only.
-    """
-
-    patient_id: str
-    sop_uid: str
-    fields: Mapping[str, str]
-    burned_in: bool
-    secondary_capture: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +60,6 @@ class Radiograph:
     flags: tuple[str, ...]
 
 
-def read_header(file: Any) -> Header:
-    """The header of an open binary file; pixels are not read. BadImageError: no DICOM, or a damaged header."""
-    return _header(_dataset(file, _HEADER, stop_before_pixels=True)[0])
-
-
 def decode_dicom(data: bytes, *, window: Window) -> Radiograph:
     """The radiograph in a DICOM file's bytes.
 
@@ -124,8 +68,10 @@ def decode_dicom(data: bytes, *, window: Window) -> Radiograph:
     """
     if not data:
         raise BadImageError("empty file")
-    dataset, dropped = _dataset(io.BytesIO(data), [*_HEADER, *_PIXELS, _OVERLAY_BIT], stop_before_pixels=False)
-    header = _header(dataset)
+    dataset, dropped = open_dataset(
+        io.BytesIO(data), [*HEADER_KEYWORDS, *_PIXELS, _OVERLAY_BIT], stop_before_pixels=False
+    )
+    header = header_of(dataset)
     flags = [SECONDARY_CAPTURE] if header.secondary_capture else []
     flags += [TAGS_REPAIRED] if _repair(dataset) or dropped else []
     stored_HW, repaired = _stored(dataset)
@@ -152,85 +98,6 @@ def refuse_other(header: Header, *, body_parts: Sequence[str], modalities: Seque
         raise BadImageError(f"body part {re.sub('[^A-Z0-9 _-]', '?', plain)[:16]!r} is not wanted")
     if modality and modalities and modality not in modalities:
         raise BadImageError(f"modality {re.sub('[^A-Z0-9]', '?', modality)[:8]!r} is not wanted")
-
-
-def _dataset(file: Any, keywords: Sequence[str | int], *, stop_before_pixels: bool) -> tuple[Any, bool]:
-    """The dataset with `keywords` only, and whether one of them was left out for a value that can't be parsed.
-
-    A file without preamble is read where its first tag looks like DICOM.
-    """
-    start = file.read(132)
-    file.seek(0)
-    if start[128:] != b"DICM" and not _starts_like_dicom(start):
-        raise BadImageError("not a DICOM file")
-    try:
-        dataset = pydicom.dcmread(file, force=True, stop_before_pixels=stop_before_pixels, specific_tags=list(keywords))
-        dropped = [name for name in keywords if not _parses(dataset, name)]
-        if any(name in dropped for name in _VITAL):
-            raise ValueError
-        for name in dropped:
-            del dataset[pydicom.tag.Tag(name)]
-    except Exception as error:  # pydicom raises whatever its parser meets in damaged bytes
-        raise BadImageError(f"damaged DICOM header ({type(error).__name__})") from None
-    if not any(name in dataset for name in ("Rows", "SOPClassUID", "SOPInstanceUID", "Modality", "PixelData")):
-        raise BadImageError("not a DICOM file")
-    return dataset, bool(dropped)
-
-
-def _parses(dataset: Any, name: str | int) -> bool:
-    """Whether a value is what its tag says; pydicom parses when it is asked for."""
-    try:
-        dataset.get(name)
-    except Exception:
-        return False
-    return True
-
-
-def _starts_like_dicom(start: bytes) -> bool:
-    """The first tag of a dataset without preamble: group 0002 or 0008, little or big endian, with a small element."""
-    return len(start) >= 8 and (
-        (start[:2] in (b"\x02\x00", b"\x08\x00") and start[3:4] == b"\x00")
-        or (start[:2] == b"\x00\x08" and start[2:3] == b"\x00")
-    )
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, pydicom.multival.MultiValue | list | tuple):
-        return "/".join(str(part).strip() for part in value)
-    return str(value).strip()
-
-
-def _header(dataset: Any) -> Header:
-    fields = {name: _field(name, _text(dataset.get(keyword))) for name, keyword in FIELDS.items()}
-    fields = {name: text for name, text in fields.items() if text}
-    return Header(
-        patient_id=_text(dataset.get("PatientID")),
-        sop_uid=_text(dataset.get("SOPInstanceUID")),
-        fields=fields,
-        burned_in=_text(dataset.get("BurnedInAnnotation")).upper() in ("YES", "Y"),
-        secondary_capture=_text(dataset.get("SOPClassUID")).startswith(_SECONDARY_CAPTURE_CLASSES),
-    )
-
-
-def _field(name: str, text: str) -> str:
-    """The text of a header field where it is of the field's kind, else '': a wrong tag may hold anything."""
-    if name == "age":
-        return _years(text)
-    if name in _NAMES:
-        return text[:64]
-    fits = re.fullmatch(r"[-+.\dEe/]{1,64}" if name in _NUMBERS else r"[A-Z0-9_ /\\-]{1,64}", text.upper())
-    return text if fits else ""
-
-
-def _years(age: str) -> str:
-    """Whole years of an age string ("062Y", "011M", "62"); 90 for all above, as the HIPAA safe harbour has it."""
-    match = re.fullmatch(r"(\d+)\s*([YMWD]?)", age.strip().upper())
-    if not match:
-        return ""
-    years = int(match[1]) // {"Y": 1, "": 1, "M": 12, "W": 52, "D": 365}[match[2]]
-    return str(min(years, 90))
 
 
 def _repair(dataset: Any) -> bool:

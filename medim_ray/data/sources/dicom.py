@@ -18,7 +18,7 @@ from medim_ray.data.sources.base import SOURCES, Row, Sample, absolute, describe
 from medim_ray.data.sources.files import extension, join, list_files, read_text
 
 if TYPE_CHECKING:
-    from medim_ray.data.dicom import Header
+    from medim_ray.data.dicom_header import Header
 
 SHARED_UID = "shared_sop_uid"
 _LISTS = ("txt", "lst", "list")
@@ -63,7 +63,7 @@ class DicomSource:
         )
 
         def __post_init__(self) -> None:
-            from medim_ray.data.dicom import FIELDS
+            from medim_ray.data.dicom_header import FIELDS
 
             for name in self.fields:
                 if name not in FIELDS:
@@ -143,7 +143,7 @@ class DicomSource:
 
 def _header_of(url: str) -> Header | None:
     """None where the file or its header can't be read; the row's sample finds out why."""
-    from medim_ray.data.dicom import read_header
+    from medim_ray.data.dicom_header import read_header
 
     try:
         remote = {"block_size": _HEADER_BLOCK} if "://" in url else {}

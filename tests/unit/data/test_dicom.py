@@ -14,15 +14,14 @@ from pydicom.sequence import Sequence
 from pydicom.uid import ImplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless
 
 from medim_ray.data.dicom import (
-    FIELDS,
     SECONDARY_CAPTURE,
     TAGS_REPAIRED,
     WINDOW_IGNORED,
     decode_dicom,
-    read_header,
     refuse_burned_in,
     refuse_other,
 )
+from medim_ray.data.dicom_header import FIELDS, read_header
 from medim_ray.data.images import BadImageError
 from tests.unit.data.dicom_files import compressed, dataset, file_of, gradient
 
@@ -292,6 +291,9 @@ def test_refusals_name_the_tag_and_pass_what_is_not_stated() -> None:
     refuse_other(header(BodyPartExamined=None, Modality=None), **wanted)
     with pytest.raises(BadImageError, match="body part 'KNEE' is not wanted"):
         refuse_other(header(BodyPartExamined="KNEE"), **wanted)
+    for odd in ("ROTULA DER.", "knee\u00b2"):
+        with pydicom.config.disable_value_validation(), pytest.raises(BadImageError, match="body part"):
+            refuse_other(header(BodyPartExamined=odd, SpecificCharacterSet="ISO_IR 192"), **wanted)
     refuse_other(header(BodyPartExamined="KNEE", Modality="CT"), body_parts=(), modalities=())
     with pytest.raises(BadImageError, match="modality 'CT' is not wanted"):
         refuse_other(header(Modality="CT"), **wanted)
