@@ -68,9 +68,17 @@ def decode_dicom(data: bytes, *, window: Window) -> Radiograph:
     """
     if not data:
         raise BadImageError("empty file")
-    dataset, dropped = open_dataset(
-        io.BytesIO(data), [*HEADER_KEYWORDS, *_PIXELS, _OVERLAY_BIT], stop_before_pixels=False
-    )
+    try:
+        return _decode(data, window)
+    except BadImageError:
+        raise
+    except Exception as error:  # tags of impossible kinds get far before something stumbles over them
+        raise BadImageError(f"damaged DICOM file ({type(error).__name__})") from None
+
+
+def _decode(data: bytes, window: Window) -> Radiograph:
+    keywords = [*HEADER_KEYWORDS, *_PIXELS, _OVERLAY_BIT]
+    dataset, dropped = open_dataset(io.BytesIO(data), keywords, stop_before_pixels=False)
     header = header_of(dataset)
     flags = [SECONDARY_CAPTURE] if header.secondary_capture else []
     flags += [TAGS_REPAIRED] if _repair(dataset) or dropped else []

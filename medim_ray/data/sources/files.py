@@ -67,7 +67,8 @@ def list_files(root: str, option: str = "source.path") -> list[str]:
         names = [name[len(path) :].lstrip("/") for name in fs.find(path) if name != path]
         if not names and not fs.exists(path):
             raise FileNotFoundError
-    return sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+    # object stores may hold an empty object "folder/" for a folder
+    return sorted(n for n in names if n and n[-1] != "/" and not any(part.startswith(".") for part in n.split("/")))
 
 
 def _walk(root: Path) -> Iterator[str]:
