@@ -1,0 +1,45 @@
+"""Failures are told apart, and each kind has a budget of its own."""
+
+from __future__ import annotations
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.train import WorkerGroupError
+
+from medim_ray.config.schema import TrainConfig
+from medim_ray.train.attempts import Budgets, Failure, of_error, of_outcome
+from medim_ray.train.control import Outcome
+
+
+def test_a_lost_worker_is_told_before_the_errors_it_causes_in_others() -> None:
+    failures = {0: RuntimeError("Connection closed by peer"), 1: ActorDiedError()}
+    failure = of_error(WorkerGroupError("two workers", failures))
+    assert (failure.kind, failure.rank) == ("loss", 1) and str(failure) == "worker 1: its process or node is gone"
+
+
+def test_an_exception_is_an_error_with_its_last_line() -> None:
+    failure = of_error(WorkerGroupError("one", {2: ValueError("Traceback\n  ...\nValueError: no such layer")}))
+    assert failure == Failure("error", 2, "ValueError: no such layer")
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("finished", None), ("stopped", None), ("preempted", "preemption"), ("bad_step", "numbers")]
+)
+def test_outcomes(kind: str, expected: str | None) -> None:
+    failure = of_outcome(Outcome(kind=kind, step=3, message="m"))  # type: ignore[arg-type]
+    assert (failure.kind if failure else None) == expected
+
+
+def test_budgets_are_separate() -> None:
+    budgets = Budgets(TrainConfig(max_failures=1, max_preemptions=2, max_errors=3))
+    loss, taken, error = (Failure(kind, 0, "") for kind in ("loss", "preemption", "error"))
+    assert budgets.exhausted_by(loss, 4) is None
+    assert budgets.exhausted_by(taken, 4) is None and budgets.exhausted_by(taken, 4) is None
+    assert [budgets.exhausted_by(error, step) for step in (4, 4, 6, 6)] == [None] * 4, "progress makes it another step"
+    assert "the same step failed 3 times" in str(budgets.exhausted_by(error, 6))
+    assert "max_preemptions=2" in str(budgets.exhausted_by(taken, 6))
+    assert "max_failures=1" in str(budgets.exhausted_by(loss, 6))
+    assert Budgets(TrainConfig()).exhausted_by(Failure("numbers", None, ""), 1) == "train.on_bad_step=stop"
+    assert Budgets(TrainConfig(on_bad_step="rewind")).exhausted_by(Failure("numbers", None, ""), 1) is None
+    for _ in range(50):
+        assert Budgets(TrainConfig()).exhausted_by(taken, 1) is None

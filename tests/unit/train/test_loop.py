@@ -1,0 +1,166 @@
+"""The loop on one rank with a real DeepSpeed engine: bad numbers, skipped steps, stops. Ray is not needed for these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from medim_ray.config.schema import TrainConfig
+from medim_ray.data.collate import Columns
+from medim_ray.data.reader import EPOCH, IMAGE_ID, STEP, VIEW
+from medim_ray.data.transforms import View
+from medim_ray.objectives.base import ParameterGroup, default_groups
+from medim_ray.train.control import STOP, RunControl
+from medim_ray.train.health import BadStep, NumberGuard
+from medim_ray.train.loop import Trainer, train
+from medim_ray.train.zero import build_engine
+from medim_ray.types import Batch, StepOutput
+from tests.unit.train.ranks import on_ranks
+
+STEPS, BAD = 8, 3
+CONFIG = TrainConfig(steps=STEPS, global_batch=4, checkpoint_every=100, zero=1)
+
+
+class Mean(nn.Module):
+    """Learns the mean of the pixels; an image of 255s in step BAD makes its loss infinite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = nn.Linear(1, 1)
+
+    def forward(self, batch: Batch) -> StepOutput:
+        images_B1HW = batch.views["image"]
+        error_B = (self.level(images_B1HW.mean(dim=(2, 3))) - 0.5).square().mean(dim=1)
+        loss = error_B.mean() + torch.where(images_B1HW.amax() >= 1.0, torch.inf, 0.0)
+        return StepOutput(loss=loss, logs={"error": error_B.detach().mean()})
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return default_groups(self)
+
+    def after_step(self, step: int) -> None: ...
+
+
+class Records:
+    """What the loop hands on."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+        self.saved: list[int] = []
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.logs.append(record)
+
+    def save(self, step: int) -> None:
+        self.saved.append(step)
+
+
+class Mailbox:
+    """Asks for a stop once `after` steps are logged."""
+
+    def __init__(self, records: Records, after: int) -> None:
+        self._records, self._after = records, after
+
+    def stop_requested(self) -> bool:
+        return len(self._records.logs) >= self._after
+
+
+def steps(bad: bool, first: int = 0) -> Iterator[Columns]:
+    for step in range(first, STEPS):
+        pixels = np.random.default_rng(step).integers(0, 200, (4, 1, 2, 2), dtype=np.uint8)
+        if bad and step == BAD:
+            pixels[0] = 255
+        yield {
+            STEP: np.full(4, step),
+            EPOCH: np.zeros(4, dtype=np.int64),
+            IMAGE_ID: np.array([f"{step}-{i}" for i in range(4)], dtype=object),
+            f"{VIEW}image": pixels,
+            f"{VIEW}image/jitter_BK3": np.tile(np.array([1, 1, 0], dtype=np.float32), (4, 1, 1)),
+            "mask/uniform_BN": np.zeros((4, 4), dtype=np.bool_),
+        }
+
+
+def trainer(
+    config: TrainConfig, bad: bool, omitted: dict[int, str], stop_after: int | None = None
+) -> tuple[Trainer, Records, list[BadStep]]:
+    torch.manual_seed(0)
+    records, told = Records(), list[BadStep]()
+    run = Trainer(
+        config=config,
+        seed=1,
+        engine=build_engine(Mean(), config),
+        device=torch.device("cpu"),
+        views=(View("image", 1, 2, 1),),
+        steps=steps(bad),
+        lr=lambda step: 1e-2,
+        guard=NumberGuard(config, omitted, lambda bad, columns: told.append(bad)),
+        control=RunControl(None if stop_after is None else Mailbox(records, stop_after)),
+        recorder=records,
+        checkpoints=records,
+        first_step=0,
+        rank=0,
+        samples_per_epoch=4 * STEPS,
+    )
+    run.control._next_look = float("inf")  # Ray is not there to be asked about preemption
+    return run, records, told
+
+
+def weights(run: Trainer) -> list[Tensor]:
+    return [p.detach().clone() for p in run.engine.module.parameters()]
+
+
+def policies(folder: str) -> None:
+    run, records, told = trainer(CONFIG, bad=True, omitted={})
+    with pytest.raises(BadStep, match=rf"step {BAD}: loss is inf"):
+        train(run)
+    assert [r["step"] for r in records.logs] == list(range(BAD)) and len(told) == 1 and records.saved == []
+    before = weights(run)
+    assert all(bool(w.isfinite().all()) for w in before), "the bad step changed a weight"
+
+    skipping, records, told = trainer(replace(CONFIG, on_bad_step="skip"), bad=True, omitted={})
+    assert train(skipping).kind == "finished" and records.saved == [STEPS]
+    assert [r["step"] for r in records.logs if "omitted" in r] == [BAD] and "loss" not in records.logs[BAD]
+    # A run that was told beforehand, as after going back, ends with the same weights.
+    told_before, records, told = trainer(CONFIG, bad=True, omitted={BAD: "loss is inf"})
+    assert train(told_before).kind == "finished" and not told
+    assert all(torch.equal(a, b) for a, b in zip(weights(skipping), weights(told_before), strict=True))
+
+    accumulating = replace(CONFIG, on_bad_step="skip", micro_batch=2)
+    run, _, told = trainer(accumulating, bad=True, omitted={})
+    with pytest.raises(BadStep):
+        train(run)
+
+    run, records, _ = trainer(CONFIG, bad=False, omitted={}, stop_after=2)
+    outcome = train(run)
+    assert (outcome.kind, outcome.step, records.saved) == ("stopped", 3, [3])
+    Path(folder, "done").touch()
+
+
+def test_policies_for_bad_steps_and_stops(tmp_path: Path) -> None:
+    on_ranks(1, policies, str(tmp_path))
+    assert (tmp_path / "done").exists()
+
+
+def test_a_spike_is_measured_against_the_median_of_what_came_before() -> None:
+    guard = NumberGuard(replace(CONFIG, spike_factor=10.0), {}, lambda bad, columns: None)
+    with pytest.raises(BadStep, match="grad_norm is nan"):
+        guard.check_norm(0, float("nan"), {})
+    for step in range(15):
+        guard.check_norm(step, 1000.0 if step == 3 else 1.0, {})  # too early to know
+    guard.check_norm(15, 9.0, {})
+    with pytest.raises(BadStep, match="grad_norm 11 is over 10 times the median 1"):
+        guard.check_norm(16, 11.0, {})
+
+
+def test_wishes_are_summed_by_name() -> None:
+    control = RunControl(None)
+    assert set(control.wishes()) == {"stop", "warned", "preemption"} and not any(control.wishes().values())
+    assert control.decide({STOP: 1.0, "warned": 0.0, "preemption": 0.0}) == ("stopped", "asked to stop")
+    assert control.decide({STOP: 0.0, "warned": 2.0, "preemption": 0.0}) == ("preempted", "2 workers got SIGTERM")
+    assert control.decide(dict.fromkeys((STOP, "warned", "preemption"), 0.0)) is None
