@@ -19,6 +19,7 @@ from typing import Any
 
 import fsspec
 
+from medim_ray.data.progress import quiet
 from medim_ray.submit.doctor import MIN_DISK_BYTES, MIN_MEMORY_BYTES
 from medim_ray.submit.ray_jobs import read_token
 
@@ -163,7 +164,7 @@ def _clocks() -> tuple[bool, str]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    remote, offsets = ray.remote(num_cpus=0)(time.time), []
+    remote, offsets = ray.remote(num_cpus=0)(_clock), []
     for node in _nodes():
         there = remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
         for _ in range(2):
@@ -174,6 +175,10 @@ def _clocks() -> tuple[bool, str]:
     worst = max(offsets, key=abs)
     fix = "" if abs(worst) < _MAX_CLOCK_S else "; set them by NTP: tokens and certificates go by the clock"
     return abs(worst) < _MAX_CLOCK_S, f"within {abs(worst):.3f} s{fix}"
+
+
+def _clock() -> float:
+    return time.time()
 
 
 def _least(facts: list[dict[str, Any]], key: str, least: int) -> tuple[bool, str]:
@@ -278,7 +283,8 @@ def _reduce(url: str, rank: int, num: int, backend: str) -> float:
 
 
 def _stream() -> tuple[bool, str]:
-    """Blocks of 4 MiB made by tasks on the cluster and read here, as the trainer reads its stream."""
+    """Blocks of 4 MiB made by tasks on the cluster and read here, as the trainer reads its stream; the second of two
+    readings, since the first starts the workers."""
     import numpy as np
     import ray.data
 
@@ -287,9 +293,10 @@ def _stream() -> tuple[bool, str]:
 
     num = _STREAMED_BYTES // _BLOCK_BYTES
     stream = ray.data.range(num, override_num_blocks=num).map_batches(blocks, batch_size=None, num_cpus=0.1)
-    arrived, started = 0, 0.0
-    for batch in stream.iter_batches(batch_size=1, batch_format="numpy"):
-        started = started or time.perf_counter()  # the first block pays for the start
-        arrived += batch["image"].nbytes
-    rate = (arrived - _BLOCK_BYTES) / max(time.perf_counter() - started, 1e-9)
+    with quiet("ray.data"):
+        for _ in range(2):
+            started, arrived = time.perf_counter(), 0
+            for batch in stream.iter_batches(batch_size=1, batch_format="numpy"):
+                arrived += batch["image"].nbytes
+            rate = arrived / (time.perf_counter() - started)
     return arrived == _STREAMED_BYTES, f"{rate / 1e6:.0f} MB/s to this node, {arrived >> 20} MiB"

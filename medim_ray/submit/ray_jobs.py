@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,12 @@ class RayJobsTarget:
 
     def submit(self, job: Job, plan: Plan) -> str:
         client = connect(job.spec)
+        if not read_token(job.spec.ray.token_file):
+            print(
+                f"note: {job.spec.ray.address} takes jobs without a token, from whoever reaches it: start its head "
+                "with RAY_AUTH_MODE=token",
+                file=sys.stderr,
+            )
         arguments = request(job)
         with tempfile.TemporaryDirectory() as folder:
             archive = Path(folder) / "working_dir.zip"

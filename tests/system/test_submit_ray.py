@@ -142,9 +142,6 @@ def test_jobs_with_a_token_and_what_stands_in_their_way(
     jobs = requests.get(f"{head.jobs}/api/jobs/", headers=head.headers, timeout=10)
     assert len(jobs.json()) == 1
     assert head.token_file.read_text().strip() not in jobs.text
-    assert main([*submit, "name=bad", "args=[--id-column, none]"]) == 2, "the exit code is the job's"
-    assert main([*submit, "name=other", "environment.python=/usr/bin/python3"]) == 78
-    assert "has no medim_ray" in capsys.readouterr().out
 
 
 def test_a_cluster_of_another_ray_is_refused_before_anything_is_sent(
@@ -206,6 +203,10 @@ def test_stop_resubmit_and_secrets_on_a_cluster(
     assert main(["jobs", "stop", "long"]) == 0
     assert main(["jobs", "logs", "long", "--follow"]) != 0
     assert "long: stopped" in capsys.readouterr().err
+    submit = ["submit", tagging(tmp_path), f"ray.address={head.jobs}", *here]
+    assert main([*submit, "name=bad", "args=[--id-column, none]"]) == 2, "the exit code is the job's"
+    assert main([*submit, "name=other", "environment.python=/usr/bin/python3"]) == 78
+    assert "has no medim_ray" in capsys.readouterr().out
     info = requests.get(f"{head.jobs}/api/jobs/", headers=head.headers, timeout=10).text
     files = "".join(path.read_text(errors="replace") for path in tmp_path.rglob("*.json"))
     assert PLANTED not in info + files and "KEY" in info
@@ -230,6 +231,12 @@ def test_doctor_of_a_cluster(head: Head, tmp_path: Path) -> None:
     assert none.returncode == 1 and "FAIL ports" in none.stdout
 
 
+def node_address() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
 def certificates(folder: Path) -> Tls:
     """An authority, and a certificate of it for loopback."""
     for command in (
@@ -237,7 +244,8 @@ def certificates(folder: Path) -> Tls:
         "req -newkey rsa:2048 -nodes -subj /CN=localhost -keyout node.key -out node.csr",
         "x509 -req -in node.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile san -out node.crt",
     ):
-        (folder / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+        # Ray takes an address of the machine where it is told 127.0.0.1.
+        (folder / "san").write_text(f"subjectAltName=DNS:localhost,IP:127.0.0.1,IP:{node_address()}\n")
         subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
     return Tls(cert=f"{folder}/node.crt", key=f"{folder}/node.key", ca=f"{folder}/ca.crt")
 
