@@ -208,7 +208,7 @@ def _copied(sets: Sequence[ShardSet], fs: fsspec.AbstractFileSystem, root: str) 
                         sink.write(block)
                     if sink.hexdigest() != file.blake2b:
                         raise ValueError(f"{one.url}: {file.path} is damaged: run `medim-ray shards verify {one.url}`")
-                yield replace(file, path=path)
+                yield replace(file, path=path, origin=file.origin or one.root.rpartition("/")[2])
 
 
 def _quarantine(one: ShardSet) -> pa.Table:

@@ -4,6 +4,9 @@ An epoch is a permutation that keeps reads sequential: whole row groups are shuf
 of consecutive row groups. The permutation is cut into global batches, a global batch into granules. For transport,
 `window_steps` steps form a window, and *block* (window, slot) holds granule `slot` of each of its steps; blocks are
 dealt to rank `slot mod num_workers`, so every worker count sees the same samples in the same step.
+
+With weights, origins (parts of the corpus) are interleaved by their shares: the j-th sample of origin o comes at time
+(j + 1/2) / share, and every origin runs through permutations of its own, pass after pass.
 """
 
 from __future__ import annotations
@@ -19,19 +22,22 @@ from medim_ray.draws import Draws
 
 @dataclass(frozen=True)
 class RowGroup:
-    """`num_rows` consecutive rows of a shard file: row group `index` of file number `file`."""
+    """`num_rows` consecutive rows of a shard file: row group `index` of file number `file`; origin: place in the
+    plan's weights."""
 
     file: int
     index: int
     num_rows: int
+    origin: int = 0
 
 
 @dataclass(frozen=True)
 class Block:
     """The samples of one transport block: `num_steps` granules after each other, in the order of their steps.
 
-    rows: position of each sample in the corpus (running over all row groups); steps, epochs: of each sample;
-    positions: place of each sample in its global batch.
+    rows: position of each sample in the corpus (running over all row groups); steps: of each sample; epochs: how
+    often the row was seen before (the epoch; with weights, the pass through its origin); positions: place of each
+    sample in its global batch.
     """
 
     rows_K: NDArray[np.int64]
@@ -62,6 +68,13 @@ class StreamPlan:
                 "hashed": False,
             },
         )
+        weights: dict[str, float] = field(
+            default_factory=dict,
+            metadata={
+                "help": "origin of a merged shard set (the folder name it had) -> its share of the samples, any scale; "
+                "all origins or none; empty: as many as there are"
+            },
+        )
         shuffle_window: int = field(
             default=16, metadata={"help": "row groups whose rows are mixed with each other in an epoch's order"}
         )
@@ -80,6 +93,9 @@ class StreamPlan:
             for key in ("shuffle_window", "window_steps", "num_actors", "prefetch_blocks"):
                 if getattr(self, key) < 1:
                     raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+            for name, weight in self.weights.items():
+                if not 0 < weight < float("inf"):
+                    raise ValueError(f"weights.{name}={weight}: must be above 0; leave a set out of the merge instead")
             if self.granules_per_step is not None and self.granules_per_step < 1:
                 raise ValueError(f"granules_per_step={self.granules_per_step}: must be at least 1, or null")
 
@@ -92,6 +108,7 @@ class StreamPlan:
         granules_per_step: int,
         shuffle_window: int,
         window_steps: int,
+        weights: Sequence[float] = (),
     ) -> None:
         assert global_batch % granules_per_step == 0
         self.row_groups = tuple(row_groups)
@@ -110,31 +127,74 @@ class StreamPlan:
                 f"train.global_batch={global_batch} is larger than the {self.num_rows} images of the split: "
                 f"use train.global_batch of at most {self.num_rows}, or more images"
             )
-        self._orders: dict[int, NDArray[np.int64]] = {}
+        assert not weights or {g.origin for g in self.row_groups} == set(range(len(weights)))
+        self.shares = tuple(weight / sum(weights) for weight in weights)
+        self._orders: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+
+    @property
+    def window_groups(self) -> int:
+        """Row groups that are being read from at any time."""
+        return self.shuffle_window * max(1, len(self.shares))
 
     def epoch_order(self, epoch: int) -> NDArray[np.int64]:
-        """[num_rows] corpus rows in the order of this epoch; the last two epochs asked for are kept."""
+        """[num_rows] corpus rows in the order of this epoch; with weights, [steps_per_epoch * global_batch]."""
+        return self._order(epoch)[0]
+
+    def _order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows and passes of an epoch; the last two epochs asked for are kept."""
         if epoch not in self._orders:
             if len(self._orders) > 1:
                 del self._orders[min(self._orders)]
-            self._orders[epoch] = self._shuffle(epoch)
+            if self.shares:
+                self._orders[epoch] = self._interleave(epoch)
+            else:
+                rows = self._shuffle(epoch, np.arange(len(self.row_groups)), "plan")
+                self._orders[epoch] = (rows, np.full(self.num_rows, epoch, dtype=np.int64))
         return self._orders[epoch]
 
-    def _shuffle(self, epoch: int) -> NDArray[np.int64]:
-        num_groups = len(self.row_groups)
-        groups = Draws.of(self.seed, np.array([epoch]), ["plan"]).uniform("row_groups", num_groups)[0]
-        order_G = np.argsort(groups, kind="stable")
+    def _shuffle(self, epoch: int, groups_G: NDArray[np.int64], purpose: str) -> NDArray[np.int64]:
+        """The rows of these row groups: groups in random order, rows mixed within windows of them."""
+        draws = Draws.of(self.seed, np.array([epoch]), [purpose])
+        order_G = groups_G[np.argsort(draws.uniform("row_groups", len(groups_G))[0], kind="stable")]
         rows = np.concatenate([np.arange(self.starts_G[g], self.starts_G[g + 1]) for g in order_G])
-        window_G = np.arange(num_groups) // self.shuffle_window
+        window_G = np.arange(len(groups_G)) // self.shuffle_window
         window = np.repeat(window_G, [self.row_groups[g].num_rows for g in order_G])
-        keys = Draws.of(self.seed, np.array([epoch]), ["plan"]).uniform("rows", self.num_rows)[0]
+        keys = draws.uniform("rows", len(rows))[0]
         mixed: NDArray[np.int64] = rows[np.lexsort((keys, window))]
         return mixed
 
+    def _interleave(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows and passes of an epoch with weights: samples [first, last) of an endless stream of all origins."""
+        first = epoch * self.steps_per_epoch * self.global_batch
+        last = first + self.steps_per_epoch * self.global_batch
+        times, rows, passes, before = [], [], [], 0
+        for origin, share in enumerate(self.shares):
+            # Sample n of the stream comes at a time that differs from n by less than the number of origins.
+            low = max(0, int(share * (first - len(self.shares))) - 2)
+            ordinals = np.arange(low, int(share * (last + len(self.shares))) + 3)
+            before += low
+            groups_G = np.array([i for i, g in enumerate(self.row_groups) if g.origin == origin])
+            num_rows = int(sum(self.row_groups[g].num_rows for g in groups_G))
+            of_pass = {
+                number: self._shuffle(number, groups_G, f"plan/{origin}")
+                for number in range(low // num_rows, int(ordinals[-1]) // num_rows + 1)
+            }
+            times.append((ordinals + 0.5) / share)
+            passes.append(ordinals // num_rows)
+            starts = np.concatenate([of_pass[number] for number in sorted(of_pass)])
+            rows.append(starts[ordinals - (low // num_rows) * num_rows])
+        order = np.argsort(np.concatenate(times), kind="stable")[first - before : last - before]
+        return np.concatenate(rows)[order], np.concatenate(passes)[order]
+
     def step_rows(self, step: int) -> NDArray[np.int64]:
         """[global_batch] corpus rows of a global step; the tail of an epoch that fills no global batch is left out."""
+        return self._step(step)[0]
+
+    def _step(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         epoch, position = divmod(step, self.steps_per_epoch)
-        return self.epoch_order(epoch)[position * self.global_batch : (position + 1) * self.global_batch]
+        rows, passes = self._order(epoch)
+        batch = slice(position * self.global_batch, (position + 1) * self.global_batch)
+        return rows[batch], passes[batch]
 
     def num_blocks(self, first_step: int, last_step: int) -> int:
         """Blocks that carry the steps [first_step, last_step); the last window is filled with the steps after it."""
@@ -147,10 +207,10 @@ class StreamPlan:
         positions = np.arange(slot * self.granule, (slot + 1) * self.granule)
         steps_K = np.repeat(steps, self.granule)
         return Block(
-            rows_K=np.concatenate([self.step_rows(int(s))[positions] for s in steps]),
+            rows_K=np.concatenate([self._step(int(s))[0][positions] for s in steps]),
             positions_K=np.tile(positions, self.window_steps),
             steps_K=steps_K,
-            epochs_K=steps_K // self.steps_per_epoch,
+            epochs_K=np.concatenate([self._step(int(s))[1][positions] for s in steps]),
         )
 
     def locate(self, rows_K: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -146,7 +146,7 @@ class BlockReader:
     ) -> None:
         self._plan, self._crop, self._masking, self._grid, self._reports = plan, crop, masking, grid, reports
         columns = COLUMNS if reports is not None else COLUMNS[:2]
-        self._store = RowStore(files, filesystem, columns, num_groups=2 * plan.shuffle_window)
+        self._store = RowStore(files, filesystem, columns, num_groups=2 * plan.window_groups)
 
     def __call__(self, block: Block) -> dict[str, NDArray[Any]]:
         rows = self._rows(block.rows_K)

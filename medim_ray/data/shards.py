@@ -70,7 +70,8 @@ _NAME_COLUMNS = ["split", "source", "view", "patient_id", "labels.key_value.key"
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFile:
-    """One Parquet file of a split. path: relative to the shard set; row_groups: rows of each row group."""
+    """One Parquet file of a split. path: relative to the shard set; row_groups: rows of each row group; origin: in a
+    merged set, the folder name of the set that it came from."""
 
     path: str
     split: str
@@ -78,6 +79,7 @@ class ShardFile:
     row_groups: tuple[int, ...]
     bytes: int
     blake2b: str
+    origin: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

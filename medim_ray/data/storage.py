@@ -25,7 +25,7 @@ _OBJECT_STORES = (*S3, *GCS, *AZURE)
 _PACKAGES = {**dict.fromkeys(S3, "s3fs"), **dict.fromkeys(GCS, "gcsfs"), **dict.fromkeys(AZURE, "adlfs")}
 _PACKAGES |= {"http": "aiohttp", "https": "aiohttp", "sftp": "paramiko", "ssh": "paramiko", "hf": "huggingface_hub"}
 _ENVIRONMENT = copy.deepcopy(conf)  # what fsspec took from files and FSSPEC_… variables, before this module adds to it
-_ATTEMPTS = 5
+_ATTEMPTS = 4  # of ours; clients of object stores try several times themselves
 _LASTING = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 

@@ -83,7 +83,7 @@ class WorkFolder:
             writer.write_table(rows)
         data = sink.getvalue()
         self._write(f"parts/{number:07d}.arrow", data)
-        self._write(f"parts/{number:07d}.json", json.dumps({"num_bytes": data.size, **vars(facts)}).encode())
+        self._write(f"parts/{number:07d}.json", json.dumps({"arrow_bytes": data.size, **vars(facts)}).encode())
 
     def parts(self) -> tuple[dict[int, PartFacts], set[int]]:
         """The facts of every part that was encoded, and the numbers of those whose rows are (still) here, whole."""
@@ -94,7 +94,7 @@ class WorkFolder:
         for name, data in zip(names, self._cat([f"parts/{name}" for name in names]), strict=True):
             tree = json.loads(data)
             number = int(name.removesuffix(".json"))
-            if found.get(f"{number:07d}.arrow") == tree.pop("num_bytes"):
+            if found.get(f"{number:07d}.arrow") == tree.pop("arrow_bytes"):
                 whole.add(number)
             facts[number] = PartFacts.from_tree(tree)
         return facts, whole

@@ -27,7 +27,18 @@ from medim_ray.objectives.base import Objective, Parts
 def stream_plan(config: RunConfig, shards: ShardSet) -> StreamPlan:
     """The plan of the run over the shards' training split."""
     files = shards.files(config.data.split)
-    groups = [RowGroup(f, i, rows) for f, file in enumerate(files) for i, rows in enumerate(file.row_groups)]
+    weights = config.data.weights
+    origins = sorted({file.origin for file in files})
+    if weights and origins != sorted(weights):
+        known = ", ".join(name for name in origins if name) or "none, it is no merged set: see `medim-ray shards merge`"
+        raise ValueError(
+            f"data.weights names {', '.join(sorted(weights))}; the origins in {config.data.shards}: {known}"
+        )
+    groups = [
+        RowGroup(f, i, rows, origins.index(file.origin) if weights else 0)
+        for f, file in enumerate(files)
+        for i, rows in enumerate(file.row_groups)
+    ]
     if not groups:
         raise ValueError(f"data.split={config.data.split!r}: {config.data.shards} has no rows in it")
     return StreamPlan(
@@ -37,6 +48,7 @@ def stream_plan(config: RunConfig, shards: ShardSet) -> StreamPlan:
         granules_per_step=config.granules_per_step,
         shuffle_window=config.data.shuffle_window,
         window_steps=config.data.window_steps,
+        weights=[weights[name] for name in origins] if weights else (),
     )
 
 

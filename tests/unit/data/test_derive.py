@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from medim_ray.cli import main
+from medim_ray.config.loader import load
+from medim_ray.config.schema import RunConfig
 from medim_ray.data.shards import SCHEMA, ShardSet, verify
+from medim_ray.train.build import stream_plan
 from tests.unit.data.test_shards import write_set
 
 
@@ -32,6 +36,22 @@ def test_a_merged_set_holds_the_bytes_of_both(tmp_path: Path, capsys: pytest.Cap
     assert ShardSet.open(str(tmp_path / "out")).manifest.labels["view"]["PA"] == 2 * manifest.labels["view"]["PA"]
     assert run("merge", one, two, f"out={tmp_path}/out") == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_run_mixes_a_merged_set_by_weight(tmp_path: Path) -> None:
+    assert (
+        run("merge", write_set(tmp_path / "mimic"), write_set(tmp_path / "own", first=100), f"out={tmp_path}/out") == 0
+    )
+    options = ["train.global_batch=4", f"data.shards={tmp_path}/out"]
+    config = load(RunConfig, None, [*options, "data.weights={mimic: 3, own: 1}"])
+    plan = stream_plan(config, ShardSet.open(f"{tmp_path}/out"))
+    rows = np.concatenate([plan.step_rows(step) for step in range(100)])
+    assert plan.shares == (0.75, 0.25) and ((rows < 13).sum(), (rows >= 13).sum()) == (300, 100)
+    for weights, message in (("{mimic: 3}", "the origins in .*: mimic, own"), ("{mimic: 0}", "mimic=0.*above 0")):
+        with pytest.raises(ValueError, match=message):
+            stream_plan(load(RunConfig, None, [*options, f"data.weights={weights}"]), ShardSet.open(f"{tmp_path}/out"))
+    with pytest.raises(ValueError, match="it is no merged set"):
+        stream_plan(config, ShardSet.open(str(tmp_path / "own")))
 
 
 def test_sets_that_share_images_or_leak_are_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

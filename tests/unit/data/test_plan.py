@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,8 @@ from medim_ray.data.reader import STEP
 
 
 def make_plan(**changes: int) -> StreamPlan:
-    options = {"seed": 3, "global_batch": 8, "granules_per_step": 4, "shuffle_window": 2, "window_steps": 3} | changes
+    options: dict[str, Any] = {"seed": 3, "global_batch": 8, "granules_per_step": 4, "shuffle_window": 2}
+    options |= {"window_steps": 3} | changes
     groups = [RowGroup(file=i // 3, index=i % 3, num_rows=5 + i % 2) for i in range(12)]
     return StreamPlan(groups, **options)
 
@@ -80,3 +83,49 @@ def test_a_million_rows_are_planned_in_seconds() -> None:
     groups = [RowGroup(file=0, index=i, num_rows=64) for i in range(1_000_000 // 64)]
     plan = StreamPlan(groups, seed=0, global_batch=64, granules_per_step=4, shuffle_window=16, window_steps=4)
     assert len(np.unique(plan.epoch_order(2))) == plan.num_rows
+
+
+WEIGHTS = st.lists(st.floats(0.05, 20), min_size=1, max_size=4)
+
+
+def make_mixed(weights: list[float], sizes: tuple[int, ...] = (90, 17, 30, 8)) -> StreamPlan:
+    groups = [
+        RowGroup(file=o, index=i, num_rows=min(5, sizes[o] - 5 * i), origin=o)
+        for o in range(len(weights))
+        for i in range(-(-sizes[o] // 5))
+    ]
+    return StreamPlan(
+        groups, seed=3, global_batch=8, granules_per_step=4, shuffle_window=2, window_steps=3, weights=weights
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights=WEIGHTS)
+def test_weights_are_kept_at_every_moment_and_no_row_is_seen_twice_in_a_pass(weights: list[float]) -> None:
+    plan = make_mixed(weights)
+    origins_R = np.repeat([g.origin for g in plan.row_groups], [g.num_rows for g in plan.row_groups])
+    blocks = [plan.block(k, 0) for k in range(plan.num_blocks(0, 30))]
+    steps = np.concatenate([b.steps_K for b in blocks])
+    rows, passes = (np.concatenate([getattr(b, name) for b in blocks]) for name in ("rows_K", "epochs_K"))
+    assert len(set(zip(rows.tolist(), passes.tolist(), strict=True))) == len(rows) == 30 * 8
+    for step in range(30):
+        seen = origins_R[rows[steps <= step]]
+        for origin, share in enumerate(plan.shares):
+            assert abs((seen == origin).sum() - share * len(seen)) <= len(weights)
+    for origin in range(len(weights)):
+        of_origin = origins_R[rows] == origin
+        counts = np.bincount(passes[of_origin]) if of_origin.any() else np.array([0])
+        assert (counts[:-1] == (origins_R == origin).sum()).all(), "every pass but the last is whole"
+
+
+def test_a_stream_with_weights_is_a_function_of_the_step() -> None:
+    whole, later = make_mixed([3.0, 1.0, 1.0]), make_mixed([3.0, 1.0, 1.0])
+    for step in (41, 3, 17):
+        assert np.array_equal(whole.step_rows(step), later.step_rows(step))
+    block, again = whole.block(2, 6), later.block(0, 9)  # slot 2 of steps 6, 7, 8 and slot 0 of steps 9, 10, 11
+    assert np.array_equal(block.rows_K[:2], whole.step_rows(6)[4:6]) and np.array_equal(again.steps_K[:2], [9, 9])
+
+
+def test_one_origin_of_any_weight_sees_whole_epochs_of_its_rows() -> None:
+    plan = make_mixed([2.5], sizes=(40,))
+    assert sorted(plan.epoch_order(0)) == list(range(40)) == sorted(plan.epoch_order(1))
