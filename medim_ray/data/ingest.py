@@ -24,7 +24,7 @@ from ray.data import DataContext
 
 from medim_ray.config.loader import leaves
 from medim_ray.data import output, shards
-from medim_ray.data.encode import NO_PATIENT, NO_REPORT, PartFacts, RowEncoder
+from medim_ray.data.encode import PartFacts, RowEncoder
 from medim_ray.data.finish import Encoded, Identity, Plan, finish, plan_files
 from medim_ray.data.images import ImageEncoder
 from medim_ray.data.layout import FilePlan, ShardConfig
@@ -37,11 +37,11 @@ from medim_ray.data.sources import SOURCES
 from medim_ray.data.sources.base import Source, absolute
 from medim_ray.data.splits import SplitConfig, hash_patient
 from medim_ray.data.storage import StorageConfig, filesystem, missing_packages, sources_open_with, storage_faults
+from medim_ray.data.summary import SALT_VARIABLE, PrepareSummary, notices_of_copies, summarize
 from medim_ray.data.vocabulary import VocabularyConfig
 from medim_ray.data.work import WorkFolder, WrittenFile
 
 __all__ = ["PrepareConfig", "PrepareSummary", "QuarantineConfig", "ShardConfig", "prepare"]
-SALT_VARIABLE = "MEDIM_RAY_SALT"
 _KEPT = "; what was done is kept: run the same command again to go on"
 
 
@@ -92,33 +92,6 @@ class PrepareConfig:
             raise ValueError(f"duplicates={self.duplicates!r}: use keep or skip")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrepareSummary:
-    """What `prepare` did; rows_in = sum of `splits` + sum of `quarantine` + `skipped`."""
-
-    out: str
-    rows_in: int
-    splits: dict[str, int]
-    quarantine: dict[str, int]
-    skipped: int
-    notices: tuple[str, ...]
-    already_prepared: bool
-
-    def lines(self) -> list[str]:
-        """The last lines that the command prints."""
-        kept, lost = sum(self.splits.values()), sum(self.quarantine.values())
-        assert self.rows_in == kept + lost + self.skipped, "rows went missing"
-        lines = [f"already prepared, nothing to do: {self.out}"] if self.already_prepared else []
-        lines += [f"note: {notice}" for notice in self.notices]
-        lines += [f"quarantine: {num} rows: {reason}" for reason, num in self.quarantine.items()]
-        by_split = ", ".join(f"{split} {num}" for split, num in self.splits.items())
-        lines.append(
-            f"{self.rows_in} rows in = {kept} in shards ({by_split}) + {lost} in quarantine "
-            f"+ {self.skipped} skipped as duplicates"
-        )
-        return lines
-
-
 def prepare(config: PrepareConfig) -> PrepareSummary:
     """Writes the shard set `config.out`, goes on with an unfinished one, or adds the rows that are new in the source.
     Uses the Ray that is running, or starts one (RAY_ADDRESS is honoured).
@@ -161,7 +134,7 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
             raise
         output.remove(fs, root, existed=False)
         raise RuntimeError(str(error).removesuffix(_KEPT)) from None
-    return _summary(config, manifest, salt, already_prepared=False, notices=notices)
+    return summarize(config.out, manifest, is_salted=bool(salt), already_prepared=False, notices=notices)
 
 
 class _TooManyUnreadableError(Exception):
@@ -192,7 +165,7 @@ def _already(config: PrepareConfig, work: WorkFolder, manifest: Manifest, salt: 
         with Lease(work.fs, work.lease, what=f"out={config.out}"):
             pass
         work.remove()
-    return _summary(config, manifest, salt, already_prepared=True)
+    return summarize(config.out, manifest, is_salted=bool(salt), already_prepared=True)
 
 
 def _run(
@@ -238,7 +211,7 @@ def _run(
     if stored is not None:
         new_files = ", ".join(file.path for file in plan.files)
         notices.append(f"added {rows.num_rows} new rows to the {stored.manifest.rows_in} that were there: {new_files}")
-    return manifest, [*notices, *_copies(plan)]
+    return manifest, [*notices, *notices_of_copies(plan.verdict)]
 
 
 def _num_rows(facts: Mapping[int, PartFacts]) -> int:
@@ -261,22 +234,6 @@ def _refuse_too_many(
         f"quarantine.max_ratio={config.quarantine.max_ratio} allows. The first is "
         f"image {first[1]!r}. Check the paths of the source, or allow more"
     )
-
-
-def _copies(plan: Plan) -> list[str]:
-    """Notices about exact copies."""
-    verdict, notices = plan.verdict, []
-    if verdict.groups:
-        num = sum(len(group) - 1 for group in verdict.groups)
-        notices.append(f"{num} images are exact copies of others: see {shards.DUPLICATES}")
-    if verdict.num_moved:
-        notices.append(f"{verdict.num_moved} rows went to the split of their patients' copies")
-    if verdict.num_straddling:
-        notices.append(
-            f"{verdict.num_straddling} images have copies in another split, as the split column says: "
-            "they leak; duplicates=skip leaves the copies out of training"
-        )
-    return notices
 
 
 @contextlib.contextmanager
@@ -406,28 +363,3 @@ class _Counter:
 
     def done(self) -> int:
         return self._done
-
-
-def _summary(
-    config: PrepareConfig, manifest: Manifest, salt: str, *, already_prepared: bool, notices: Sequence[str] = ()
-) -> PrepareSummary:
-    notices = list(notices)
-    if not salt:
-        notices.append(f"patient ids are hashed without a secret; set {SALT_VARIABLE} before sharing the shards")
-    if num := manifest.flags.get(NO_PATIENT):
-        notices.append(f"{num} rows have no patient id: each counts as a patient of its own")
-    if num := manifest.flags.get(NO_REPORT):
-        notices.append(f"{num} rows have no report; they are kept, flagged {NO_REPORT!r}")
-    if not any(file.path.startswith(f"{shards.TOKENIZER}/") for file in manifest.other_files):
-        notices.append(
-            "the training reports share too few words for a vocabulary: text.name=bert can't use these shards"
-        )
-    return PrepareSummary(
-        out=config.out,
-        rows_in=manifest.rows_in,
-        splits=manifest.splits,
-        quarantine=manifest.quarantine,
-        skipped=manifest.rows_skipped,
-        notices=tuple(notices),
-        already_prepared=already_prepared,
-    )
