@@ -140,7 +140,7 @@ def package_check(spec: JobSpec) -> str:
     python = interpreter(spec)
     where = f"image {spec.environment.image}: {python}" if in_image(spec) else python
     said = f"medim-ray: {where} has no medim_ray: use the image of cluster/docker, environment.python or .wheel"
-    return f"{shlex.quote(python)} -c 'import medim_ray' || {{ echo {shlex.quote(said)} >&2; exit {NO_PACKAGE}; }}"
+    return f"{shlex.quote(python)} -c 'import medim_ray.cli' || {{ echo {shlex.quote(said)} >&2; exit {NO_PACKAGE}; }}"
 
 
 def exports(spec: JobSpec) -> list[str]:

@@ -175,6 +175,8 @@ def script(job: Job) -> str:
         "step_options": step_options,
         "num_nodes": resources.nodes + resources.decode_nodes,
         "decode_nodes": resources.decode_nodes,
+        "cpus": resources.cpus,
+        "decode_cpus": resources.decode_cpus,
         "sizes": _sizes(resources.cpus, resources.gpus, resources.memory_gb),
         "decode_sizes": _sizes(resources.decode_cpus, 0, resources.decode_memory_gb),
         "symmetric": int(spec.slurm.symmetric),

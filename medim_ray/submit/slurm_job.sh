@@ -1,7 +1,7 @@
 # A Ray cluster inside an allocation, the command on its first node, and the way back. Above this line: job, folder,
-# python, command, inside (apptainer, or env), step_options (of Pyxis), num_nodes, decode_nodes, sizes, decode_sizes,
-# symmetric, start_timeout_s, retries, unfinished, no_package, the environment. Head and workers are ended as steps: but
-# for symmetric-run, nothing here calls `ray stop`, which would end the user's other clusters on a shared node.
+# python, command, inside (apptainer, or env), step_options (of Pyxis), num_nodes, decode_nodes, cpus, decode_cpus, sizes,
+# decode_sizes, symmetric, start_timeout_s, retries, unfinished, no_package, the environment. Head and workers are ended as
+# steps: but for symmetric-run, nothing here calls `ray stop`, which would end the user's other clusters on a shared node.
 set -euo pipefail
 umask 077
 export SLURM_EXPORT_ENV=ALL
@@ -60,7 +60,7 @@ check_node() {
         echo "medim-ray: node $SLURMD_NODENAME does not see $token" >&2
         exit 1
     }
-    "${inside[@]}" "$python" -c 'import medim_ray' || {
+    "${inside[@]}" "$python" -c 'import medim_ray.cli, ray' || {
         echo "medim-ray: node $SLURMD_NODENAME: ${inside[*]} $python has no medim_ray; see environment.*" >&2
         exit "$no_package"
     }
@@ -78,7 +78,7 @@ start_worker() {
 # Functions and arrays do not pass into a step by themselves.
 step() {
     local where=("${@:1:$#-1}") code="${*: -1}"
-    srun "${where[@]}" "${step_options[@]}" --overlap --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c "$(declare -f \
+    srun "${where[@]}" "${step_options[@]}" --overlap bash -c "$(declare -f \
         check_node start_head start_worker)
         $(declare -p inside start sizes decode_sizes token python no_package head_ip port); $code"
 }
@@ -118,7 +118,7 @@ fi
 start=("${inside[@]}" "$python" -m ray.scripts.scripts start --block "--temp-dir=$tmp" --disable-usage-stats
     --dashboard-agent-listen-port=0 --metrics-export-port=0 --min-worker-port=0 --max-worker-port=0)
 
-step "${all[@]}" check_node || {
+step "${all[@]}" --cpus-per-task=1 check_node || {
     rc=$?
     ((rc == no_package)) && exit "$rc"
     fail "storage.root is not shared by all nodes: give a folder of the cluster's shared filesystem"
@@ -126,14 +126,15 @@ step "${all[@]}" check_node || {
 if ((symmetric)); then
     # It runs the command on the head by itself, and says nothing by its exit code when the head did not start.
     PATH=$(dirname "$python"):$PATH RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=$start_timeout_s \
-        srun "${step_options[@]}" --overlap --cpus-per-task="$SLURM_CPUS_PER_TASK" "${inside[@]}" \
+        srun "${step_options[@]}" --overlap --cpus-per-task="$cpus" "${inside[@]}" \
         "$python" -m ray.scripts.scripts symmetric-run --address "$RAY_ADDRESS" --min-nodes "$num_nodes" "${sizes[@]}" -- \
         bash -c 'echo $$ >"$0"; exec "$@"' "$entry" "${command[@]}" &
     wait $! || rc=$?
     [[ -e $entry ]] || fail "the head did not start, see above"
     exit "$rc"
 fi
-step "${first[@]}" --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" 'start_head "${sizes[@]}"' &
+step "${first[@]}" --nodes=1 --ntasks=1 --cpus-per-task="$cpus" --nodelist="$SLURMD_NODENAME" \
+    'start_head "${sizes[@]}"' &
 steps+=($!)
 until (exec 3<>"/dev/tcp/$head_ip/$port") 2>/dev/null; do
     kill -0 "${steps[0]}" 2>/dev/null || fail "the head did not start, see above"
@@ -141,12 +142,13 @@ until (exec 3<>"/dev/tcp/$head_ip/$port") 2>/dev/null; do
 done
 if ((num_nodes - decode_nodes > 1)); then
     others=$((num_nodes - decode_nodes - 1))
-    step "${first[@]}" --nodes="$others" --ntasks="$others" --exclude="$SLURMD_NODENAME" \
+    step "${first[@]}" --nodes="$others" --ntasks="$others" --cpus-per-task="$cpus" --exclude="$SLURMD_NODENAME" \
         'start_worker "${sizes[@]}"' &
     steps+=($!)
 fi
 if ((decode_nodes)); then
-    step --het-group=1 --nodes="$decode_nodes" --ntasks="$decode_nodes" 'start_worker "${decode_sizes[@]}"' &
+    step --het-group=1 --nodes="$decode_nodes" --ntasks="$decode_nodes" --cpus-per-task="$decode_cpus" \
+        'start_worker "${decode_sizes[@]}"' &
     steps+=($!)
 fi
 "${run[@]}" "$python" -m medim_ray.submit.wait_nodes "$num_nodes" "$start_timeout_s" "${steps[@]}" ||
