@@ -18,6 +18,7 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from PIL import Image
+from pydicom.encaps import generate_frames
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
 from pydicom.uid import (
     JPEG2000,
@@ -29,7 +30,9 @@ from pydicom.uid import (
     JPEGBaseline8Bit,
     JPEGExtended12Bit,
     JPEGLossless,
+    JPEGLosslessSV1,
     JPEGLSLossless,
+    JPEGLSNearLossless,
 )
 
 from medim_ray.data.dicom_header import HEADER_KEYWORDS, Header, header_of, open_dataset
@@ -191,8 +194,8 @@ def _compression(start: bytes) -> str | None:
 _FAMILIES = (
     {str(JPEG2000), str(JPEG2000Lossless)},
     {str(JPEGBaseline8Bit), str(JPEGExtended12Bit)},
-    {str(JPEGLossless), "1.2.840.10008.1.2.4.70"},
-    {str(JPEGLSLossless), "1.2.840.10008.1.2.4.81"},
+    {str(JPEGLossless), str(JPEGLosslessSV1)},
+    {str(JPEGLSLossless), str(JPEGLSNearLossless)},
 )
 
 
@@ -201,8 +204,32 @@ def _same_codec(named: UID, found: str) -> bool:
     return not any(str(named) in family for family in known) or any({str(named), found} <= family for family in known)
 
 
-# GDCM ends the process on some damaged JPEG 2000 streams; Pillow raises.
-_PLUGINS = {str(syntax): "pillow" for syntax in (JPEGBaseline8Bit, JPEG2000, JPEG2000Lossless)}
+_PILLOW = {str(uid) for uid in (JPEGBaseline8Bit, JPEG2000, JPEG2000Lossless)}
+_LIBJPEG = {str(uid) for uid in (JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1)}
+_CHARLS = {str(uid) for uid in (JPEGLSLossless, JPEGLSNearLossless)}
+
+
+def _decoded(dataset: Any, syntax: UID) -> NDArray[Any]:
+    """Stored values of any type and shape.
+
+    JPEG lossless, JPEG-LS and 12-bit JPEG are decoded by imagecodecs (libjpeg-turbo, CharLS), not by a plugin of
+    pydicom: GDCM ends the process on some damaged streams, pylibjpeg's libjpeg is GPL.
+    """
+    if str(syntax) not in _LIBJPEG | _CHARLS:
+        plugin = "pillow" if str(syntax) in _PILLOW else ""
+        values: NDArray[Any] = pixel_array(dataset, decoding_plugin=plugin)
+        return values
+    import imagecodecs
+
+    (frame,) = generate_frames(dataset.PixelData, number_of_frames=1)
+    decode = imagecodecs.jpegls_decode if str(syntax) in _CHARLS else imagecodecs.jpeg8_decode
+    values = decode(frame)
+    if values.shape[:2] != (dataset.Rows, dataset.Columns) or frame.rstrip(b"\0")[-2:] != b"\xff\xd9":
+        raise ValueError("another size than the header says, or cut off")
+    if dataset.PixelRepresentation and values.ndim == 2:  # the codec knows no signs
+        sign = 1 << (int(dataset.BitsStored) - 1)
+        values = ((values.astype(np.int32) & (2 * sign - 1)) ^ sign) - sign
+    return values
 
 
 def _stored(dataset: Any) -> tuple[NDArray[Any], bool]:
@@ -211,7 +238,7 @@ def _stored(dataset: Any) -> tuple[NDArray[Any], bool]:
     if not syntax.is_encapsulated and not dataset.PixelRepresentation:
         dataset.BitsStored = dataset.BitsAllocated  # or else pydicom cuts what the header does not tell of
     try:
-        values = pixel_array(dataset, decoding_plugin=_PLUGINS.get(str(syntax), ""))
+        values = _decoded(dataset, syntax)
     except (NotImplementedError, RuntimeError, AttributeError, KeyError) as error:
         if isinstance(error, NotImplementedError) or re.search("missing|does not support", str(error)):
             raise BadImageError(f"no decoder for {syntax.name}") from None

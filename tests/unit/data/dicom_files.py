@@ -1,15 +1,29 @@
-"""DICOM files made in tests: one from pixels and tags, and the same in a compressed transfer syntax (by GDCM)."""
+"""DICOM files made in tests: one from pixels and tags, and the same in another transfer syntax."""
 
 from __future__ import annotations
 
 import io
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import gdcm
+import imagecodecs
 import numpy as np
+import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    JPEG2000,
+    UID,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
 
 
 def gradient(height: int = 48, width: int = 64, bits: int = 12, seed: int = 0) -> Any:
@@ -53,19 +67,24 @@ def file_of(ds: Dataset) -> bytes:
     return buffer.getvalue()
 
 
-def compressed(data: bytes, syntax: str, folder: Path) -> bytes:
-    """The file in another transfer syntax, named as GDCM does ("JPEG2000Lossless")."""
-    (folder / "in.dcm").write_bytes(data)
-    reader = gdcm.ImageReader()
-    reader.SetFileName(str(folder / "in.dcm"))
-    assert reader.Read()
-    change = gdcm.ImageChangeTransferSyntax()
-    change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, syntax)))
-    change.SetInput(reader.GetImage())
-    assert change.Change(), syntax
-    writer = gdcm.ImageWriter()
-    writer.SetFileName(str(folder / "out.dcm"))
-    writer.SetFile(reader.GetFile())
-    writer.SetImage(change.GetOutput())
-    assert writer.Write()
-    return (folder / "out.dcm").read_bytes()
+def compressed(data: bytes, syntax: UID) -> bytes:
+    """The file in another transfer syntax; lossy ones at high quality."""
+    ds = pydicom.dcmread(io.BytesIO(data))
+    pixels, bits = ds.pixel_array, ds.BitsStored
+    ds.file_meta.TransferSyntaxUID = syntax
+    if syntax == RLELossless:
+        ds.compress(RLELossless, pixels, generate_instance_uid=False)
+    elif syntax.is_encapsulated:
+        jpeg = partial(imagecodecs.jpeg8_encode, pixels, bitspersample=bits)
+        frames = {
+            JPEGBaseline8Bit: partial(jpeg, level=95),
+            JPEGExtended12Bit: partial(jpeg, level=95),
+            JPEGLossless: partial(jpeg, lossless=True, predictor=6),
+            JPEGLosslessSV1: partial(jpeg, lossless=True, predictor=1),
+            JPEGLSLossless: partial(imagecodecs.jpegls_encode, pixels),
+            JPEGLSNearLossless: partial(imagecodecs.jpegls_encode, pixels, level=2),
+            JPEG2000Lossless: partial(imagecodecs.jpeg2k_encode, pixels, codecformat="j2k", bitspersample=bits),
+            JPEG2000: partial(imagecodecs.jpeg2k_encode, pixels, codecformat="j2k", level=40, reversible=False),
+        }
+        ds.PixelData = encapsulate([frames[syntax]()])
+    return file_of(ds)
