@@ -58,7 +58,10 @@ def _parser() -> argparse.ArgumentParser:
         if config:
             sub.add_argument("--config", metavar="FILE", help="YAML file; may inherit from one parent")
         if overrides:
-            sub.add_argument("overrides", nargs="*", metavar="key=value", help="dotted options, see `medim-ray config`")
+            where = "`medim-ray config --fields`" if config else "--fields"
+            sub.add_argument("overrides", nargs="*", metavar="key=value", help=f"dotted options, see {where}")
+            if not config:
+                sub.add_argument("--fields", action="store_true", help="list every option with type, default, meaning")
         return sub
 
     ingest = add("prepare", _prepare, "images and reports, anywhere, into shards", config=True)
@@ -183,12 +186,16 @@ def _pretrain(args: argparse.Namespace) -> int:
     return 0 if not result.signal else os.EX_TEMPFAIL if result.signal == signal.SIGUSR1 else 128 + result.signal
 
 
+def _fields(root: type[Any]) -> int:
+    for key, kind, default, meaning in describe(root):
+        print(f"{key}: {kind} = {default!r}  {meaning}")
+    return 0
+
+
 def _config(args: argparse.Namespace) -> int:
     root = _root_of(args.config)
     if args.fields:
-        for key, kind, default, meaning in describe(root):
-            print(f"{key}: {kind} = {default!r}  {meaning}")
-        return 0
+        return _fields(root)
     config = load(root, args.config, args.overrides)
     print(f"# run_hash {run_hash(config)}\n{to_yaml(config, hide_secrets=True)}", end="")
     return 0
@@ -206,6 +213,8 @@ def _root_of(file: str | None) -> type[Any]:
 def _probe(args: argparse.Namespace) -> int:
     from medim_ray.probes.command import ProbeRoot, run_probe
 
+    if args.fields:
+        return _fields(ProbeRoot)
     root = load(ProbeRoot, None, args.overrides)
     run_probe(root.run, root.probe)
     return 0
@@ -214,6 +223,8 @@ def _probe(args: argparse.Namespace) -> int:
 def _masks(args: argparse.Namespace) -> int:
     from medim_ray.studies.gallery import write_gallery
 
+    if args.fields:
+        return _fields(MasksRoot)
     root = load(MasksRoot, None, args.overrides)
     print(write_gallery(root.run, num=root.num, out=root.out, text=root.text))
     return 0
@@ -223,6 +234,8 @@ def _export(args: argparse.Namespace) -> int:
     from medim_ray.models.export import export
     from medim_ray.train.runs import load_run
 
+    if args.fields:
+        return _fields(ExportRoot)
     root = load(ExportRoot, None, args.overrides)
     run = load_run(root.run)
     facts = {

@@ -204,6 +204,8 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[str, An
         tree = parse_yaml(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is no text in UTF-8: convert it, e.g. by `iconv -f LATIN1 -t UTF-8`") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: a config is a mapping of keys to values, this is a {type(tree).__name__}")
     parent = tree.pop("inherits", None)

@@ -25,7 +25,6 @@ from ray.train import DataConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from medim_ray.config.loader import leaves, to_tree
 from medim_ray.config.schema import RunConfig
@@ -33,12 +32,14 @@ from medim_ray.data.lease import Lease
 from medim_ray.data.pipeline import ReaderFactory, execution_options
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.sources.base import absolute
+from medim_ray.data.storage import storage_faults
 from medim_ray.models.vit import INITS
 from medim_ray.track.tracker import start_tracker
 from medim_ray.train.attempts import Budgets, of_error, of_outcome
 from medim_ray.train.backend import WarnedTorchConfig
 from medim_ray.train.build import build_masking, needs_text, stream_plan
 from medim_ray.train.control import Outcome
+from medim_ray.train.progress import progress
 from medim_ray.train.runs import read_config, write_config
 from medim_ray.train.store import Checkpoint, CheckpointStore
 from medim_ray.train.stream import StreamFactory, reader_factory, run_worker
@@ -67,9 +68,12 @@ def launch(config: RunConfig, console: Console | None = None) -> RunResult:
     console = console or Console(stderr=True)
     shards = check(config)
     config = absolute_paths(config)
-    fs, root = fsspec.core.url_to_fs(config.run.dir)
-    with Lease(fs, f"{root.rstrip('/')}/{LEASE}", what=f"run.dir={config.run.dir}"):
-        return _launch(config, shards, console)
+    with storage_faults(f"run.dir={config.run.dir}"):
+        fs, root = fsspec.core.url_to_fs(config.run.dir)
+        if fs.isfile(root):
+            raise ValueError(f"run.dir={config.run.dir} is a file: give a folder, it is made where it is not there")
+        with Lease(fs, f"{root.rstrip('/')}/{LEASE}", what=f"run.dir={config.run.dir}"):
+            return _launch(config, shards, console)
 
 
 def _launch(config: RunConfig, shards: ShardSet, console: Console) -> RunResult:
@@ -86,6 +90,7 @@ def _launch(config: RunConfig, shards: ShardSet, console: Console) -> RunResult:
         # Looks at encoder and tokenizer, for which it loads timm: seconds that Ray takes to start.
         reader = pool.submit(reader_factory, config, shards)
         with ray_session(config.run.ray_address, _cpus(config)):
+            _look_at_resources(config, console)
             signal_number = _attempts(config, shards, reader.result(), console)
     step = _committed(config)
     if step < config.train.last_step and not signal_number:
@@ -96,6 +101,23 @@ def _launch(config: RunConfig, shards: ShardSet, console: Console) -> RunResult:
     if signal_number:
         console.print(f"{signal.Signals(signal_number).name}: stopped after step {step}; the same command goes on")
     return RunResult(config.run.dir, step, step >= config.train.steps, signal_number)
+
+
+def _look_at_resources(config: RunConfig, console: Console) -> None:
+    """ValueError where the Ray that was started here can never hold the workers; a note where a cluster may still grow
+    to what they need (Ray would wait without a word)."""
+    have = ray.cluster_resources()
+    num = config.train.min_workers
+    need = {"CPU": num * config.train.cpus_per_worker, "GPU": float(num * config.train.use_gpu)}
+    lacking = [
+        f"{value:g} {kind}s (has {have.get(kind, 0):g})" for kind, value in need.items() if have.get(kind, 0) < value
+    ]
+    if not lacking:
+        return
+    fix = "use fewer train.num_workers, train.use_gpu=false, or a cluster that has them (run.ray_address)"
+    if not (config.run.ray_address or os.environ.get("RAY_ADDRESS")):
+        raise ValueError(f"train.num_workers={num} needs {' and '.join(lacking)} on this machine: {fix}")
+    console.print(f"[yellow]waiting for the cluster to grow: {num} workers need {' and '.join(lacking)}")
 
 
 def _newest(config: RunConfig, shards: ShardSet, report: Callable[[str], None]) -> Checkpoint | None:
@@ -126,7 +148,7 @@ def _attempts(config: RunConfig, shards: ShardSet, reader: ReaderFactory, consol
     tracker = start_tracker(_aim_repo(config) if config.track.aim else "", config.run.dir, tree)
     budgets = Budgets(config.train)
     try:
-        with progress(config, tracker, console), stop_signals() as received:
+        with progress(config.train.last_step, _committed(config), tracker, console), stop_signals() as received:
             while True:
                 try:
                     failure = of_outcome(_fit(_trainer(config, shards, reader, tracker), tracker, received))
@@ -209,11 +231,19 @@ def check(config: RunConfig) -> ShardSet:
         raise ValueError("run.dir is empty: give the folder or URL of the run, e.g. run.dir=runs/first")
     if not config.data.shards:
         raise ValueError("data.shards is empty: give what `medim-ray prepare` wrote, e.g. data.shards=shards/cxr")
-    shards = ShardSet.open(config.data.shards)
+    init = config.encoder.init
+    if init not in INITS and not Path(init).exists():
+        raise ValueError(
+            f"encoder.init={init!r}: must be 'random', 'timm' or a local checkpoint, and there is no such path"
+        )
+    with storage_faults(f"data.shards={config.data.shards}"):
+        shards = ShardSet.open(config.data.shards)
     stream_plan(config, shards)
     build_masking(config)
-    old = read_config(config.run.dir)
-    if old is not None and CheckpointStore(config.run.dir).names():
+    with storage_faults(f"run.dir={config.run.dir}"):
+        old = read_config(config.run.dir)
+        has_checkpoints = bool(CheckpointStore(config.run.dir).names())
+    if old is not None and has_checkpoints:
         changed = _changed(old, absolute_paths(config))
         if changed:
             raise ValueError(
@@ -298,51 +328,6 @@ def _trainer(config: RunConfig, shards: ShardSet, reader: ReaderFactory, tracker
         datasets={"train": stream},
         dataset_config=DataConfig(execution_options=execution_options()),
     )
-
-
-@contextlib.contextmanager
-def progress(config: RunConfig, tracker: Any, console: Console) -> Iterator[None]:
-    """A line with step, loss terms, rate, data-wait share and time left, fed by the tracker."""
-    bar = Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[terms]}"),
-        TimeRemainingColumn(),
-        console=console,
-        refresh_per_second=2,
-    )
-    task = bar.add_task(
-        "pretrain", total=config.train.last_step, completed=_committed(config), terms="starting workers"
-    )
-    stop = threading.Event()
-
-    def show() -> None:
-        with contextlib.suppress(ray.exceptions.RayError):
-            record = ray.get(tracker.latest.remote(), timeout=5)
-            if record is not None:
-                bar.update(task, completed=record["step"] + 1, terms=describe(record))
-
-    def poll() -> None:
-        while not stop.wait(0.5):
-            show()
-
-    thread = threading.Thread(target=poll, daemon=True)
-    with bar:
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            show()
-
-
-def describe(record: dict[str, Any]) -> str:
-    """The numbers of a record that fit on a line."""
-    hidden = {"step", "epoch", "lr", "grad_norm", "samples_key", "samples_per_s", "step_s", "data_wait_ratio"}
-    terms = [f"{k} {v:.4g}" for k, v in record.items() if k not in hidden and isinstance(v, float) and "/" not in k]
-    return " ".join([*terms[:6], f"{record['samples_per_s']:.1f} samples/s", f"wait {record['data_wait_ratio']:.0%}"])
 
 
 def summary(result: RunResult) -> str:

@@ -51,8 +51,8 @@ def build_engine(module: nn.Module, train: TrainConfig) -> Any:
     import deepspeed  # takes seconds, and only workers need it
 
     if not train.use_gpu:
-        # DeepSpeed's CPU backend probes every op that it could compile, and compiles one, for minutes at the first start
-        # of each environment, that only inference calls. Told that it has none, it does neither.
+        # DeepSpeed's CPU backend probes every op that it could compile and, for minutes at the first start of each
+        # environment, compiles one that only inference calls. Told that it has none, it does neither.
         deepspeed.ops.__compatible_ops__ = {}
     groups: list[ParameterGroup] = module.parameter_groups()  # type: ignore[operator]
     optimizer = torch.optim.AdamW(

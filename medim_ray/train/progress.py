@@ -1,0 +1,71 @@
+"""What a user sees of a run while it goes: one line that moves in a terminal, lines now and then in a log file."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_LOG_EVERY_S = 10.0
+
+
+@contextlib.contextmanager
+def progress(last_step: int, done: int, tracker: Any, console: Console) -> Iterator[None]:
+    """Step, loss terms, rate, data-wait share and time left, as the tracker knows them."""
+    bar = Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[terms]}"),
+        TimeRemainingColumn(),
+        console=console,
+        refresh_per_second=2,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("pretrain", total=last_step, completed=done, terms="starting workers")
+    stop = threading.Event()
+
+    def show() -> int:
+        with contextlib.suppress(ray.exceptions.RayError):
+            record = ray.get(tracker.latest.remote(), timeout=5)
+            if record is not None:
+                bar.update(task, completed=record["step"] + 1, terms=describe(record))
+                return int(record["step"]) + 1
+        return 0
+
+    def poll() -> None:
+        told, next_line = done, time.monotonic()
+        while not stop.wait(0.5):
+            step = show()
+            if not console.is_terminal and step > told and time.monotonic() >= next_line:
+                told, next_line = step, time.monotonic() + _LOG_EVERY_S
+                _line(step)
+
+    def _line(step: int) -> None:
+        terms = bar.tasks[0].fields["terms"]
+        console.print(f"step {step}/{last_step} {terms}", soft_wrap=True, highlight=False, markup=False)
+
+    thread = threading.Thread(target=poll, daemon=True)
+    with bar:
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            step = show()
+            if step and not console.is_terminal:
+                _line(step)
+
+
+def describe(record: dict[str, Any]) -> str:
+    """The numbers of a record that fit on a line."""
+    hidden = {"step", "epoch", "lr", "grad_norm", "samples_key", "samples_per_s", "step_s", "data_wait_ratio"}
+    terms = [f"{k} {v:.4g}" for k, v in record.items() if k not in hidden and isinstance(v, float) and "/" not in k]
+    return " ".join([*terms[:6], f"{record['samples_per_s']:.1f} samples/s", f"wait {record['data_wait_ratio']:.0%}"])
