@@ -80,7 +80,7 @@ def decode_dicom(data: bytes, *, window: Window) -> Radiograph:
 
 
 def _decode(data: bytes, window: Window) -> Radiograph:
-    keywords = [*HEADER_KEYWORDS, *_PIXELS, _OVERLAY_BIT]
+    keywords: list[str | int] = [*HEADER_KEYWORDS, *_PIXELS, _OVERLAY_BIT]
     dataset, dropped = open_dataset(io.BytesIO(data), keywords, stop_before_pixels=False)
     header = header_of(dataset)
     flags = [SECONDARY_CAPTURE] if header.secondary_capture else []
