@@ -217,23 +217,34 @@ def time_limit(name: str) -> None:
     assert main(["jobs", "logs", name, "--follow"]) == 0
 
 
+@pytest.fixture(scope="module")
+def straight(slurm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, torch.Tensor]]]:
+    """Storage with shards prepared on Slurm, and the weights of a run on two nodes that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(slurm))
+        patch.setenv("MEDIM_RAY_JOBS", str(folder / "jobs.json"))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.chdir(ROOT)
+        storage = f"storage.root={folder}/storage"
+        assert main(["submit", "jobs/prepare-small.yaml", "target=slurm", "slurm.signal_s=10", storage]) == 0
+        assert main([*PRETRAIN, storage, "name=straight"]) == 0
+        yield folder, weights(folder / "storage/runs/straight")
+
+
 @pytest.mark.chaos
 @needs_slurm
-def test_prepare_pretrain_and_what_is_interrupted_goes_on_bit_equal(
-    slurm: Path, here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("way", [cancel, requeue, time_limit])
+def test_what_is_interrupted_goes_on_bit_equal(
+    straight: tuple[Path, dict[str, torch.Tensor]], way: Callable[[str], None]
 ) -> None:
-    monkeypatch.setenv("SLURM_CONF", str(slurm))
-    assert main(["submit", "jobs/prepare-small.yaml", "target=slurm", "slurm.signal_s=10", here]) == 0
-    assert main([*PRETRAIN, here, "name=straight"]) == 0
-    runs = tmp_path / "storage/runs"
-    expected = weights(runs / "straight")
-    ways: list[Callable[[str], None]] = [cancel, requeue, time_limit]
-    for way in ways:
-        name = way.__name__.replace("_", "-")
-        assert main([*PRETRAIN, here, f"name={name}", "--detach"]) == 0
-        wait_for_checkpoint(runs / name, 2)
-        way(name)
-        got = weights(runs / name)
-        assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in got), name
-        log = log_of(name, tmp_path)
-        assert "resuming" in log, f"{name} did not go on from a checkpoint:\n{log}"
+    folder, expected = straight
+    name = way.__name__.replace("_", "-")
+    run = folder / "storage/runs" / name
+    assert main([*PRETRAIN, f"storage.root={folder}/storage", f"name={name}", "--detach"]) == 0
+    wait_for_checkpoint(run, 2)
+    way(name)
+    got = weights(run)
+    assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in got)
+    log = log_of(name, folder)
+    assert "resuming" in log, f"it did not go on from a checkpoint:\n{log}"
