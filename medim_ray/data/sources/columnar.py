@@ -32,6 +32,7 @@ from medim_ray.data.sources.files import exists, extension, join, list_files, re
 from medim_ray.data.sources.roles import ColumnConfig, choose_roles
 
 _PARQUET = ("parquet", "pq")
+_MAX_GROUP = 256 << 20  # bytes of images in a row group
 _PLACE = re.compile(r"(.+)#(\d+):(\d+)")  # file, row group, row in it
 _SPLIT = re.compile(r"(?:^|[^a-z])(train(?:ing)?|valid(?:ation)?|val|dev|test(?:ing)?)(?![a-z])", re.IGNORECASE)
 
@@ -152,6 +153,8 @@ def _table_rows(config: ColumnConfig, url: str, prefix: str, split: str = "") ->
             f"source.image_column={roles.image!r} of {url} holds {kind}: it must hold the bytes of image files, "
             "{bytes, path} as Hugging Face writes them, or paths"
         )
+    if not is_path:
+        _refuse_large_groups(url, roles.image)
     names = _class_names(schema)
     wanted = [*roles.text_columns(), *([roles.image] if is_path else [])]
     at = 0
@@ -165,6 +168,22 @@ def _table_rows(config: ColumnConfig, url: str, prefix: str, split: str = "") ->
                 location = _beside(url, str(values[roles.image] or "").strip())
             yield roles.row(values, location=location, name=f"{prefix}{at + place}", split=split)
         at += size
+
+
+def _refuse_large_groups(url: str, image_column: str) -> None:
+    """ValueError where one image would cost the reading of too many others."""
+    if extension(url) == "arrow":
+        return  # mapped: an image is read at its place
+    metadata = _parquet(url).metadata
+    for group in range(metadata.num_row_groups):
+        parts = metadata.row_group(group)
+        chunks = (parts.column(k) for k in range(parts.num_columns))
+        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == image_column)
+        if size > _MAX_GROUP:
+            raise ValueError(
+                f"{url} has row groups of {parts.num_rows} images ({size >> 20} MiB), and every image costs the reading "
+                "of its whole group: write it anew, pyarrow.parquet.write_table(…, row_group_size=100)"
+            )
 
 
 def _beside(url: str, path: str) -> str:
@@ -223,7 +242,7 @@ def _shape(url: str) -> tuple[pa.Schema, tuple[int, ...]]:
             raise ValueError(f"{url} is no Parquet or Arrow file, or was cut off") from None
 
 
-@lru_cache(maxsize=2)  # the rows of a task come from many row groups: more would cost memory and save nothing
+@lru_cache(maxsize=1)  # the rows of a task come from many row groups: more would cost memory and save nothing
 def _read(url: str, group: int, columns: tuple[str, ...]) -> pa.Table:
     """Columns of one row group."""
     if extension(url) != "arrow":

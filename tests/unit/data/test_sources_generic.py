@@ -285,6 +285,16 @@ def test_parquet_that_does_not_fit(tmp_path: Path) -> None:
         source("parquet", tmp_path / "int.parquet").plan()
 
 
+def test_parquet_with_huge_row_groups_is_refused(tmp_path: Path) -> None:
+    blocks = pa.array([bytes(1 << 20)] * 260, pa.large_binary())
+    for name, size in (("big.parquet", 260), ("small.parquet", 10)):
+        table = pa.table({"image": blocks})
+        pq.write_table(table, tmp_path / name, row_group_size=size, use_dictionary=False, compression="zstd")
+    with pytest.raises(ValueError, match=r"row groups of 260 images \(260 MiB\).*row_group_size=100"):
+        source("parquet", tmp_path / "big.parquet").plan()
+    assert source("parquet", tmp_path / "small.parquet").plan().num_rows == 260
+
+
 # ---- hf
 
 FEATURES = {
