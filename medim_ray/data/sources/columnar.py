@@ -181,7 +181,7 @@ def _refuse_large_groups(url: str, image_column: str) -> None:
         size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == image_column)
         if size > _MAX_GROUP:
             raise ValueError(
-                f"{url} has row groups of {parts.num_rows} images ({size >> 20} MiB), and every image costs the reading "
+                f"{url} has row groups of {parts.num_rows} images ({size >> 20} MiB), and each image costs the reading "
                 "of its whole group: write it anew, pyarrow.parquet.write_table(…, row_group_size=100)"
             )
 
