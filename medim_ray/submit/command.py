@@ -109,7 +109,7 @@ def _follow(record: Record) -> int:
             try:
                 status = target.status(record, job)
                 if status.state == "pending":
-                    if status.reason != reason:
+                    if status.reason not in ("", reason):
                         print(f"{record.name}: pending, {status.reason}", file=sys.stderr)
                     reason, failures = status.reason, 0
                     time.sleep(_PENDING_POLL_S)

@@ -109,7 +109,7 @@ def _status_of(line: str) -> Status:
     reason = values.get("Reason", "None")
     shown = name if reason in ("None", "") else f"{name}, {reason}"
     if name in _PENDING:
-        return Status(state="pending", reason=shown)
+        return Status(state="pending", reason="" if shown == "PENDING" else shown)
     if name in _RUNNING:
         return Status(state="running", reason=shown)
     if name == "COMPLETED":
