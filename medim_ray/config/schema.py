@@ -41,7 +41,12 @@ class TrainConfig:
     num_workers: int | tuple[int, int] = option(
         1, "Ray Train workers (data-parallel ranks); [least, most]: as many as the cluster has at the time", fixed=False
     )
-    zero: int = option(0, "DeepSpeed ZeRO stage, 0 to 3", fixed=False)
+    zero: int | Literal["auto"] = option(
+        0, "DeepSpeed ZeRO stage, 0 to 3; auto: the lowest one that fits by the planner's estimate", fixed=False
+    )
+    device_memory_gb: float | None = option(
+        None, "memory of a worker's device, for train.zero=auto; null: as seen from here", hashed=False, fixed=False
+    )
     global_batch: int = option(8, "images per optimizer step, over all workers and accumulation steps")
     micro_batch: int | None = option(
         None, "images per forward and worker; null: global_batch / num_workers", fixed=False
@@ -94,8 +99,10 @@ class TrainConfig:
         for key in ("steps", "global_batch", "checkpoint_every", "keep_last", "max_errors"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
-        if self.zero not in (0, 1, 2, 3):
-            raise ValueError(f"zero={self.zero}: ZeRO stages are 0, 1, 2 and 3")
+        if self.zero not in (0, 1, 2, 3, "auto"):
+            raise ValueError(f"zero={self.zero}: ZeRO stages are 0, 1, 2 and 3, or auto")
+        if self.device_memory_gb is not None and not self.device_memory_gb > 0:
+            raise ValueError(f"device_memory_gb={self.device_memory_gb}: must be above 0, e.g. 80")
         if self.stop_after is not None and self.stop_after < 1:
             raise ValueError(f"stop_after={self.stop_after}: must be at least 1, or null for no stop")
         for num in self.worker_counts:
@@ -125,6 +132,12 @@ class TrainConfig:
             raise ValueError(f"cpus_per_worker={self.cpus_per_worker}: must be above 0")
         if not 0.0 <= self.warmup_ratio <= 1.0:
             raise ValueError(f"warmup_ratio={self.warmup_ratio}: a share of the steps, between 0 and 1")
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage as a number; `auto` is resolved before a run starts."""
+        assert self.zero != "auto", "train.zero=auto was not resolved"
+        return self.zero
 
     @property
     def min_workers(self) -> int:

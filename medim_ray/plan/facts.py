@@ -78,7 +78,7 @@ def setting_of(config: RunConfig) -> Setting:
     train = config.train
     return Setting(
         num_gpus=train.max_workers,
-        stage=train.zero,
+        stage=train.stage,
         micro_batch=train.local_micro_batch,
         accumulation=train.accumulation,
         checkpointed=False,

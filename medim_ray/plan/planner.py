@@ -11,7 +11,7 @@ from medim_ray.plan import goodput as gp
 from medim_ray.plan.bill import Bill, bill
 from medim_ray.plan.checks import check_batch, check_workers
 from medim_ray.plan.clusters import Cluster
-from medim_ray.plan.memory import STAGES, Memory, fits, largest_micro_batch, memory_on
+from medim_ray.plan.memory import STAGES, Memory, fits, largest_micro_batch, lowest_stage, memory_on
 from medim_ray.plan.step_time import Setting, StepTime, decode_core_s, step_time, stored_bytes
 from medim_ray.plan.workload import Workload, workload
 
@@ -112,18 +112,27 @@ def make_plan(config: RunConfig, cluster: Cluster) -> Plan:
     )
 
 
+def _stage(train: TrainConfig, cluster: Cluster, work: Workload) -> int:
+    """The recipe's stage; for `auto` the lowest that fits, the last one where none does."""
+    if train.zero != "auto":
+        return train.zero
+    stage = lowest_stage(cluster, work, num_gpus=train.max_workers, micro_batch=train.local_micro_batch)
+    return STAGES[-1] if stage is None else stage
+
+
 def _setting(train: TrainConfig, cluster: Cluster, work: Workload) -> tuple[Setting, list[str]]:
     """The recipe's layout. Where it does not fit as it stands, checkpointing is planned and that is said."""
-    layout = {"stage": train.zero, "num_gpus": train.max_workers, "micro_batch": train.local_micro_batch}
+    stage = _stage(train, cluster, work)
+    layout = {"stage": stage, "num_gpus": train.max_workers, "micro_batch": train.local_micro_batch}
     checkpointed, warnings = False, []
     if not fits(cluster, work, checkpointed=False, **layout):
         checkpointed = fits(cluster, work, checkpointed=True, **layout)
-        best = largest_micro_batch(cluster, work, stage=train.zero, num_gpus=train.max_workers, checkpointed=False)
+        best = largest_micro_batch(cluster, work, stage=stage, num_gpus=train.max_workers, checkpointed=False)
         others = [s for s in STAGES if fits(cluster, work, checkpointed=False, **{**layout, "stage": s})]
         warnings.append(
-            f"train.micro_batch={train.local_micro_batch} does not fit at train.zero={train.zero}: "
+            f"train.micro_batch={train.local_micro_batch} does not fit at train.zero={stage}: "
             + (f"train.zero={others[0]} holds it; " if others else "")
-            + f"at train.zero={train.zero} at most train.micro_batch={best}"
+            + f"at train.zero={stage} at most train.micro_batch={best}"
             + ("; hours are those with activation checkpointing" if checkpointed else "")
         )
     setting = Setting(accumulation=train.accumulation, checkpointed=checkpointed, precision=train.precision, **layout)

@@ -39,6 +39,7 @@ from medim_ray.train.attempts import Budgets, of_error, of_outcome
 from medim_ray.train.backend import WarnedTorchConfig
 from medim_ray.train.build import build_masking, needs_text, stream_plan
 from medim_ray.train.control import Outcome
+from medim_ray.train.fit import Estimate, estimate, resolve_stage
 from medim_ray.train.progress import progress
 from medim_ray.train.runs import read_config, write_config
 from medim_ray.train.store import Checkpoint, CheckpointStore
@@ -89,9 +90,12 @@ def _launch(config: RunConfig, shards: ShardSet, console: Console) -> RunResult:
     with ThreadPoolExecutor(1) as pool:
         # Looks at encoder and tokenizer, for which it loads timm: seconds that Ray takes to start.
         reader = pool.submit(reader_factory, config, shards)
+        plan = pool.submit(estimate, config)
         with ray_session(config.run.ray_address, _cpus(config)):
             _look_at_resources(config, console)
-            signal_number = _attempts(config, shards, reader.result(), console)
+            make_reader = reader.result()
+            config = _with_stage(config, plan, console)
+            signal_number = _attempts(config, shards, make_reader, console)
     step = _committed(config)
     if step < config.train.last_step and not signal_number:
         raise RuntimeError(
@@ -101,6 +105,19 @@ def _launch(config: RunConfig, shards: ShardSet, console: Console) -> RunResult:
     if signal_number:
         console.print(f"{signal.Signals(signal_number).name}: stopped after step {step}; the same command goes on")
     return RunResult(config.run.dir, step, step >= config.train.steps, signal_number)
+
+
+def _with_stage(config: RunConfig, plan: Future[Estimate], console: Console) -> RunConfig:
+    """Tells the memory that a worker will need, and settles `train.zero: auto` by it."""
+    try:
+        need = plan.result()
+        config = resolve_stage(config, need)
+    except ValueError:
+        if config.train.zero == "auto":
+            raise
+        return config  # what the planner has no model of can be trained all the same
+    console.print(need.line(config.train.stage), soft_wrap=True, highlight=False)
+    return config
 
 
 def _look_at_resources(config: RunConfig, console: Console) -> None:

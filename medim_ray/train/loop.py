@@ -21,7 +21,7 @@ from medim_ray.draws import name_key, step_draws
 from medim_ray.schedules import Schedule
 from medim_ray.train.control import Outcome, RunControl
 from medim_ray.train.health import NumberGuard
-from medim_ray.train.metrics import reduce_logs
+from medim_ray.train.metrics import peak_bytes, reduce_logs
 
 
 class Recorder(Protocol):
@@ -130,4 +130,5 @@ def record(
         "samples_per_s": run.config.global_batch / elapsed,
         "step_s": elapsed,
         "data_wait_ratio": waited / elapsed,
+        "peak_bytes": peak_bytes(run.device),
     }

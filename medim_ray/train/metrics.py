@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,6 +67,13 @@ def read_lines(run_dir: str) -> list[str]:
 def read_metrics(run_dir: str) -> list[dict[str, Any]]:
     """The records of RUN/metrics.jsonl in the order of the steps."""
     return [json.loads(line) for line in read_lines(run_dir)]
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this rank has used so far: of its GPU, or of the machine by its process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def reduce_logs(

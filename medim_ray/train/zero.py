@@ -30,10 +30,10 @@ def zero_config(train: TrainConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": train.clip_norm,
         # Parameters in bf16 with fp32 masters in the shards; stage 0 has no shards, so there autocast does it.
-        "bf16": {"enabled": bf16 and train.zero > 0},
-        "torch_autocast": {"enabled": bf16 and train.zero == 0, "dtype": "bfloat16"},
+        "bf16": {"enabled": bf16 and train.stage > 0},
+        "torch_autocast": {"enabled": bf16 and train.stage == 0, "dtype": "bfloat16"},
         "zero_optimization": {
-            "stage": train.zero,
+            "stage": train.stage,
             # No parameter keeps a full copy beside its shard: the shard is the only truth, also for small models.
             "stage3_param_persistence_threshold": 0,
         },
