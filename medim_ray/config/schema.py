@@ -56,6 +56,9 @@ class TrainConfig:
     min_lr: float = option(1e-6, "learning rate at the last step")
     warmup_ratio: float = option(0.1, "share of the steps with linear warm-up")
     weight_decay: float = option(0.05, "AdamW weight decay; none on biases, norms and other one-dimensional parameters")
+    weight_decay_end: float | None = option(
+        None, "weight decay at the last step, half a cosine from weight_decay (DINOv2: 0.04 to 0.4); null: constant"
+    )
     betas: tuple[float, float] = option((0.9, 0.95), "AdamW moments")
     clip_norm: float = option(1.0, "global gradient norm; 0: no clipping")
     checkpoint_every: int = option(
@@ -126,6 +129,8 @@ class TrainConfig:
         for key in ("lr", "min_lr", "weight_decay", "clip_norm", "max_failures"):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 0")
+        if self.weight_decay_end is not None and not self.weight_decay_end >= 0:
+            raise ValueError(f"weight_decay_end={self.weight_decay_end}: must be at least 0, or null for a constant")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas={list(self.betas)}: each must lie in [0, 1)")
         if not self.cpus_per_worker > 0:

@@ -47,6 +47,7 @@ class Trainer:
     views: tuple[View, ...]
     steps: Iterator[Columns]
     lr: Schedule
+    weight_decay: Schedule
     guard: NumberGuard
     control: RunControl
     recorder: Recorder
@@ -82,7 +83,7 @@ def train_step(run: Trainer, step: int, columns: Columns) -> tuple[dict[str, flo
     torch.manual_seed(int(step_draws(run.seed, step).integers(f"torch/{run.rank}", 1, 1 << 62)[0, 0]))
     for group in run.engine.optimizer.param_groups:
         group["lr"] = run.lr(step) * group["lr_ratio"] * (step >= group["frozen_steps"])
-        group["weight_decay"] = run.config.weight_decay * group["decay_ratio"]
+        group["weight_decay"] = run.weight_decay(step) * group["decay_ratio"]
     sums = {**run.control.wishes(), "samples_key": samples_key(columns)}
     if step in run.guard.omitted:
         return reduce_logs([], sums, run.device)

@@ -18,7 +18,7 @@ import ray.train.torch
 import torch.distributed as dist
 
 from medim_ray.config.loader import from_tree, run_hash
-from medim_ray.config.schema import RunConfig
+from medim_ray.config.schema import RunConfig, TrainConfig
 from medim_ray.data.collate import Columns, steps_of_rank
 from medim_ray.data.reader import STEP
 from medim_ray.data.shards import ShardSet
@@ -126,6 +126,7 @@ def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> Outcome
             config.train.steps,
             warmup_steps=round(config.train.warmup_ratio * config.train.steps),
         ),
+        weight_decay=cosine(config.train.weight_decay, _end_of_decay(config.train), config.train.steps),
         guard=NumberGuard(config.train, _omitted(config.run.dir), BadStepReport(config, rank)),
         control=RunControl(recorder.tracker),
         recorder=recorder,
@@ -146,6 +147,10 @@ def of_this_group(config: RunConfig, world_size: int) -> RunConfig:
     group, so that losses within a forward do not depend on the size of the group."""
     train = replace(config.train, num_workers=world_size, micro_batch=config.train.local_micro_batch)
     return replace(config, data=replace(config.data, granules_per_step=config.granules_per_step), train=train)
+
+
+def _end_of_decay(train: TrainConfig) -> float:
+    return train.weight_decay if train.weight_decay_end is None else train.weight_decay_end
 
 
 def _omitted(run_dir: str) -> dict[int, str]:

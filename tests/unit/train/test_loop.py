@@ -99,6 +99,7 @@ def trainer(
         views=(View("image", 1, 2, 1),),
         steps=steps(bad),
         lr=lambda step: 1e-2,
+        weight_decay=lambda step: 0.1,
         guard=NumberGuard(config, omitted, lambda bad, columns: told.append(bad)),
         control=RunControl(None if stop_after is None else Mailbox(records, stop_after)),
         recorder=records,
