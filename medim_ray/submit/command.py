@@ -11,7 +11,6 @@ from typing import Any
 from medim_ray.config.loader import from_tree, to_tree
 from medim_ray.submit import state
 from medim_ray.submit.base import ENDED, TARGETS, Job, Record, Status, Target, TargetError
-from medim_ray.submit.progress import shown
 from medim_ray.submit.spec import JobSpec, changed, load_spec
 
 CommandCheck = Callable[[Sequence[str]], None]
@@ -115,12 +114,11 @@ def _follow(record: Record) -> int:
                     time.sleep(_PENDING_POLL_S)
                     continue
                 position = 0
-                with shown(job.spec):
-                    for piece in target.logs(record, job, follow=True):
-                        fresh = piece[max(0, printed - position) :]
-                        position += len(piece)
-                        printed, failures = max(printed, position), 0
-                        print(fresh, end="", flush=True)
+                for piece in target.logs(record, job, follow=True):
+                    fresh = piece[max(0, printed - position) :]
+                    position += len(piece)
+                    printed, failures = max(printed, position), 0
+                    print(fresh, end="", flush=True)
                 status = target.status(record, job)
                 if status.state in ENDED:
                     return _ended(record, status)
