@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -46,6 +47,7 @@ from medim_ray.train.store import Checkpoint, CheckpointStore
 from medim_ray.train.stream import StreamFactory, reader_factory, run_worker
 
 LEASE = ".lease"  # in the run folder, while a job trains there
+_START_S = 30.0  # seconds after a stop signal in which workers that are starting may make their first step
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -200,11 +202,15 @@ def _fit(trainer: TorchTrainer, tracker: Any, received: list[int]) -> Outcome:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    asked = False
+    asked_at: float | None = None
     while not wait([future], timeout=0.2).done:
-        if received and not asked:
+        if received and asked_at is None:
             tracker.request_stop.remote()
-            asked = True
+            asked_at = time.monotonic()
+        elif (
+            asked_at is not None and time.monotonic() > asked_at + _START_S and ray.get(tracker.latest.remote()) is None
+        ):
+            return Outcome(kind="stopped", step=0, message="no worker has started")  # there is no state to commit
     return future.result()
 
 

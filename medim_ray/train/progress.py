@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 _LOG_EVERY_S = 10.0
 
@@ -20,13 +21,15 @@ def progress(last_step: int, done: int, tracker: Any, console: Console) -> Itera
     """Step, loss terms, rate, data-wait share and time left, as the tracker knows them."""
     bar = Progress(
         TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[terms]}"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
+        # Last, and the only one that gives way in a narrow terminal.
+        TextColumn("{task.fields[terms]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
         console=console,
         refresh_per_second=2,
         disable=not console.is_terminal,
+        expand=True,
     )
     task = bar.add_task("pretrain", total=last_step, completed=done, terms="starting workers")
     stop = threading.Event()
@@ -65,7 +68,10 @@ def progress(last_step: int, done: int, tracker: Any, console: Console) -> Itera
 
 
 def describe(record: dict[str, Any]) -> str:
-    """The numbers of a record that fit on a line."""
-    hidden = {"step", "epoch", "lr", "grad_norm", "samples_key", "samples_per_s", "step_s", "data_wait_ratio"}
-    terms = [f"{k} {v:.4g}" for k, v in record.items() if k not in hidden and isinstance(v, float) and "/" not in k]
-    return " ".join([*terms[:6], f"{record['samples_per_s']:.1f} samples/s", f"wait {record['data_wait_ratio']:.0%}"])
+    """The loss, the rate and the data-wait share, then the other terms for as long as there is room."""
+    if "omitted" in record:
+        return f"left out: {record['omitted']}"
+    hidden = {"loss", "lr", "grad_norm", "samples_per_s", "step_s", "data_wait_ratio"}
+    terms = [f"{k} {v:.3g}" for k, v in record.items() if k not in hidden and isinstance(v, float) and "/" not in k]
+    rates = [f"{record['samples_per_s']:.1f} samples/s", f"wait {record['data_wait_ratio']:.0%}"]
+    return " ".join([f"loss {record['loss']:.4g}", *rates, *terms])
