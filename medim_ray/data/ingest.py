@@ -120,21 +120,26 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     work = WorkFolder(fs, root)
     try:
         with storage_faults(f"out={config.out}", kept=_KEPT), Lease(fs, work.lease, what=f"out={config.out}") as lease:
-            output.look(out, fs, root, job)  # the job that held the lease until now may have been another
-            work.begin(job)
-            manifest, notices = _run(config, source, todo, stored, work, lease, job)
-            work.remove()
+            finished, notices = None, list[str]()
+            if output.look(out, fs, root, job) == manifest:
+                output.keep_stored(work, stored)
+                work.begin(job)
+                finished, notices = _run(config, source, todo, stored, work, lease, job)
+                lease.end()
+                work.remove()
     except _TooManyUnreadableError as error:
         if stored is None:
             output.remove(fs, root, existed=existed)
         work.remove()
         raise ValueError(str(error)) from None
     except RuntimeError as error:
-        if existed or work.has_parts():
+        if work.has_parts():
             raise
-        output.remove(fs, root, existed=False)
+        output.discard(work, existed=existed)
         raise RuntimeError(str(error).removesuffix(_KEPT)) from None
-    return summarize(config.out, manifest, is_salted=bool(salt), already_prepared=False, notices=notices)
+    if finished is None:
+        return prepare(config)  # another job wrote the set between the look and the lease
+    return summarize(config.out, finished, is_salted=bool(salt), already_prepared=False, notices=notices)
 
 
 class _TooManyUnreadableError(Exception):
@@ -162,9 +167,9 @@ def _job(config: PrepareConfig, rows: pa.Table, salt: str) -> dict[str, Any]:
 def _already(config: PrepareConfig, work: WorkFolder, manifest: Manifest, salt: str) -> PrepareSummary:
     """Nothing to do, but for what a job that was killed after its last step has left."""
     if work.job() is not None:
-        with Lease(work.fs, work.lease, what=f"out={config.out}"):
-            pass
-        work.remove()
+        with Lease(work.fs, work.lease, what=f"out={config.out}") as lease:
+            lease.end()
+            work.remove()
     return summarize(config.out, manifest, is_salted=bool(salt), already_prepared=True)
 
 

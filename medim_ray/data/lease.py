@@ -62,11 +62,15 @@ class Lease:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._stop.set()
-        self._thread.join()
+        self.end()
         with contextlib.suppress(Exception):
             if not self._lost and self._owner() == self._holder["owner"]:
                 self._fs.rm(self._path)
+
+    def end(self) -> None:
+        """No more beats: nothing is written from now on, as before the folder is removed."""
+        self._stop.set()
+        self._thread.join()
 
     def check(self) -> None:
         """RuntimeError where another job took the folder over (this one was silent for too long)."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +17,9 @@ import pyarrow.parquet as pq
 
 from medim_ray.data import shards
 from medim_ray.data.listing import rows_hash
-from medim_ray.data.shards import Manifest, ShardSet
+from medim_ray.data.shards import Manifest, OtherFile, ShardSet
 from medim_ray.data.splits import SPLITS
+from medim_ray.data.storage import committed
 from medim_ray.data.work import WorkFolder
 
 STORED_COLUMNS = ("image_id", "patient_id", "split", "pixel_hash", "perceptual_hash")
@@ -25,12 +28,13 @@ STORED_COLUMNS = ("image_id", "patient_id", "split", "pixel_hash", "perceptual_h
 @dataclass(frozen=True, kw_only=True)
 class Stored:
     """What a finished set holds of earlier rows. rows: STORED_COLUMNS of every sample; quarantine: the table;
-    copies: the groups of exact copies in duplicates.json."""
+    copies: the groups of exact copies in duplicates.json; lists: both files as they are."""
 
     manifest: Manifest
     rows: pa.Table
     quarantine: pa.Table
     copies: list[dict[str, Any]]
+    lists: dict[str, bytes]
 
 
 def look(out: str, fs: fsspec.AbstractFileSystem, root: str, job: Mapping[str, Any]) -> Manifest | None:
@@ -72,11 +76,42 @@ def look(out: str, fs: fsspec.AbstractFileSystem, root: str, job: Mapping[str, A
 
 def read_stored(out: str, fs: fsspec.AbstractFileSystem, root: str, manifest: Manifest) -> Stored:
     """What the set holds; ValueError where a file of it is gone or damaged."""
-    shard_set = ShardSet(out, fs, root, manifest)
-    rows = shard_set.read_rows(None, STORED_COLUMNS)
-    with fs.open(f"{root}/{shards.QUARANTINE}", "rb") as file:
-        quarantine = pq.read_table(file)
-    return Stored(manifest=manifest, rows=rows, quarantine=quarantine, copies=shard_set.exact_duplicates())
+    rows = ShardSet(out, fs, root, manifest).read_rows(None, STORED_COLUMNS)
+    lists: dict[str, bytes] = {}
+    for file in manifest.other_files:
+        if file.path in (shards.QUARANTINE, shards.DUPLICATES):
+            kept = f"{root}/{shards.WORK}/{_kept_name(file)}"
+            lists[file.path] = fs.cat_file(kept if fs.exists(kept) else f"{root}/{file.path}")
+            if hashlib.blake2b(lists[file.path], digest_size=32).hexdigest() != file.blake2b:
+                raise ValueError(f"{out}: {file.path} was changed: restore it; medim-ray shards verify {out}")
+    return Stored(
+        manifest=manifest,
+        rows=rows,
+        quarantine=pq.read_table(pa.BufferReader(lists[shards.QUARANTINE])),
+        copies=json.loads(lists[shards.DUPLICATES])["exact"],
+        lists=lists,
+    )
+
+
+def keep_stored(work: WorkFolder, stored: Stored | None) -> None:
+    """Copies the lists that the job will write anew: killed between these and the manifest, it goes on from them."""
+    for file in stored.manifest.other_files if stored is not None else ():
+        if stored is not None and file.path in stored.lists:
+            with committed(work.fs, f"{work.folder}/{_kept_name(file)}", work.folder) as copy:
+                copy.write(stored.lists[file.path])
+
+
+def _kept_name(file: OtherFile) -> str:
+    return f"stored-{file.blake2b[:16]}"
+
+
+def discard(work: WorkFolder, *, existed: bool) -> None:
+    """Removes what a job left that got nowhere; its storage may be out of order."""
+    with contextlib.suppress(Exception):
+        work.remove()
+    if not existed:
+        with contextlib.suppress(Exception):
+            work.fs.rmdir(work.root)
 
 
 def new_rows(out: str, rows: pa.Table, stored: Stored) -> pa.Table:

@@ -100,8 +100,11 @@ class WorkFolder:
         return facts, whole
 
     def has_parts(self) -> bool:
-        """Whether anything was encoded."""
-        return bool(sizes(self.fs, f"{self.folder}/parts"))
+        """Whether anything was encoded; assumed where the storage does not answer."""
+        try:
+            return any(name.endswith(".json") for name in sizes(self.fs, f"{self.folder}/parts"))
+        except Exception:  # whatever the storage raises: nothing may be removed then
+            return True
 
     def drop_parts(self, numbers: Iterable[int]) -> None:
         """Frees the rows of parts that no file needs any more."""

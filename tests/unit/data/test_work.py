@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from medim_ray.data.finish import Encoded, Identity, Plan, finish, plan_files
 from medim_ray.data.images import BadImageError, ImageEncoder
 from medim_ray.data.layout import ShardConfig
 from medim_ray.data.listing import final_rows
-from medim_ray.data.shards import MANIFEST, WORK, verify
+from medim_ray.data.output import keep_stored, read_stored
+from medim_ray.data.shards import DUPLICATES, MANIFEST, QUARANTINE, WORK, ShardSet, verify
 from medim_ray.data.sources.base import Sample, plan_table
 from medim_ray.data.splits import SplitConfig
 from medim_ray.data.vocabulary import VocabularyConfig
@@ -122,3 +124,21 @@ def test_stopped_at_any_step_it_goes_on_to_the_same_bytes(undisturbed: Path, tmp
         manifest.labels["age"] == dict.fromkeys((str(k) for k in range(NUM) if k != 7), 1)
         and (tmp_path / MANIFEST).exists()
     )
+
+
+def test_lists_that_were_written_anew_before_a_kill_are_read_as_the_manifest_knows_them(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    fs, root = fsspec.filesystem("file"), str(tmp_path)
+    manifest = ShardSet.open(root).manifest
+    stored = read_stored(root, fs, root, manifest)
+    assert stored.quarantine["image_id"].to_pylist() == ["i7"] and len(stored.copies) == 1
+    keep_stored(WorkFolder(fs, root), stored)
+    for name in (QUARANTINE, DUPLICATES):
+        (tmp_path / name).write_text("the lists of the rows that were being added")
+    again = read_stored(root, fs, root, manifest)
+    assert again.quarantine.equals(stored.quarantine) and again.copies == stored.copies
+    WorkFolder(fs, root).remove()
+    with pytest.raises(ValueError, match=r"quarantine.parquet was changed: restore it"):
+        read_stored(root, fs, root, manifest)
