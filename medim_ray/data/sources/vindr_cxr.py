@@ -1,4 +1,4 @@
-"""Source `vindr_cxr`: VinDr-CXR of PhysioNet, with the votes of its readers and their boxes."""
+"""Source `vindr_cxr`: VinDr-CXR of PhysioNet or Kaggle, with the votes of its readers and their boxes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from medim_ray.data.sources.tables import columns, header_of
 _RENAMED = {"Other disease": "Other diseases"}  # the test table's spelling
 _ABOUT = ("image_id", "rad_id")
 _SPLITS = ("train", "test")
+_KAGGLE = "train.csv"
 Box = tuple[float, float, float, float]
 
 
@@ -24,7 +25,8 @@ Box = tuple[float, float, float, float]
 class VindrCxrSource:
     """VinDr-CXR 1.0: DICOM files, 28 findings by three readers (train) or by consensus (test), boxes as truth.
 
-    A finding's boxes are the union of all readers' boxes, kept where the readers' label is 1.
+    A finding's boxes are the union of all readers' boxes, kept where the readers' label is 1. Of the Kaggle release
+    (train.csv), a reader's vote is a box, and the test images, which have no labels, are left out.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class VindrCxrSource:
         )
 
     def __init__(self, config: Config) -> None:
-        check_root(config, "annotations/image_labels_train.csv", "annotations/image_labels_test.csv")
+        check_root(config, "annotations/image_labels_train.csv", "annotations/image_labels_test.csv", _KAGGLE)
         self.config = config
         self.name = config.name
 
@@ -70,7 +72,7 @@ def _votes(root: str, split: str) -> dict[str, dict[str, list[bool]]]:
     """Image -> finding -> one vote a reader; {} where the table is not there."""
     url = join(root, f"annotations/image_labels_{split}.csv")
     if not exists(url):
-        return {}
+        return _kaggle_votes(root) if split == "train" else {}
     findings = [name for name in header_of(url) if name and name not in _ABOUT]
     table = columns(url, ["image_id", *findings])
     found: dict[str, dict[str, list[bool]]] = {}
@@ -81,11 +83,27 @@ def _votes(root: str, split: str) -> dict[str, dict[str, list[bool]]]:
     return found
 
 
+def _kaggle_votes(root: str) -> dict[str, dict[str, list[bool]]]:
+    """The same from a table of boxes, in which every reader of an image has at least one row."""
+    if not exists(join(root, _KAGGLE)):
+        return {}
+    table = columns(join(root, _KAGGLE), ["image_id", "class_name", "rad_id"])
+    named: dict[str, dict[str, set[str]]] = {}  # image -> reader -> findings
+    for image, name, reader in zip(*table.values(), strict=True):
+        named.setdefault(image, {}).setdefault(reader, set()).add(name)
+    findings = sorted(set(table["class_name"]))
+    return {
+        image: {name: [name in found for found in readers.values()] for name in findings}
+        for image, readers in named.items()
+    }
+
+
 @lru_cache(maxsize=4)
 def _boxes(root: str, split: str) -> dict[str, dict[str, list[Box]]]:
     """Image -> finding -> boxes of all readers; images without one have rows without numbers."""
-    url = join(root, f"annotations/annotations_{split}.csv")
-    if not exists(url):
+    names = (f"annotations/annotations_{split}.csv", *([_KAGGLE] if split == "train" else []))
+    url = next((url for url in (join(root, name) for name in names) if exists(url)), "")
+    if not url:
         return {}
     table = columns(url, ["image_id", "class_name", "x_min", "y_min", "x_max", "y_max"])
     found: dict[str, dict[str, list[Box]]] = {}

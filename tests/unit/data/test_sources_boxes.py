@@ -109,6 +109,22 @@ def test_vindr_readers_and_boxes(vindr: Path) -> None:
     assert {row["split"] for row in by_id(source("vindr_cxr", vindr, official_split=False)).values()} == {""}
 
 
+def test_vindr_of_kaggle(tmp_path: Path) -> None:
+    put(
+        tmp_path / "train.csv",
+        "image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max\n"
+        "aa,Cardiomegaly,3,R9,10,10,20,20\naa,Cardiomegaly,3,R8,15,10,30,18\naa,Nodule/Mass,8,R8,0,0,5,5\n"
+        "aa,No finding,14,R7,,,,\nbb,No finding,14,R8,,,,\nbb,No finding,14,R9,,,,\nbb,No finding,14,R10,,,,\n",
+    )
+    dicom(tmp_path / "train/aa.dicom")
+    made = source("vindr_cxr", tmp_path)
+    rows = by_id(made)
+    assert known(rows["aa"]) == {"Cardiomegaly": "1", "No finding": "0", "Nodule/Mass": "0"}
+    assert known(rows["bb"])["No finding"] == "1" and rows["aa"]["split"] in ("train", "val")
+    samples = samples_of(made)
+    assert set(truth_of(samples["aa"])) == {"Cardiomegaly"} and samples["bb"] == "file not found"
+
+
 def test_rsna(tmp_path: Path) -> None:
     labels = "patientId,x,y,width,height,Target\n0004cfab,,,,,0\n00436515,10.0,5.0,20.0,30.0,1\n00436515,40,5,10,10,1\n"
     put(tmp_path / "stage_2_train_labels.csv", labels + "absent,,,,,0\n")
