@@ -159,6 +159,7 @@ class BlockReader:
         samples = Samples(
             image_ids=image_ids,
             boxes_B4=columns[types.BOX],
+            more_boxes_BK4=plans[self._crop.views[0].name].boxes_BK4[:, 1:],
             text=text.columns,
             mentions=text.mentions,
             steps_B=block.steps_K,

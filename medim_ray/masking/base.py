@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class Samples:
     """What a plan may look at, for B samples of a granule; never pixels.
 
-    boxes_B4: crop in fractions of the stored image (top, left, bottom, right).
+    boxes_B4: first crop in fractions of the stored image (top, left, bottom, right); more_boxes_BK4: the further crops
+    of the same view, K of them, where there are any.
     text: the text columns of medim_ray.types, [B, ...], or empty where the run has no text encoder.
     mentions: the tagger's mentions of each report (empty tuples where there is no text).
     steps_B, positions_B: global step and place in the global batch, for laws that belong to a global batch; such a law
@@ -43,6 +44,15 @@ class Samples:
     positions_B: NDArray[np.int64]
     global_batch: int
     seed: int
+    more_boxes_BK4: NDArray[np.float32] | None = None
+
+    def crop_boxes(self, crop: int) -> NDArray[np.float32]:
+        """[B, 4] the box of crop number `crop` of the first view."""
+        if crop == 0:
+            return self.boxes_B4
+        assert self.more_boxes_BK4 is not None, "the view has one crop"
+        boxes_B4: NDArray[np.float32] = self.more_boxes_BK4[:, crop - 1]
+        return boxes_B4
 
     def __len__(self) -> int:
         return len(self.image_ids)

@@ -114,6 +114,18 @@ def step_counts(
     return counts[np.argsort(draws.uniform("mask/block/shuffle", num_crops)[0], kind="stable")]
 
 
+def step_counts_of(
+    samples: Samples, num_crops: int, num_patches: int, config: StepBlockMasking.Config
+) -> NDArray[np.int64]:
+    """`step_counts` for `num_crops` crops of these samples, [B, num_crops]; they may be of several global steps."""
+    counts_BS = np.zeros((len(samples), num_crops), dtype=np.int64)
+    for step in np.unique(samples.steps_B):
+        counts_SG = step_counts(samples.seed, int(step), num_crops * samples.global_batch, num_patches, config)
+        here_B = samples.steps_B == step
+        counts_BS[here_B] = counts_SG.reshape(num_crops, -1)[:, samples.positions_B[here_B]].T
+    return counts_BS
+
+
 @MASKINGS.register("block")
 class BlockMasking:
     """One block mask a sample with the same count for all: int(N * ratio), short masks filled with random patches (so
@@ -187,14 +199,7 @@ class StepBlockMasking:
 
     def plan(self, samples: Samples, grid: Grid, draws: Draws) -> dict[str, NDArray[Any]]:
         """{"mask/block_BSN": bool, S = 2}; samples of several global steps may be planned together."""
-        num_crops = len(self.names) * samples.global_batch
-        counts_BS = np.zeros((len(samples), len(self.names)), dtype=np.int64)
-        for step in np.unique(samples.steps_B):
-            counts_SG = step_counts(samples.seed, int(step), num_crops, grid.num_patches, self.config).reshape(
-                len(self.names), samples.global_batch
-            )
-            here_B = samples.steps_B == step
-            counts_BS[here_B] = counts_SG[:, samples.positions_B[here_B]].T
+        counts_BS = step_counts_of(samples, len(self.names), grid.num_patches, self.config)
         return {"mask/block_BSN": block_masks(counts_BS, grid, draws, "mask/block")}
 
     def resolve(self, columns: Mapping[str, Tensor], attention_BWN: Tensor | None) -> Masks:

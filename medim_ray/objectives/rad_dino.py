@@ -283,5 +283,5 @@ def _check(parts: Parts) -> None:
     if len(parts.masking.names) != NUM_GLOBAL or parts.masking.needs_attention:
         raise ValueError(
             f"masking with masks {parts.masking.names}: objective rad_dino needs one mask for each of its two global "
-            "crops; use masking.name=dinov2_block"
+            "crops; use masking.name=dinov2_block or dinov2_report"
         )

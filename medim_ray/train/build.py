@@ -18,6 +18,7 @@ from medim_ray.data.shards import TOKENIZER, ShardSet
 from medim_ray.data.transforms import CROPS, Crop
 from medim_ray.masking import MASKINGS
 from medim_ray.masking.base import Masking
+from medim_ray.masking.dino_report import DinoReportMasking
 from medim_ray.models.text import TextEncoder, load_tokenizer
 from medim_ray.models.vit import ImageEncoder
 from medim_ray.objectives import OBJECTIVES
@@ -65,6 +66,11 @@ def build_masking(config: RunConfig) -> Masking:
         raise ValueError(
             f"masking.name={config.masking.name} needs the attention of a text encoder, which "
             f"objective.name={config.objective.name} lacks: use masking.name=uniform or objective.name=medim"
+        )
+    if isinstance(config.masking, DinoReportMasking.Config) and getattr(config.crop, "flip_prob", 0.0) > 0:
+        raise ValueError(
+            f"crop.flip_prob={config.crop.flip_prob}: masking.name=dinov2_report hides the sides that the report "
+            "tells, and a flip exchanges them; use crop.flip_prob=0"
         )
     return masking
 

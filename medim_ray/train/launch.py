@@ -69,6 +69,7 @@ def launch(config: RunConfig, console: Console | None = None) -> RunResult:
     ValueError for what the user can mend; RuntimeError, with the workers' error, where training failed.
     """
     console = console or Console(stderr=True)
+    console.soft_wrap = not console.is_terminal  # a message of a log file is one line
     shards = check(config)
     config = absolute_paths(config)
     with storage_faults(f"run.dir={config.run.dir}"):

@@ -137,11 +137,10 @@ def test_a_node_that_goes_away_and_comes_back_costs_no_sample(
     phantom_shards: str, tmp_path: Path, straight: Path, fate: str
 ) -> None:
     """Two nodes of one worker each; one is removed without grace, or drained with a deadline; later one joins."""
-    command = [sys.executable, __file__, phantom_shards, str(tmp_path / "run"), fate]
+    command = [sys.executable, "-m", "tests.system.test_chaos", phantom_shards, str(tmp_path / "run"), fate]
     with (tmp_path / "run.log").open("wb") as log:
-        assert subprocess.run(command, stdout=log, stderr=log, timeout=500, check=False).returncode == 0, log_of(
-            tmp_path / "run"
-        )
+        done = subprocess.run(command, stdout=log, stderr=log, timeout=500, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, log_of(tmp_path / "run")
     told = json.loads((tmp_path / "told.json").read_text())
     assert told["worlds"][0] == 2 and 1 in told["worlds"], told
     keys = [[r["samples_key"] for r in read_metrics(str(d))] for d in (tmp_path / "run", straight)]

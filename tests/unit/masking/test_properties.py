@@ -79,6 +79,7 @@ def samples_of(reports: Sequence[int], boxes: Sequence[int], steps: Sequence[int
     return Samples(
         image_ids=[f"i{row}-{k}" for row, k in enumerate(reports)],
         boxes_B4=np.array([BOXES[k] for k in boxes], np.float32),
+        more_boxes_BK4=np.array([[BOXES[k - 1]] for k in boxes], np.float32),
         text=text,
         mentions=mentions,
         steps_B=np.array(steps, np.int64),
@@ -105,6 +106,7 @@ def take(samples: Samples, rows: Sequence[int]) -> Samples:
         samples,
         image_ids=[samples.image_ids[i] for i in rows],
         boxes_B4=samples.boxes_B4[index],
+        more_boxes_BK4=None if samples.more_boxes_BK4 is None else samples.more_boxes_BK4[index],
         text={name: column[index] for name, column in samples.text.items()},
         mentions=[samples.mentions[i] for i in rows],
         steps_B=samples.steps_B[index],
@@ -131,7 +133,7 @@ def allowed_counts(name: str, masking: Any, num_patches: int, is_fallback: bool)
     config = masking.config
     if name == "uniform":
         return round(num_patches * config.ratio), round(num_patches * config.ratio)
-    if name == "dinov2_block":
+    if name in ("dinov2_block", "dinov2_report"):
         return 0, int(num_patches * config.max_ratio)
     count = int(num_patches * config.ratio)
     if masking.on == "input" or is_fallback or name == "block":
