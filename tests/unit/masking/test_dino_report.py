@@ -1,4 +1,4 @@
-"""Report-guided iBOT masks: DINOv2's counts, the report's places by each crop's own box, blocks where nothing is told."""
+"""Guided iBOT masks: DINOv2's counts, the report's places by each crop's own box, blocks where nothing is told."""
 
 from __future__ import annotations
 
