@@ -119,15 +119,17 @@ def retried(url: str, read: Callable[[], bytes]) -> bytes:
         try:
             return read()
         except Exception as error:
-            status = _status(error)
+            # fsspec's HTTP calls whatever went wrong "not found", and keeps what it was as the cause.
+            cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+            status = _status(cause)
             if status in (404, 410):
                 raise FileNotFoundError(url) from None
             if status in (401, 403):
                 raise PermissionError(url) from None
-            if not is_remote or not _passing(error):
+            if not is_remote or not _passing(cause):
                 raise
             if attempt == _ATTEMPTS - 1:
-                raise RuntimeError(f"the storage of the images keeps failing ({_words(error)})") from None
+                raise RuntimeError(f"the storage of the images keeps failing ({_words(cause)})") from None
             time.sleep(0.2 * 3**attempt)
     raise AssertionError
 

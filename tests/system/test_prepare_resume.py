@@ -147,7 +147,7 @@ def test_copies_lie_in_one_split_and_every_row_is_counted_once(corpus: Path, und
     assert len(set(table["pixel_hash"].to_pylist())) == table.num_rows == 115
 
 
-@pytest.mark.parametrize("rule", ["keep", "skip"])
+@pytest.mark.parametrize("rule", ["skip", pytest.param("keep", marks=pytest.mark.chaos)])
 def test_added_rows_make_new_files_only(corpus: Path, tmp_path: Path, ray_session: None, rule: Any) -> None:
     out = tmp_path / "out"
     (tmp_path / "all.csv").write_text((corpus / "first.csv").read_text())

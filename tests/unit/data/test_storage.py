@@ -82,6 +82,15 @@ def test_what_passes_is_waited_for(error: Exception) -> None:
     assert retried("http://x/1.png", failing(1, error)) == b"data"
 
 
+def test_what_is_called_not_found_is_looked_into() -> None:
+    gone = FileNotFoundError("http://x/1.png")
+    gone.__cause__ = status(503)
+    assert retried("http://x/1.png", failing(1, gone)) == b"data"
+    gone.__cause__ = status(404)
+    with pytest.raises(FileNotFoundError):
+        retried("http://x/1.png", failing(1, gone))
+
+
 def test_what_does_not_pass_stops_the_job_instead_of_losing_the_row() -> None:
     with pytest.raises(RuntimeError, match="the storage of the images keeps failing"):
         retried("http://x/1.png", failing(9, status(500)))
