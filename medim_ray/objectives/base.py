@@ -5,6 +5,7 @@ DeepSpeed wraps the module whole (one forward, one backward), so everything trai
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -66,6 +67,10 @@ class Objective(Protocol):
 
     def after_step(self, step: int) -> None:
         """Called on every rank after the optimizer step `step` (EMA, statistics); usually nothing."""
+        ...
+
+    def warnings(self, step: int, logs: Mapping[str, float]) -> list[str]:
+        """What the reduced logs of a step say that a user should hear of, in words; usually nothing."""
         ...
 
 

@@ -6,6 +6,7 @@ same global batch have equal losses.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -69,6 +70,10 @@ class Mae(nn.Module):
     def after_step(self, step: int) -> None:
         """Nothing to do."""
 
+    def warnings(self, step: int, logs: Mapping[str, float]) -> list[str]:
+        """None: the loss tells all."""
+        return []
+
 
 @OBJECTIVES.register("simmim")
 class SimMim(nn.Module):
@@ -101,6 +106,10 @@ class SimMim(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Nothing to do."""
+
+    def warnings(self, step: int, logs: Mapping[str, float]) -> list[str]:
+        """None: the loss tells all."""
+        return []
 
 
 def target_patches(encoder: ImageEncoder, images_BCHW: Tensor) -> Tensor:

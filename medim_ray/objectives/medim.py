@@ -8,6 +8,7 @@ The formulas are in losses.py, the masks in medim_ray.masking. ITA and MGCA are 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,6 +38,9 @@ class Prototypes(nn.Module):
 
     def forward(self) -> Tensor:
         return F.normalize(self.directions_KD.float(), dim=1)
+
+
+_WARM_UP_STEPS = 20  # before a flat attention is told: it starts flat
 
 
 @OBJECTIVES.register("medim")
@@ -244,3 +248,9 @@ class MedIM(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Nothing to do."""
+
+    def warnings(self, step: int, logs: Mapping[str, float]) -> list[str]:
+        """Attention that looks everywhere alike makes of KDM and SDM random masks."""
+        if step < _WARM_UP_STEPS or logs.get("attention_entropy_ratio", 0.0) < 0.99:
+            return []
+        return ["the attention of words on patches is all but uniform: KDM and SDM hide patches at random"]

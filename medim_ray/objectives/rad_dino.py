@@ -7,7 +7,8 @@ gradient clipping (train), and the packing of global and local patches into one 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -83,6 +84,7 @@ class RadDino(nn.Module):
         super().__init__()
         _check(parts)
         self.config = config
+        self._num_steps = parts.num_steps
         self._masking = parts.masking
         width = parts.encoder.width
         self.student_encoder = parts.encoder
@@ -143,7 +145,8 @@ class RadDino(nn.Module):
             )
         images_GCHW = batch.views["global"]
         assert len(images_GCHW) == NUM_GLOBAL * num, "the global view holds two crops of each image"
-        hidden_GN = self._masking.resolve(batch.columns, None).hidden_SBN.flatten(0, 1)
+        masks = self._masking.resolve(batch.columns, None)
+        hidden_GN = masks.hidden_SBN.flatten(0, 1)
         masked_M = hidden_GN.flatten().nonzero().squeeze(1)
         temperature = self._temperature(batch.step)
         targets = self._teach(images_GCHW, masked_M, temperature)
@@ -167,6 +170,8 @@ class RadDino(nn.Module):
         logs |= self._health(scores_SBK[:NUM_GLOBAL], targets, cls_GD)
         logs["koleo_distance"] = (koleo[0][1] + koleo[1][1]) / 2
         logs["masked_ratio"] = hidden_GN.float().mean()
+        if self._masking.needs_text:
+            logs["mask/fallback_ratio"] = masks.fallback_SB.float().mean()
         return StepOutput(loss=loss, logs={name: value.detach() for name, value in logs.items()})
 
     def _teach(self, images_GCHW: Tensor, masked_M: Tensor, temperature: float) -> _Targets:
@@ -211,6 +216,20 @@ class RadDino(nn.Module):
             "prototypes_used_ratio": teacher_GK.new_tensor(used),
             "effective_rank": losses.effective_rank(cls_GD),
         }
+
+    def warnings(self, step: int, logs: Mapping[str, float]) -> list[str]:
+        """Signs of collapse once the first tenth of the run is over: all images one prototype, or all prototypes alike
+        for every image, or features without variety."""
+        if step < self._num_steps // 10:
+            return []
+        told, most = [], math.log(self.config.head.num_prototypes)
+        if logs["teacher_entropy"] < 0.01 * most and logs["prototypes_used_ratio"] < 0.1:
+            told.append("the teacher gives nearly every image the same prototype: raise the teacher's temperature")
+        if logs["student_entropy"] > 0.999 * most:
+            told.append("the student finds all prototypes alike for every image: it has collapsed, or not begun")
+        if logs["effective_rank"] < 1.5:
+            told.append("the features of a batch lie on a line (effective rank below 1.5): they have collapsed")
+        return told
 
     def _collect(self, centre: str, scores_MK: Tensor) -> None:
         """Add teacher scores to the sum that moves a centre in `after_step`; the last column counts the rows."""

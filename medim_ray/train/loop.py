@@ -121,10 +121,12 @@ def record(
 ) -> dict[str, Any]:
     """The line of metrics.jsonl for one step."""
     omitted = run.guard.omitted.get(step)
+    words = [] if omitted else run.engine.module.warnings(step, logs)
     return {
         "step": step,
         "epoch": step * run.config.global_batch // run.samples_per_epoch,
         **({"omitted": omitted} if omitted else logs),
+        **({"warnings": words} if words else {}),
         "lr": run.lr(step),
         "grad_norm": None if omitted else grad_norm(run.engine),
         "samples_key": int(sums["samples_key"]),

@@ -33,11 +33,16 @@ def progress(last_step: int, done: int, tracker: Any, console: Console) -> Itera
     )
     task = bar.add_task("pretrain", total=last_step, completed=done, terms="starting workers")
     stop = threading.Event()
+    told_words: set[str] = set()
 
     def show() -> int:
         with contextlib.suppress(ray.exceptions.RayError):
             record = ray.get(tracker.latest.remote(), timeout=5)
             if record is not None:
+                for words in record.get("warnings", []):
+                    if words not in told_words:  # once a launch; metrics.jsonl has every step
+                        told_words.add(words)
+                        console.print(f"[yellow]step {record['step']}: {words}")
                 bar.update(task, completed=record["step"] + 1, terms=describe(record))
                 return int(record["step"]) + 1
         return 0

@@ -196,3 +196,17 @@ def test_what_does_not_fit_is_refused_with_a_fix() -> None:
     with pytest.raises(ValueError, match=r"ema_start=1\.5: must lie in"):
         RadDino.Config(ema_start=1.5)
     assert "dinov2_block" in MASKINGS
+
+
+def test_collapse_is_told_in_words_after_the_first_tenth() -> None:
+    module = make()
+    most = math.log(module.config.head.num_prototypes)
+    well = {"teacher_entropy": 0.5 * most, "student_entropy": 0.6 * most}
+    well |= {"prototypes_used_ratio": 0.5, "effective_rank": 4.0}
+    late = 99
+    assert module.warnings(late, well) == []
+    one = {**well, "teacher_entropy": 0.0, "prototypes_used_ratio": 0.05}
+    flat, line = {**well, "student_entropy": most}, {**well, "effective_rank": 1.1}
+    for logs, word in ((one, "same prototype"), (flat, "prototypes alike"), (line, "on a line")):
+        assert word in " ".join(module.warnings(late, logs))
+        assert module.warnings(0, logs) == [], "every run begins so"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,9 @@ class Mean(nn.Module):
         return default_groups(self)
 
     def after_step(self, step: int) -> None: ...
+
+    def warnings(self, step: int, logs: Mapping[str, float]) -> list[str]:
+        return ["step two"] if step == 2 else []
 
 
 class Records:
@@ -121,6 +124,7 @@ def policies(folder: str) -> None:
     with pytest.raises(BadStep, match=rf"step {BAD}: loss is inf"):
         train(run)
     assert [r["step"] for r in records.logs] == list(range(BAD)) and len(told) == 1 and records.saved == []
+    assert [r.get("warnings") for r in records.logs] == [None, None, ["step two"]]
     before = weights(run)
     assert all(bool(w.isfinite().all()) for w in before), "the bad step changed a weight"
 
