@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-__all__ = ["CUE_TERMS", "EMPHASIS_WORDS", "EXPLAINING_WORDS", "MODIFIERS", "MODIFIER_BOUNDARIES", "Cue"]
+__all__ = [
+    "CUE_TERMS",
+    "EMPHASIS_WORDS",
+    "EXPLAINING_WORDS",
+    "MODIFIERS",
+    "MODIFIER_BOUNDARIES",
+    "PLACING_WORDS",
+    "Cue",
+]
 
 
 class Cue(IntEnum):
@@ -153,6 +161,7 @@ likely probably represent represents representing reflect reflects reflecting co
 suggesting suggestive versus vs concerning or suspicious indicate indicates indicating due secondary by
 """
 EXPLAINING_WORDS = frozenset(_EXPLAINING.split())
+PLACING_WORDS = frozenset(("in", "at", "within", "over", "involving", "throughout", "along", "near"))
 MODIFIERS: dict[str, tuple[tuple[str, str], ...]] = {}
 for _slot, _values in _MODIFIER_WORDS.items():
     for _value, _words in _values.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from medim_ray.reports.context import EMPHASIS_WORDS, EXPLAINING_WORDS, MODIFIER_BOUNDARIES, MODIFIERS
+from medim_ray.reports.context import EMPHASIS_WORDS, EXPLAINING_WORDS, MODIFIER_BOUNDARIES, MODIFIERS, PLACING_WORDS
 from medim_ray.reports.scope import Found
 
 __all__ = ["find_places"]
@@ -27,11 +27,12 @@ def find_places(found: list[Found], tokens: list[str]) -> list[dict[str, str]]:
         is_anatomy = item.category == "anatomy"
         before = _ANATOMY_REACH_BEFORE if is_anatomy else _REACH
         after = _ANATOMY_REACH_AFTER if is_anatomy else _REACH
-        mine = _slots(item.first, item.stop, before, after, modifiers, tokens, found[number + 1 : number + 1 + _REACH])
+        neighbours = found[max(0, number - _REACH) : number], found[number + 1 : number + 1 + _REACH]
+        mine = _slots(item.first, item.stop, before, after, modifiers, tokens, *neighbours)
         if not is_anatomy and not item.absent and "side" not in mine and "zone" not in mine:
             anchor = _explained(item.first, tokens)
             if anchor is not None:
-                explained = _slots(anchor, anchor, _REACH, 0, modifiers, tokens, [])
+                explained = _slots(anchor, anchor, _REACH, 0, modifiers, tokens, [], [])
                 mine = {**{slot: value for slot, value in explained.items() if slot != "course"}, **mine}
         slots.append(mine)
     return slots
@@ -54,17 +55,26 @@ def _slots(
     reach_after: int,
     modifiers: list[_Modifier],
     tokens: list[str],
+    earlier: list[Found],
     later: list[Found],
 ) -> dict[str, str]:
-    """The nearest modifier of each slot; left and right on the same side of tokens [first, stop) are bilateral."""
+    """The nearest modifier of each slot; left and right on the same side of tokens [first, stop) are bilateral.
+
+    What is said before an earlier finding ("right effusion and left atelectasis") is that one's, if there is a nearer
+    word; so is what follows one, up to an "and", where this one has a place of its own ("... and a nodule in the base").
+    """
     best: dict[str, tuple[int, str]] = {}
     sides: dict[int, set[str]] = {-1: set(), 0: set(), 1: set()}  # before, inside, after
     begin = bisect_left(modifiers, (first - reach_before,))
     end = bisect_left(modifiers, (stop + reach_after,))
+    has_own = _has_own_place(stop, tokens)
+    others = [other.first for other in earlier if other.category != "anatomy"]
     for place, meanings in modifiers[begin:end]:
         where, gap, between = 0, 0, tokens[:0]
         if place < first:
             where, gap, between = -1, first - place, tokens[place + 1 : first]
+            if has_own and "and" in between and any(other < place for other in others):
+                continue
         elif place >= stop:
             where, gap, between = 1, place - stop + 1, tokens[stop:place]
             if _belongs_to(place, later, tokens, between):
@@ -74,7 +84,7 @@ def _slots(
         for slot, value in meanings:
             if crossed and not is_emphasis and not (slot == "course" and where == 1 and crossed == {","}):
                 continue  # of all slots only the course may follow a bare comma: "mild edema, improved"
-            if slot == "side":
+            if slot == "side" and not (where == -1 and any(place < other < first for other in others)):
                 sides[where].add(value)
             if slot not in best or gap < best[slot][0]:
                 best[slot] = (gap, value)
@@ -82,6 +92,18 @@ def _slots(
     if any({"left", "right"} <= group for group in sides.values()):
         slots["side"] = "bilateral"
     return slots
+
+
+def _has_own_place(stop: int, tokens: list[str]) -> bool:
+    """Whether "in", "at" and a word of place follow token `stop`."""
+    if stop >= len(tokens) or tokens[stop] not in PLACING_WORDS:
+        return False
+    for token in tokens[stop + 1 : stop + 6]:
+        if token in MODIFIER_BOUNDARIES:
+            return False
+        if any(slot in ("side", "zone") for slot, _ in MODIFIERS.get(token, ())):
+            return True
+    return False
 
 
 def _belongs_to(place: int, later: list[Found], tokens: list[str], between: list[str]) -> bool:

@@ -179,3 +179,24 @@ def test_any_text_gives_mentions_that_are_slices_of_it(text: str) -> None:
     assert [mention.sentence for mention in mentions] == sorted(mention.sentence for mention in mentions)
     assert {mention.assertion for mention in mentions} <= {"present", "absent", "uncertain", "prior"}
     assert set(TAGGER.headings(text)) <= {mention.heading for mention in mentions if mention.category != "anatomy"}
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        (
+            "There is consolidation in the right upper lobe and ground-glass opacities in both lower lobes.",
+            [("right", "upper"), ("bilateral", "lower")],
+        ),
+        (
+            "Small effusions at both bases and a nodule in the left upper lobe.",
+            [("bilateral", "basal"), ("left", "upper")],
+        ),
+        ("Right upper lobe consolidation and left basilar atelectasis.", [("right", "upper"), ("left", "basal")]),
+        ("Left lower lobe consolidation and effusion.", [("left", "lower"), ("left", "lower")]),
+        ("Left and right basilar opacities in the lower lobes.", [("bilateral", "basal")]),
+    ],
+)
+def test_two_findings_in_a_sentence_have_each_their_own_place(report: str, expected: list[tuple[str, str]]) -> None:
+    findings = [mention for mention in Tagger().tag(report) if mention.category == "finding"]
+    assert [(mention.side, mention.zone) for mention in findings] == expected
