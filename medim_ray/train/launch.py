@@ -262,6 +262,7 @@ def check(config: RunConfig) -> ShardSet:
         )
     with storage_faults(f"data.shards={config.data.shards}"):
         shards = ShardSet.open(config.data.shards)
+        shards.check_files(config.data.split)
     stream_plan(config, shards)
     build_masking(config)
     with storage_faults(f"run.dir={config.run.dir}"):

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from medim_ray.cli import main
 from medim_ray.data import shards
 from medim_ray.data.shards import Manifest, ShardSet, verify, write_shard, write_table
 
@@ -168,6 +169,18 @@ def test_a_file_that_is_gone_or_cut_off_is_named_with_what_to_do(tmp_path: Path)
     path.unlink()
     with pytest.raises(ValueError, match=r"train/00000.parquet is missing.*medim-ray shards verify"):
         ShardSet.open(str(root)).read_rows("train")
+    ShardSet.open(str(root)).check_files("test")
+    with pytest.raises(ValueError, match=r"train/00000.parquet is missing"):
+        ShardSet.open(str(root)).check_files()
+
+
+def test_a_run_does_not_begin_on_a_shard_that_was_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_set(tmp_path / "shards")
+    path = root / "train/00000.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert main(["pretrain", f"data.shards={root}", f"run.dir={tmp_path}/run", "train.global_batch=4"]) == 2
+    said = capsys.readouterr().err
+    assert "train/00000.parquet has" in said and "bytes instead of" in said and not (tmp_path / "run").exists()
 
 
 def test_a_shard_that_fails_half_way_does_not_appear(tmp_path: Path) -> None:
