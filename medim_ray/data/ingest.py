@@ -102,6 +102,8 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     """
     if not config.out:
         raise ValueError("out is not set: give the folder or URL for the shards as out=…")
+    if config.out.startswith(("http://", "https://")):
+        raise ValueError(f"out={config.out}: a web server can be read only; give a folder, s3://, gs:// or az://")
     salt = config.salt or os.environ.get(SALT_VARIABLE, "")
     source = SOURCES[config.source.name](config.source)
     with _reading(config), little_memory():

@@ -203,6 +203,7 @@ def test_what_is_missing_for_a_protocol_is_named(corpus: Path, tmp_path: Path) -
         ("gs://bucket/x", r"gs:// needs a package that is not installed: pip install gcsfs"),
         ("az://bucket/x", r"az:// needs a package that is not installed: pip install adlfs"),
         ("sss://bucket/x", "unknown protocol; use a path, s3://"),
+        ("http://127.0.0.1/x", "a web server can be read only"),
     ):
         with pytest.raises(ValueError, match=message):
             prepare(config(str(corpus), out))
