@@ -10,6 +10,8 @@ import os
 import platform
 import shutil
 import socket
+import subprocess
+import sys
 import time
 import uuid
 from collections import Counter
@@ -24,6 +26,7 @@ from medim_ray.submit.doctor import MIN_DISK_BYTES, MIN_MEMORY_BYTES
 from medim_ray.submit.ray_jobs import read_token
 
 _TIMEOUT_S = 120.0
+_JOIN_TIMEOUT_S = 45.0
 _MAX_CLOCK_S = 2.0
 _REDUCED_BYTES = 16 << 20
 _STREAMED_BYTES, _BLOCK_BYTES = 64 << 20, 4 << 20
@@ -94,15 +97,26 @@ def _ports(address: str) -> tuple[bool, str]:
 
 
 def _join(address: str) -> tuple[bool, str]:
-    """ray.init itself compares the versions of Ray and Python, and the token."""
+    """Joins, after another process has: ray.init compares versions, but tries for many minutes with a wrong token."""
     import ray
 
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except RuntimeError as error:
-        if "ersion mismatch" in str(error):
-            return False, f"{' '.join(str(error).split())[:300]}; use the cluster's Ray and Python here"
-        raise
+        first = subprocess.run(
+            [sys.executable, "-c", "import ray, sys; ray.init(sys.argv[1], log_to_driver=False)", address],
+            capture_output=True,
+            text=True,
+            timeout=_JOIN_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return False, (
+            f"no welcome in {_JOIN_TIMEOUT_S:.0f} s though the port is open: the token is another cluster's "
+            "(`ray get-auth-token` on the head), or TLS is on at one side only"
+        )
+    if first.returncode:
+        said = " ".join(first.stderr.split())[-300:]
+        fix = "; use the cluster's Ray and Python here" if "ersion mismatch" in said else ""
+        return False, f"{said}{fix}"
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     nodes = [node for node in ray.nodes() if node["Alive"]]
     return True, f"{len(nodes)} node(s), {ray.cluster_resources().get('CPU', 0):.0f} CPUs"
 
