@@ -61,7 +61,7 @@ def _slots(
     """The nearest modifier of each slot; left and right on the same side of tokens [first, stop) are bilateral.
 
     What is said before an earlier finding ("right effusion and left atelectasis") is that one's, if there is a nearer
-    word; so is what follows one, up to an "and", where this one has a place of its own ("... and a nodule in the base").
+    word; so is what follows one up to an "and", where this one has its own place ("... and nodules in both bases").
     """
     best: dict[str, tuple[int, str]] = {}
     sides: dict[int, set[str]] = {-1: set(), 0: set(), 1: set()}  # before, inside, after
