@@ -6,6 +6,7 @@ metric itself. Opening it needs no network.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -26,6 +27,7 @@ from medim_ray.data.shards import ShardSet
 from medim_ray.probes.command import ENCODERS, read_result
 from medim_ray.studies.figures import curve, interval_bar
 from medim_ray.studies.gallery import Gallery, make_gallery, templates
+from medim_ray.train.fit import estimate
 from medim_ray.train.metrics import METRICS, read_metrics
 from medim_ray.train.runs import CONFIG, load_run, open_config
 from medim_ray.train.store import CheckpointStore
@@ -196,14 +198,15 @@ def _head(run_dir: str, config: RunConfig, config_text: str, records: Sequence[M
     facts = [
         ("Run", " · ".join([Path(run_dir.rstrip("/")).name, *commented[:1]])),
         ("When", _when(run_dir)),
-        ("Data", _data(config)),
+        ("Data", " · ".join([_data(config), *commented[1:2]])),
         (
             "Spread over",
             f"{_workers(train)} workers, ZeRO stage {train.zero}, global batch {train.global_batch} "
             f"({train.local_micro_batch} a forward, {train.accumulation} accumulated), {train.precision}",
         ),
         ("Checkpoint", f"{newest.name}, {newest.step} steps" if newest else "none committed yet"),
-        *(("Software", line) for line in commented[1:]),
+        *(("Software", line) for line in commented[2:]),
+        *_costs(config, records),
     ]
     return Head(
         title=f"{config.objective.name} · {config.encoder.name} at {config.encoder.image_size} px",
@@ -217,6 +220,24 @@ def _head(run_dir: str, config: RunConfig, config_text: str, records: Sequence[M
         commit=_commit(),
         machine=_machine(),
     )
+
+
+def _costs(config: RunConfig, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Step times, and the peak of a worker's memory beside the planner's estimate, as far as they are known."""
+    if not records:
+        return []
+    median, late = np.nanpercentile(series(records, "step_s")[1], [50, 95])
+    costs = [("Step", f"{median:.3g} s median, {late:.3g} s in the slowest twentieth")]
+    peak = max(int(record.get("peak_bytes", 0)) for record in records)
+    if peak:
+        told = f"{peak / 1e9:.2f} GB peak of a worker"
+        with contextlib.suppress(ValueError):  # the planner has no model of some encoders
+            told += f", {estimate(config).by_stage[config.train.stage].total / 1e9:.2f} GB estimated before"
+        costs.append(("Memory", told))
+    left_out = sum("omitted" in record for record in records)
+    if left_out:
+        costs.append(("Left out", f"{left_out} steps whose numbers were not finite or spiked (bad_steps.jsonl)"))
+    return costs
 
 
 def _tiles(config: RunConfig, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
