@@ -330,6 +330,7 @@ def _trainer(config: RunConfig, shards: ShardSet, reader: ReaderFactory, tracker
         env["DS_ACCELERATOR"] = "cpu"
     # Read by Ray Train's controller, and passed on to it, when it starts.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(train.hang_timeout_s)
     elastic = {} if isinstance(train.num_workers, int) else {"elastic_resize_monitor_interval_s": train.resize_every_s}
     return TorchTrainer(

@@ -133,9 +133,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(
 
 
 @pytest.mark.parametrize("fate", ["removed", "drained"])
-def test_a_node_that_goes_away_costs_no_sample(
-    phantom_shards: str, tmp_path: Path, straight: Path, fate: str
-) -> None:
+def test_a_node_that_goes_away_costs_no_sample(phantom_shards: str, tmp_path: Path, straight: Path, fate: str) -> None:
     """Two nodes of one worker each; one is removed without grace, or drained with a deadline: one worker goes on."""
     command = [sys.executable, "-m", "tests.system.test_chaos", phantom_shards, str(tmp_path / "run"), fate]
     with (tmp_path / "run.log").open("wb") as log:
@@ -145,8 +143,11 @@ def test_a_node_that_goes_away_costs_no_sample(
     assert told["worlds"][0] == 2 and 1 in told["worlds"], told
     keys = [[r["samples_key"] for r in read_metrics(str(d))] for d in (tmp_path / "run", straight)]
     assert keys[0][:NUM_STEPS] == keys[1], "other samples than planned went into the weights"
+    if fate == "drained":
+        assert "1 nodes go away" in log_of(tmp_path / "run")
+        return  # a run of another length has other learning rates
     losses = [[r["loss"] for r in read_metrics(str(d))] for d in (tmp_path / "run", straight)]
-    assert losses[0][:NUM_STEPS] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 def _lose_a_node(shards: str, run_dir: Path, fate: str) -> None:
@@ -176,7 +177,9 @@ def _lose_a_node(shards: str, run_dir: Path, fate: str) -> None:
     thread = threading.Thread(target=lose, daemon=True)
     thread.start()
     options = ["train.checkpoint_every=3", "train.num_workers=[1, 2]", "train.cpus_per_worker=2", "train.zero=1"]
-    options += [f"train.steps={NUM_STEPS}", "train.resize_every_s=1000"]
+    # Ray tells of a drain after seconds, so there the run is long enough to be in the middle by then.
+    num_steps = NUM_STEPS if fate == "removed" else 40 * NUM_STEPS
+    options += [f"train.steps={num_steps}", "train.resize_every_s=1000"]
     launch(config_of(MAE, shards, run_dir, *options))
     thread.join()
     store = CheckpointStore(str(run_dir))
@@ -187,8 +190,8 @@ def _lose_a_node(shards: str, run_dir: Path, fate: str) -> None:
 
 
 def wait_for_outcome(run_dir: Path) -> None:
-    """Until a checkpoint of the drained group is committed that its schedule did not ask for, or for ten seconds."""
-    until = time.monotonic() + 10
+    """Until a checkpoint is committed that no schedule asked for, or for as long as there is notice."""
+    until = time.monotonic() + 25
     store = CheckpointStore(str(run_dir))
     while time.monotonic() < until and all(store.open(n).step % 3 == 0 for n in store.names() if store.is_committed(n)):
         time.sleep(0.2)
