@@ -18,6 +18,7 @@ import medim_ray
 from medim_ray.data import shards
 from medim_ray.data.duplicates import Hashed, judge, to_json
 from medim_ray.data.encode import RowCounts, pooled
+from medim_ray.data.fingerprint import parse_hashes
 from medim_ray.data.output import STORED_COLUMNS, refuse_occupied, remove
 from medim_ray.data.shards import HashingFile, Manifest, OtherFile, ShardFile, ShardSet
 from medim_ray.data.splits import SPLITS
@@ -177,12 +178,11 @@ def _refuse_conflicts(rows: pa.Table) -> None:
 def _list_of_copies(rows: pa.Table) -> str:
     known = rows.filter(pc.is_valid(rows["pixel_hash"]))  # a set of schema version 1 has none
     num = known.num_rows
-    perceptual = b"".join(bytes.fromhex(text) for text in known["perceptual_hash"].to_pylist())
     hashed = Hashed(
         image_ids=known["image_id"],
         patients=known["patient_id"],
         pixel_hashes=known["pixel_hash"],
-        perceptual_N=np.frombuffer(perceptual, dtype=">u8").astype(np.uint64),
+        perceptual_N5=parse_hashes(known["perceptual_hash"].to_pylist()),
         splits_N=pc.index_in(known["split"], pa.array(SPLITS)).to_numpy().astype(np.int8),
         is_stored_N=np.ones(num, dtype=np.bool_),
         is_given_N=np.zeros(num, dtype=np.bool_),

@@ -29,13 +29,13 @@ class Hashed:
 
     is_stored_N: the row is in the shards already. is_given_N: the user's own column gave the patient's split.
     is_bound_N: other rows of the patient are in the shards. None of these changes its split.
-    perceptual_N: 64-bit hashes.
+    perceptual_N5: see `fingerprint.parse_hashes`.
     """
 
     image_ids: pa.ChunkedArray
     patients: pa.ChunkedArray
     pixel_hashes: pa.ChunkedArray
-    perceptual_N: NDArray[np.uint64]
+    perceptual_N5: NDArray[np.uint64]
     splits_N: NDArray[np.int8]
     is_given_N: NDArray[np.bool_]
     is_stored_N: NDArray[np.bool_]
@@ -187,9 +187,11 @@ def to_json(rows: Hashed, verdict: Verdict, rule: str, earlier: Sequence[dict[st
             }
         )
     _carry_over(exact, earlier)
-    hashes_U, first_U = np.unique(rows.perceptual_N, return_index=True)
+    whole_N = np.ascontiguousarray(rows.perceptual_N5).view("V40").ravel()
+    _, first_U, same_N = np.unique(whole_N, return_index=True, return_inverse=True)
+    hashes_U = rows.perceptual_N5[first_U]
     pairs_P2, num_pairs = near_pairs(hashes_U, MAX_LISTED)
-    equal = _equal_hashes(rows, first_U)
+    equal = _equal_hashes(rows, first_U, same_N)
     near: list[dict[str, Any]] = []
     for pair, bits in [(p, 0) for p in equal] + list(
         zip(np.sort(first_U[pairs_P2], axis=1), distances(hashes_U, pairs_P2).tolist(), strict=True)
@@ -228,14 +230,14 @@ def _carry_over(exact: list[dict[str, Any]], earlier: Sequence[dict[str, Any]]) 
                 group["skipped"].append(name)
 
 
-def _equal_hashes(rows: Hashed, first_U: NDArray[np.int64]) -> list[tuple[int, int]]:
+def _equal_hashes(rows: Hashed, first_U: NDArray[np.int64], same_N: NDArray[np.int64]) -> list[tuple[int, int]]:
     """Pairs of the first row with a perceptual hash and another one that has it and other pixels."""
-    is_first_N = np.zeros(len(rows.perceptual_N), dtype=np.bool_)
+    is_first_N = np.zeros(len(same_N), dtype=np.bool_)
     is_first_N[first_U] = True
     others = np.flatnonzero(~is_first_N)
     if not len(others):
         return []
-    firsts = first_U[np.searchsorted(rows.perceptual_N[first_U], rows.perceptual_N[others])]
+    firsts = first_U[same_N[others]]
     hashes = rows.pixel_hashes
     differ = pc.not_equal(hashes.take(pa.array(firsts)), hashes.take(pa.array(others))).to_numpy(zero_copy_only=False)
     seen: dict[str, tuple[int, int]] = {}  # copies of each other are one here

@@ -16,6 +16,7 @@ import medim_ray
 from medim_ray.data import shards
 from medim_ray.data.duplicates import Hashed, Verdict, judge, to_json
 from medim_ray.data.encode import PartFacts, RowCounts, mean_std, pooled
+from medim_ray.data.fingerprint import parse_hashes
 from medim_ray.data.layout import FilePlan, ShardConfig, cut
 from medim_ray.data.output import Stored
 from medim_ray.data.shards import Manifest, OtherFile, ShardFile
@@ -119,12 +120,11 @@ def _hashed(
     num_stored = 0 if stored is None else stored.rows.num_rows
     before_N = np.zeros(num_stored, dtype=np.bool_)
     table = new if stored is None else pa.concat_tables([stored.rows.select(new.column_names), new])
-    perceptual = b"".join(bytes.fromhex(text) for text in table["perceptual_hash"].to_pylist())
     return Hashed(
         image_ids=table["image_id"],
         patients=table["patient_id"],
         pixel_hashes=table["pixel_hash"],
-        perceptual_N=np.frombuffer(perceptual, dtype=">u8").astype(np.uint64),
+        perceptual_N5=parse_hashes(table["perceptual_hash"].to_pylist()),
         splits_N=pc.index_in(table["split"], pa.array(SPLITS)).to_numpy().astype(np.int8),
         is_stored_N=np.concatenate([~before_N, np.zeros(len(order_N), dtype=np.bool_)]),
         is_given_N=np.concatenate([before_N, is_given_N]),

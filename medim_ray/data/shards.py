@@ -56,7 +56,7 @@ SCHEMA = pa.schema(
         ("truth", pa.list_(_TRUTH)),  # empty where unknown
         ("flags", pa.list_(pa.string())),
         ("pixel_hash", pa.string()),  # of the stored pixels before encoding: equal for exact duplicates
-        ("perceptual_hash", pa.string()),  # 64 bits in hexadecimal digits: few of them differ for near duplicates
+        ("perceptual_hash", pa.string()),  # 64 + 256 bits in hexadecimal digits: few differ for near duplicates
     ],
     metadata={"medim_ray.schema_version": str(SCHEMA_VERSION)},
 )
