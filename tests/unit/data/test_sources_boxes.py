@@ -11,9 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medim_ray.data.images import BadImageError
+from medim_ray.data.encode import RowEncoder
+from medim_ray.data.images import BadImageError, ImageEncoder, decode_mask
+from medim_ray.data.listing import final_rows
 from medim_ray.data.sources.base import Sample
 from medim_ray.data.sources.published import box_mask, rle_mask
+from medim_ray.data.splits import SplitConfig
 from tests.unit.data.dicom_files import dataset, file_of, gradient
 from tests.unit.data.test_sources_published import by_id, known, put, samples_of, source
 
@@ -178,6 +181,12 @@ def test_siim_acr(table: str, column: str, tmp_path: Path) -> None:
     }
     assert np.array_equal(truth_of(samples["1.2.3"])["Pneumothorax"], left | right)
     assert truth_of(samples["1.2.4"]) == {} and samples["1.2.5"] == "file not found"
+    rows_out, facts = RowEncoder(made, ImageEncoder(ImageEncoder.Config(format="png")))(
+        final_rows(made.plan(), SplitConfig(), "salt")
+    )
+    stored = {row["image_id"]: row for row in rows_out.to_pylist()}  # as they go into the shards
+    assert np.array_equal(decode_mask(stored["1.2.3"]["truth"][0]["mask"]), left | right)
+    assert set(stored) == {"1.2.3", "1.2.4", "1.2.9"} and [entry[1] for entry in facts.quarantined] == ["1.2.5"]
     put(tmp_path / "wrong" / table, f"ImageId,{column}\n1.2.4, 5000 3\n")
     dicom(tmp_path / "wrong/1.2.4.dcm")
     assert samples_of(source("siim_acr", tmp_path / "wrong")) == {"1.2.4": "mask code that leaves the image"}
