@@ -11,6 +11,7 @@ from typing import Literal
 
 import ray.exceptions
 from ray.train import TrainingFailedError
+from ray.train.v2.api.exceptions import PreemptionError
 
 from medim_ray.config.schema import TrainConfig
 from medim_ray.train.control import Outcome
@@ -43,8 +44,8 @@ def of_error(error: TrainingFailedError) -> Failure:
 
     Where one worker is lost the others fail in their collectives, so a loss is told before an exception.
     """
-    if type(error).__name__ == "PreemptionError":
-        return Failure("preemption", None, str(error))
+    if isinstance(error, PreemptionError):
+        return Failure("preemption", None, f"{len(error.preemption_info.preempted_node_ids)} nodes go away")
     worker_failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
     for rank, one in sorted(worker_failures.items()):
         inner = getattr(one, "health_check_failure", one)
