@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import ray.exceptions
-from ray.train import TrainingFailedError
-from ray.train.v2.api.exceptions import PreemptionError
+from ray.train import PreemptionError, TrainingFailedError
 
 from medim_ray.config.schema import TrainConfig
 from medim_ray.train.control import Outcome
