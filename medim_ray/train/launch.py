@@ -33,7 +33,7 @@ from medim_ray.data.lease import Lease
 from medim_ray.data.pipeline import ReaderFactory, execution_options
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.sources.base import absolute
-from medim_ray.data.storage import storage_faults
+from medim_ray.data.storage import is_local, storage_faults
 from medim_ray.models.vit import INITS
 from medim_ray.track.tracker import start_tracker
 from medim_ray.train.attempts import Budgets, of_error, of_outcome
@@ -76,8 +76,13 @@ def launch(config: RunConfig, console: Console | None = None) -> RunResult:
         fs, root = fsspec.core.url_to_fs(config.run.dir)
         if fs.isfile(root):
             raise ValueError(f"run.dir={config.run.dir} is a file: give a folder, it is made where it is not there")
-        with Lease(fs, f"{root.rstrip('/')}/{LEASE}", what=f"run.dir={config.run.dir}"):
-            return _launch(config, shards, console)
+        try:
+            with Lease(fs, f"{root.rstrip('/')}/{LEASE}", what=f"run.dir={config.run.dir}"):
+                return _launch(config, shards, console)
+        finally:
+            if is_local(fs):  # what was refused before it began leaves nothing behind
+                with contextlib.suppress(OSError):
+                    Path(root).rmdir()
 
 
 def _launch(config: RunConfig, shards: ShardSet, console: Console) -> RunResult:
