@@ -24,6 +24,7 @@ def ray_session() -> Iterator[None]:
     import ray
 
     ray.init(
+        address="local",
         num_cpus=3,
         object_store_memory=150 * 2**20,
         include_dashboard=False,

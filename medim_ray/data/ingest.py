@@ -249,7 +249,8 @@ def _ray() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="WARNING")
+    address = os.environ.get("RAY_ADDRESS") or "local"  # never a cluster that happens to run on this machine
+    ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
     try:
         yield
     finally:

@@ -81,7 +81,7 @@ def _ray() -> tuple[bool, str]:
     was_running = ray.is_initialized()
     if not was_running:
         ray.init(
-            address=address or None,
+            address=address or "local",
             include_dashboard=False if not address else None,
             log_to_driver=False,
             logging_level="ERROR",

@@ -307,6 +307,7 @@ def ray_session(address: str, num_cpus: int) -> Iterator[None]:
         ray.init(address=address, log_to_driver=False, logging_level="WARNING")
     else:
         ray.init(
+            address="local",  # not a cluster that somebody else happens to run on this machine
             num_cpus=num_cpus,
             object_store_memory=512 << 20,
             include_dashboard=False,
