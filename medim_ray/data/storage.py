@@ -185,13 +185,13 @@ def storage_faults(option: str, kept: str = "") -> Iterator[None]:
     except Exception as error:
         cause: Any = getattr(error, "cause", None) or error  # where Ray wrapped it
         if isinstance(cause, RuntimeError) and cause is not error:
-            raise RuntimeError(f"{cause}{kept}") from None
+            raise RuntimeError(f"{str(cause).splitlines()[0]}{kept}") from None  # Ray adds lines of advice
         if not isinstance(cause, OSError) and not _foreign(cause):
             raise
         if isinstance(cause, PermissionError):
             reason = f"no permission ({cause.strerror or cause})"
         elif _foreign(cause) or not getattr(cause, "strerror", None):
-            reason = str(cause) or type(cause).__name__
+            reason = next(iter(str(cause).splitlines()), "") or type(cause).__name__
         else:
             reason = str(cause.strerror)
         raise RuntimeError(f"{option} can't be used: {reason}{kept}") from None
