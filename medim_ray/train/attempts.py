@@ -20,11 +20,12 @@ Kind = Literal["preemption", "loss", "error", "numbers"]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended early. rank: of the worker that is to blame, where one is."""
+    """Why an attempt ended early. rank: of the worker that is to blame, where one is; details: its traceback."""
 
     kind: Kind
     rank: int | None
     message: str
+    details: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         who = "" if self.rank is None else f"worker {self.rank}: "
@@ -57,8 +58,8 @@ def of_error(error: TrainingFailedError) -> Failure:
         if "HealthCheck" in type(one).__name__:
             return Failure("loss", rank, f"it hangs: {_last_line(one)}")
     for rank, one in sorted(worker_failures.items()):
-        return Failure("error", rank, _last_line(one))
-    return Failure("error", None, _last_line(error))
+        return Failure("error", rank, _last_line(one), str(one).strip())
+    return Failure("error", None, _last_line(error), str(error).strip())
 
 
 def _last_line(error: Exception) -> str:

@@ -186,6 +186,7 @@ def _attempts(config: RunConfig, shards: ShardSet, reader: ReaderFactory, consol
                 step = _committed(config)
                 why_enough = budgets.exhausted_by(failure, step)
                 if why_enough:
+                    console.print(failure.details, markup=False, highlight=False)
                     raise RuntimeError(f"training ended after step {step}: {failure} ({why_enough})") from cause
                 console.print(f"[yellow]{escape(str(failure))}: going on from step {step}")
     finally:
