@@ -96,6 +96,7 @@ def test_a_killed_worker_costs_no_sample_and_changes_no_bit(phantom_shards: str,
     assert keys == planned_keys(straight, 8), "other samples than planned went into the weights"
 
 
+@pytest.mark.chaos
 def test_a_signal_commits_a_checkpoint_and_the_sharded_float32_teacher_goes_on_bit_equal(
     phantom_shards: str, tmp_path: Path
 ) -> None:
@@ -127,6 +128,7 @@ def test_one_and_two_workers_agree_at_each_step(phantom_shards: str, tmp_path: P
     assert losses[0][-1] < losses[0][0]
 
 
+@pytest.mark.chaos
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_named(phantom_shards: str, tmp_path: Path) -> None:
     options = ["train.steps=8", "train.lr=1e30", "train.warmup_ratio=0", "train.num_workers=1"]
     with pytest.raises(RuntimeError, match=r"step \d: .*(loss|grad_norm).* is (nan|inf).*train.on_bad_step=stop"):
