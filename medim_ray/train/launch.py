@@ -103,7 +103,7 @@ def _launch(config: RunConfig, shards: ShardSet, console: Console) -> RunResult:
             _look_at_resources(config, console)
             make_reader = reader.result()
             config = _with_stage(config, plan, console)
-            signal_number = _attempts(config, shards, make_reader, console)
+            signal_number = _attempts(config, shards, make_reader, done, console)
     step = _committed(config)
     if step < config.train.last_step and not signal_number:
         raise RuntimeError(
@@ -163,7 +163,7 @@ def _committed(config: RunConfig) -> int:
     return newest.step if newest is not None else 0
 
 
-def _attempts(config: RunConfig, shards: ShardSet, reader: ReaderFactory, console: Console) -> int:
+def _attempts(config: RunConfig, shards: ShardSet, reader: ReaderFactory, done: int, console: Console) -> int:
     """Groups of workers, one after the other, until the run is where it should be; the signal that ended it before.
 
     RuntimeError where a budget is spent (attempts.py).
@@ -173,7 +173,7 @@ def _attempts(config: RunConfig, shards: ShardSet, reader: ReaderFactory, consol
     tracker = start_tracker(_aim_repo(config) if config.track.aim else "", config.run.dir, tree)
     budgets = Budgets(config.train)
     try:
-        with progress(config.train.last_step, _committed(config), tracker, console), stop_signals() as received:
+        with progress(config.train.last_step, done, tracker, console), stop_signals() as received:
             while True:
                 try:
                     failure = of_outcome(_fit(_trainer(config, shards, reader, tracker), tracker, received))

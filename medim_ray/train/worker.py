@@ -58,12 +58,11 @@ class RunRecorder:
 class RunCheckpoints:
     """Commits checkpoints of this run and prunes old ones."""
 
-    def __init__(self, config: RunConfig, data_hash: str, engine: Any, recorder: RunRecorder) -> None:
+    def __init__(self, config: RunConfig, hashes: dict[str, str], engine: Any, recorder: RunRecorder) -> None:
         self._config, self._engine, self._recorder = config, engine, recorder
         self._store = CheckpointStore(config.run.dir)
         self._facts = {
-            "run_hash": run_hash(config),
-            "data_hash": data_hash,
+            **hashes,
             "objective": config.objective.name,
             "zero": config.train.zero,
         }
@@ -100,7 +99,8 @@ class BadStepReport:
 def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> Outcome:
     """Trains on this rank's blocks. settings: config (plain tree), tracker (actor handle)."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    config = of_this_group(from_tree(RunConfig, settings["config"]), dist.get_world_size())
+    asked = from_tree(RunConfig, settings["config"])
+    config = of_this_group(asked, dist.get_world_size())
     shards = ShardSet.open(config.data.shards)
     device = ray.train.torch.get_device()
     objective = build_objective(config, shards)
@@ -111,6 +111,7 @@ def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> Outcome
         checkpoint.restore(store, newest, engine)
     first_step = newest.step if newest is not None else 0
     rank = dist.get_rank()
+    hashes = {"run_hash": run_hash(asked), "data_hash": shards.content_hash}  # as config.yaml has them
     recorder = RunRecorder(config.run.dir, first_step, settings["tracker"], rank == 0)
     plan = stream_plan(config, shards)
     run = Trainer(
@@ -130,7 +131,7 @@ def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> Outcome
         guard=NumberGuard(config.train, _omitted(config.run.dir), BadStepReport(config, rank)),
         control=RunControl(recorder.tracker),
         recorder=recorder,
-        checkpoints=RunCheckpoints(config, shards.content_hash, engine, recorder),
+        checkpoints=RunCheckpoints(config, hashes, engine, recorder),
         first_step=first_step,
         rank=rank,
         samples_per_epoch=plan.steps_per_epoch * plan.global_batch,
