@@ -41,9 +41,25 @@ class Estimate:
         return {k: float(v) if np.isfinite(v) else None for k, v in zip(("value", "low", "high"), numbers, strict=True)}
 
 
-def patient_weights(patient_ids: Sequence[str], num_draws: int, seed: int) -> Callable[[int, int], Floats]:
-    """A function (first draw, last draw) -> [draws, K] weights of the images, reproducible by `seed`."""
-    patients, patient_K = np.unique(np.asarray(patient_ids, dtype=str), return_inverse=True)
+def average(estimates: Sequence[Estimate]) -> Estimate:
+    """Mean of several quantities of the same draws of patients; one that is undefined is left out, draw by draw."""
+    values = np.array([np.append(estimate.draws_R, estimate.value) for estimate in estimates])
+    valid = np.isfinite(values)
+    num, total = valid.sum(axis=0), np.where(valid, values, 0.0).sum(axis=0)
+    means = np.divide(total, num, out=np.full(len(num), np.nan), where=num > 0)
+    return Estimate(float(means[-1]), means[:-1])
+
+
+def patient_weights(
+    patient_ids: Sequence[str], num_draws: int, seed: int, among: Sequence[str] | None = None
+) -> Callable[[int, int], Floats]:
+    """A function (first draw, last draw) -> [draws, K] weights of the images, reproducible by `seed`.
+
+    among: the patients to draw from, at least those of `patient_ids` (the default); quantities of different images
+    whose draws come from the same `among` and `seed` are drawn jointly.
+    """
+    patients = np.unique(np.asarray(patient_ids if among is None else among, dtype=str))
+    patient_K = np.searchsorted(patients, np.asarray(patient_ids, dtype=str))
     num = len(patients)
     counts_RP = np.random.default_rng(seed).multinomial(num, np.full(num, 1.0 / num), size=num_draws)
 
@@ -53,9 +69,18 @@ def patient_weights(patient_ids: Sequence[str], num_draws: int, seed: int) -> Ca
     return weights
 
 
-def bootstrap(metric: Callable[[Floats], Floats], patient_ids: Sequence[str], num_draws: int, seed: int) -> Estimate:
-    """`metric` maps image weights [R, K] to values [R]; its value at equal weights, and over draws of patients."""
-    weights = patient_weights(patient_ids, num_draws, seed)
+def bootstrap(
+    metric: Callable[[Floats], Floats],
+    patient_ids: Sequence[str],
+    num_draws: int,
+    seed: int,
+    among: Sequence[str] | None = None,
+) -> Estimate:
+    """`metric` maps image weights [R, K] to values [R]; its value at equal weights, and over draws of patients.
+
+    among: see `patient_weights`.
+    """
+    weights = patient_weights(patient_ids, num_draws, seed, among)
     step = max(1, _CHUNK // max(1, len(patient_ids)))
     draws = [metric(weights(first, min(first + step, num_draws))) for first in range(0, num_draws, step)]
     return Estimate(float(metric(np.ones((1, len(patient_ids))))[0]), np.concatenate(draws))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,17 @@ from rich.table import Table
 
 from medim_ray.config.loader import run_hash
 from medim_ray.config.schema import ProbeConfig
+from medim_ray.probes.bootstrap import average
 from medim_ray.probes.features import Features, extract, frozen_encoder, raw_pixels
-from medim_ray.probes.linear import ProbeScores, Task, check_protocol, default_labels, make_task, probe
+from medim_ray.probes.linear import (
+    ProbeScores,
+    Task,
+    check_protocol,
+    default_labels,
+    judged_patients,
+    make_task,
+    probe,
+)
 from medim_ray.probes.localise import Localisation, localise
 from medim_ray.probes.rows import RowList, list_rows
 from medim_ray.train.build import build_crop
@@ -106,10 +115,11 @@ def _probe_all(
     """label -> encoder -> scores, one Ray task each."""
     place = {image_id: i for i, image_id in enumerate(features.rows.image_ids)}
     stored = {name: ray.put(values) for name, values in features.features.items()}
+    among = sorted({patient for task in tasks for patient in judged_patients(task, *_groups(task, rows))})
     remote = ray.remote(num_cpus=1)(_probe_rows)
     pending = {
         (task.label, name): remote.remote(
-            task, stored[name], [place[rows.image_ids[i]] for i in task.rows_K], *_groups(task, rows), config
+            task, stored[name], [place[rows.image_ids[i]] for i in task.rows_K], *_groups(task, rows), among, config
         )
         for task in tasks
         for name in features.features
@@ -119,7 +129,13 @@ def _probe_all(
 
 
 def _probe_rows(
-    task: Task, features: Any, at: list[int], patient_ids: list[str], splits: list[str], config: ProbeConfig
+    task: Task,
+    features: Any,
+    at: list[int],
+    patient_ids: list[str],
+    splits: list[str],
+    among: list[str],
+    config: ProbeConfig,
 ) -> ProbeScores:
     return probe(
         task,
@@ -129,6 +145,7 @@ def _probe_rows(
         num_folds=config.num_folds,
         num_bootstrap=config.num_bootstrap,
         seed=config.seed,
+        among=among,
     )
 
 
@@ -167,8 +184,24 @@ def _result(
         "num_bootstrap": config.num_bootstrap,
         "seed": config.seed,
         "labels": labels,
+        "mean": mean_over_labels(list(scores.values())),
         "notes": notes,
         "localisation": localisation.to_json(),
+    }
+
+
+def mean_over_labels(scores: Sequence[Mapping[str, ProbeScores]]) -> dict[str, Any] | None:
+    """Each encoder's mean AUROC and AUPRC over the labels, from joint draws of patients; None without labels."""
+    if not scores:
+        return None
+    means = {
+        name: {metric: average([getattr(of_task[name], metric) for of_task in scores]) for metric in ("auroc", "auprc")}
+        for name in scores[0]
+    }
+    return {
+        "num_labels": len(scores),
+        "encoders": {name: {k: v.to_json() for k, v in metrics.items()} for name, metrics in means.items()},
+        "trained_minus_untrained": {k: v.minus(means["untrained"][k]).to_json() for k, v in means["trained"].items()},
     }
 
 
@@ -238,6 +271,11 @@ def _probe_table(result: Mapping[str, Any]) -> Table:
                 end_section=last,
             )
             name = ""
+    mean = result["mean"]
+    if mean["num_labels"] > 1:
+        for i, (encoder, numbers) in enumerate(mean["encoders"].items()):
+            name = "" if i else f"mean of {mean['num_labels']} labels"
+            table.add_row(name, ENCODERS[encoder], *(format_estimate(numbers[k]) for k in ("auroc", "auprc")))
     return table
 
 

@@ -117,6 +117,13 @@ def check_protocol(task: Task, patient_ids: Sequence[str], splits: Sequence[str]
             )
 
 
+def judged_patients(task: Task, patient_ids: Sequence[str], splits: Sequence[str]) -> set[str]:
+    """The patients whose images `probe` scores."""
+    if len(task.y_K) < SMALL:
+        return set(patient_ids)
+    return {patient for patient, split in zip(patient_ids, splits, strict=True) if split == "test"}
+
+
 def probe(
     task: Task,
     features_KD: NDArray[np.floating[Any]],
@@ -126,10 +133,12 @@ def probe(
     num_folds: int,
     num_bootstrap: int,
     seed: int,
+    among: Sequence[str] | None = None,
 ) -> ProbeScores:
     """Probes the features of the task's images (rows as `task.rows_K`) and judges them on images it was not fitted on.
 
-    ValueError as `check_protocol`.
+    among: the patients that bootstrap draws are taken from (see bootstrap.patient_weights). ValueError as
+    `check_protocol`.
     """
     check_protocol(task, patient_ids, splits, num_folds)
     patients_K, splits_K = np.asarray(patient_ids, dtype=str), np.asarray(splits, dtype=str)
@@ -143,7 +152,7 @@ def probe(
         protocol = "split of the shards by patient: fitted on train, penalty by val, judged on test"
     y, patients = task.y_K[judged_K], patients_K[judged_K].tolist()
     estimates = {
-        name: bootstrap(partial(_macro, metric, scores, y), patients, num_bootstrap, seed)
+        name: bootstrap(partial(_macro, metric, scores, y), patients, num_bootstrap, seed, among)
         for name, metric in (("auroc", auroc), ("auprc", average_precision))
     }
     return ProbeScores(**estimates, protocol=protocol, num_images=len(judged_K), num_patients=len(set(patients)))

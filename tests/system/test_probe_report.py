@@ -77,6 +77,11 @@ def test_probe_stands_beside_untrained_and_pixels_with_intervals(
         assert label in printed
     assert all(word in printed for word in ("trained", "untrained", "raw pixels", "AUROC", "AUPRC", "folds by patient"))
     assert result["labels"]["view"]["classes"] == ["PA", "AP"]
+    of_labels = [task["encoders"]["trained"]["auroc"]["value"] for task in result["labels"].values()]
+    assert result["mean"]["num_labels"] == 3 and "mean of 3 labels" in printed
+    assert result["mean"]["encoders"]["trained"]["auroc"]["value"] == pytest.approx(np.mean(of_labels))
+    for numbers in result["mean"]["trained_minus_untrained"].values():
+        assert numbers["low"] < numbers["value"] < numbers["high"]
 
 
 def test_localisation_is_judged_on_held_out_truth(probed: tuple[dict[str, Any], str]) -> None:

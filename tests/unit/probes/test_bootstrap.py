@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from medim_ray.probes.bootstrap import Estimate, auroc, average_precision, bootstrap, mean, patient_weights
+from medim_ray.probes.bootstrap import Estimate, auroc, average, average_precision, bootstrap, mean, patient_weights
 
 
 @settings(max_examples=60, deadline=None)
@@ -69,3 +69,22 @@ def test_paired_difference_of_equal_encoders_is_exactly_zero() -> None:
     values, patients = np.arange(20.0), [str(i) for i in range(20)]
     one, other = (bootstrap(partial(mean, values), patients, 100, seed=0) for _ in range(2))
     assert one.minus(other).to_json() == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_draws_among_the_same_patients_are_joint_whatever_images_are_judged() -> None:
+    """Two labels on other images of the same patients: their mean has the interval of correlated quantities."""
+    of_patient = np.random.default_rng(0).normal(size=50)
+    everyone = [f"{i:02d}" for i in range(50)]
+    one = bootstrap(partial(mean, of_patient), everyone, 400, 1, among=everyone)
+    np.testing.assert_array_equal(one.draws_R, bootstrap(partial(mean, of_patient), everyone, 400, 1).draws_R)
+    twice = bootstrap(partial(mean, np.repeat(of_patient, 2)), np.repeat(everyone, 2).tolist(), 400, 1, among=everyone)
+    np.testing.assert_allclose(average([one, twice]).draws_R, one.draws_R)
+    few = bootstrap(partial(mean, of_patient[:30]), everyone[:30], 400, 1, among=everyone)
+    assert np.corrcoef(one.draws_R, few.draws_R)[0, 1] > 0.5
+
+
+def test_an_average_leaves_out_what_is_undefined_draw_by_draw() -> None:
+    nan = float("nan")
+    found = average([Estimate(0.4, np.array([0.2, nan, nan])), Estimate(0.6, np.array([0.4, 0.5, nan]))])
+    assert found.value == pytest.approx(0.5)
+    np.testing.assert_allclose(found.draws_R, [0.3, 0.5, nan])
