@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 
 # Stand-ins for the colours of the page: matplotlib wants numbers, the page has variables.
 _COLOURS = {"#010101": "--ink", "#020202": "--muted", "#030303": "--line", "#040404": "--c1", "#050505": "--c2"}
-INK, MUTED, LINE, FIRST, SECOND = _COLOURS
+_COLOURS |= {"#060606": "--c4", "#070707": "--c5", "#080808": "--c6", "#090909": "--c3", "#0a0a0a": "--card"}
+INK, MUTED, LINE, FIRST, SECOND, *_MORE, CARD = _COLOURS
+SERIES = (FIRST, SECOND, *_MORE)
 _MAX_POINTS = 300
 _FIGURES = itertools.count()
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -50,7 +52,7 @@ def curve(steps_K: NDArray[np.float64], values_K: NDArray[np.float64], name: str
 
     NaN is a gap; at least one value is finite. floor: the lower end of the axis, where the number has one.
     """
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(3.7, 1.9), layout="constrained")
         axes = figure.add_subplot()
         x, low, middle, high = _buckets(steps_K, values_K)
@@ -71,7 +73,7 @@ def curve(steps_K: NDArray[np.float64], values_K: NDArray[np.float64], name: str
             room = 0.1 * abs(top) or 1.0
             axes.set_ylim(bottom - room, top + room)
         axes.set_xlabel("step")
-        return _svg(figure, f"{name} over the steps")
+        return to_svg(figure, f"{name} over the steps")
 
 
 def _buckets(
@@ -104,7 +106,7 @@ def _smooth(values_K: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(valid_K, means_K, np.nan)
 
 
-def _svg(figure: Figure, description: str) -> Markup:
+def to_svg(figure: Figure, description: str) -> Markup:
     """The figure as an inline SVG element that scales with its place; no namespace, no metadata, ids of its own."""
     buffer = io.StringIO()
     figure.savefig(

@@ -7,9 +7,6 @@ metric itself. Opening it needs no network.
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,6 +24,7 @@ from medim_ray.data.shards import ShardSet
 from medim_ray.probes.command import ENCODERS, read_result
 from medim_ray.studies.figures import curve, interval_bar
 from medim_ray.studies.gallery import Gallery, make_gallery, templates
+from medim_ray.studies.origin import package_commit, this_machine
 from medim_ray.train.fit import estimate
 from medim_ray.train.metrics import METRICS, read_metrics
 from medim_ray.train.runs import CONFIG, load_run, open_config
@@ -217,8 +215,8 @@ def _head(run_dir: str, config: RunConfig, config_text: str, records: Sequence[M
         step=newest.step if newest else 0,
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         version=medim_ray.__version__,
-        commit=_commit(),
-        machine=_machine(),
+        commit=package_commit(),
+        machine=this_machine(),
     )
 
 
@@ -280,20 +278,3 @@ def _data(config: RunConfig) -> str:
     splits = ", ".join(f"{name} {num:,}" for name, num in manifest.splits.items())
     patients = sum(manifest.patients.values())
     return f"{Path(config.data.shards.rstrip('/')).name}: {sources} images ({splits}), {patients:,} patients"
-
-
-def _commit() -> str:
-    """The commit of the package that writes the report, where it lies in a git work tree; '' elsewhere."""
-    folder = Path(medim_ray.__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=10"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
-
-
-def _machine() -> str:
-    """Processor, cores and memory of the machine that writes the report."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{platform.machine()} with {os.cpu_count()} cores and {memory:.0f} GiB, Python {platform.python_version()}"
