@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import yaml
 
-from medim_ray.submit.base import TARGETS, Job, Plan, Record, State, Status, TargetError
+from medim_ray.submit.base import NO_PACKAGE, TARGETS, Job, Plan, Record, State, Status, TargetError
 from medim_ray.submit.manifests import manifests
 
 _TIMEOUT_S = 60
@@ -67,14 +67,7 @@ class KubeRayTarget:
             if "NotFound" in str(error):
                 return Status(state="lost", reason="it was deleted from the cluster")
             raise
-        status = json.loads(text).get("status", {})
-        state = _STATES.get(status.get("jobStatus", ""), "pending")
-        deployment, message = status.get("jobDeploymentStatus", ""), status.get("message", "")
-        if deployment == "Failed":
-            state = "failed"
-        found = re.search(r"exit code (\d+)", message)
-        code = {"succeeded": 0, "failed": int(found[1]) if found else 1, "stopped": 1}.get(state)
-        return Status(state=state, exit_code=code, reason=": ".join(part for part in (deployment, message) if part))
+        return _status_of(json.loads(text).get("status", {}))
 
     def logs(self, record: Record, job: Job, follow: bool) -> Iterator[str]:
         command = [*_kubectl(job), "logs", f"job/{record.handle}", *(["--follow"] if follow else [])]
@@ -87,6 +80,24 @@ class KubeRayTarget:
         # A suspended RayJob loses its pods and keeps its record; deletion would lose both.
         patch = json.dumps({"spec": {"suspend": True}})
         _run(job, ["patch", "rayjob", record.handle, "--type=merge", "--patch", patch])
+
+
+def _status_of(status: dict[str, str]) -> Status:
+    """The status behind the one of a RayJob, whose message holds the end of the log where the command failed."""
+    state = _STATES.get(status.get("jobStatus", ""), "pending")
+    deployment, message = status.get("jobDeploymentStatus", ""), status.get("message", "")
+    if deployment == "Failed":
+        state = "failed"
+    if state == "failed" and "No module named 'medim_ray'" in message:
+        return Status(
+            state=state,
+            exit_code=NO_PACKAGE,
+            reason="environment.image has no medim_ray: build cluster/docker/Dockerfile, or give environment.wheel",
+        )
+    found = re.search(r"exit code (\d+)", message)
+    code = {"succeeded": 0, "failed": int(found[1]) if found else 1, "stopped": 1}.get(state)
+    first = message.partition(", last available logs")[0].partition("\n")[0]
+    return Status(state=state, exit_code=code, reason=": ".join(part for part in (deployment, first) if part))
 
 
 def _kubectl(job: Job) -> list[str]:

@@ -23,6 +23,7 @@ finish() {
     rc=$?
     trap - EXIT
     trap '' TERM USR1
+    if ((${#steps[@]})); then echo "medim-ray: exit code $rc; srun tells below that the steps of the cluster are ended"; fi
     for step in "${steps[@]}"; do kill "$step" 2>/dev/null || true; done
     wait "${steps[@]}" 2>/dev/null || true
     rm -f "$token" "$entry"

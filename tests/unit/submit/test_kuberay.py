@@ -9,6 +9,8 @@ import pytest
 
 from medim_ray.cli import main
 from medim_ray.submit import state
+from medim_ray.submit.base import NO_PACKAGE
+from medim_ray.submit.kuberay import _status_of
 
 ROOT = Path(__file__).parents[3]
 SUBMIT = ["submit", str(ROOT / "jobs/pretrain-medim-small.yaml"), "target=kuberay", "storage.root=/mnt/medim"]
@@ -52,3 +54,29 @@ def test_no_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SUBMIT, "environment.image=m:1", "kuberay.context=nowhere"]) == 2
     assert "kuberay.context" in capsys.readouterr().err
     assert state.read() == {}
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ({}, ("pending", None, "")),
+        ({"jobDeploymentStatus": "Suspended"}, ("pending", None, "Suspended")),
+        ({"jobStatus": "RUNNING", "jobDeploymentStatus": "Running"}, ("running", None, "Running")),
+        ({"jobStatus": "SUCCEEDED", "jobDeploymentStatus": "Complete"}, ("succeeded", 0, "Complete")),
+        (
+            {"jobStatus": "FAILED", "message": "Job entrypoint command failed with exit code 3, last available logs …"},
+            ("failed", 3, "Job entrypoint command failed with exit code 3"),
+        ),
+        ({"jobStatus": "RUNNING", "jobDeploymentStatus": "Failed"}, ("failed", 1, "Failed")),
+    ],
+)
+def test_states_and_exit_codes(status: dict[str, str], expected: tuple[str, int | None, str]) -> None:
+    got = _status_of(status)
+    assert (got.state, got.exit_code, got.reason) == expected
+
+
+def test_an_image_without_the_package_is_told_as_such() -> None:
+    log = "python: Error while finding module specification (ModuleNotFoundError: No module named 'medim_ray')"
+    message = f"Job entrypoint command failed with exit code 1, last available logs (truncated to 20,000 chars):\n{log}"
+    got = _status_of({"jobStatus": "FAILED", "jobDeploymentStatus": "Failed", "message": message})
+    assert got.exit_code == NO_PACKAGE and "environment.image has no medim_ray" in got.reason

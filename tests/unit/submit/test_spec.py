@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -132,15 +131,19 @@ def test_every_shipped_size_is_there_and_its_command_is_whole(monkeypatch: pytes
         assert file.read_text().startswith("#"), "a spec's header says what it is for"
 
 
-def test_secrets_of_the_environment_do_not_reach_a_dry_run(tmp_path: Path) -> None:
-    environment = {**os.environ, "PLANTED_TOKEN": PLANTED, "RAY_AUTH_TOKEN": PLANTED, "HOME": str(tmp_path)}
-    for target in TARGETS:
-        command = [sys.executable, "-m", "medim_ray.cli", "submit", str(SMALL), f"target={target}", "--dry-run"]
-        command += ["environment.secrets={PLANTED_TOKEN: env}"]
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert PLANTED not in done.stdout + done.stderr
-        assert "PLANTED_TOKEN" in done.stdout, "the reference is there, the value is not"
+@pytest.mark.parametrize("target", TARGETS)
+def test_secrets_of_the_environment_do_not_reach_a_dry_run(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("PLANTED_TOKEN", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, PLANTED)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    reference = "environment.secrets={PLANTED_TOKEN: env}"
+    assert main(["submit", str(SMALL), f"target={target}", "--dry-run", reference]) == 0
+    said = capsys.readouterr()
+    assert PLANTED not in said.out + said.err
+    assert "PLANTED_TOKEN" in said.out, "the reference is there, the value is not"
 
 
 @pytest.mark.skipif(
