@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import yaml
 
@@ -14,6 +15,8 @@ from medim_ray.submit.base import NO_PACKAGE, TARGETS, Job, Plan, Record, State,
 from medim_ray.submit.manifests import manifests
 
 _TIMEOUT_S = 60
+_STOPPED = "medim-ray/stopped"
+_LOST = "no claim is mounted there: give storage.claim=NAME (storage.claim_gb makes it), or a URL such as s3://"
 
 
 class _Dumper(yaml.SafeDumper):
@@ -41,6 +44,8 @@ class KubeRayTarget:
         documents = manifests(job)
         text = "".join(f"---\n{yaml.dump(document, Dumper=_Dumper, sort_keys=False)}" for document in documents)
         notes = ["environment.working_dir is not sent: recipes are those of the image, in /opt/medim-ray"]
+        if _storage_is_lost(job):
+            notes.append(_LOST)
         if job.spec.environment.wheel:
             notes.append("environment.wheel must be a URL that the pods reach")
         return Plan(text=text, how=f"{' '.join(_kubectl(job))} apply -f -", notes=tuple(notes))
@@ -51,6 +56,8 @@ class KubeRayTarget:
                 "environment.image is empty, and kuberay runs nothing else: build cluster/docker/Dockerfile, push it, "
                 "and give environment.image=REGISTRY/medim-ray:TAG"
             )
+        if _storage_is_lost(job):
+            raise ValueError(f"storage.root={job.spec.storage.root}: {_LOST}")
         if job.spec.kuberay.kind == "cluster":
             raise ValueError(
                 "kuberay.kind=cluster is a cluster, not a job: `medim-ray submit --dry-run … | kubectl apply -f -` "
@@ -67,7 +74,7 @@ class KubeRayTarget:
             if "NotFound" in str(error):
                 return Status(state="lost", reason="it was deleted from the cluster")
             raise
-        return _status_of(json.loads(text).get("status", {}))
+        return _status_of(json.loads(text))
 
     def logs(self, record: Record, job: Job, follow: bool) -> Iterator[str]:
         command = [*_kubectl(job), "logs", f"job/{record.handle}", *(["--follow"] if follow else [])]
@@ -77,17 +84,28 @@ class KubeRayTarget:
             yield from process.stdout
 
     def stop(self, record: Record, job: Job) -> None:
-        # A suspended RayJob loses its pods and keeps its record; deletion would lose both.
-        patch = json.dumps({"spec": {"suspend": True}})
+        if job.spec.kuberay.queue:  # Kueue would resume what only we have suspended
+            _run(job, ["delete", "rayjob", record.handle])
+            return
+        # A suspended RayJob loses its pods and keeps its record; the mark tells it from one that waits.
+        patch = json.dumps({"metadata": {"annotations": {_STOPPED: "true"}}, "spec": {"suspend": True}})
         _run(job, ["patch", "rayjob", record.handle, "--type=merge", "--patch", patch])
 
 
-def _status_of(status: dict[str, str]) -> Status:
-    """The status behind the one of a RayJob, whose message holds the end of the log where the command failed."""
+def _storage_is_lost(job: Job) -> bool:
+    """Whether the job would write into the pods themselves."""
+    return "://" not in job.spec.storage.root and not job.spec.storage.claim
+
+
+def _status_of(ray_job: dict[str, Any]) -> Status:
+    """The status of a RayJob; its message holds the end of the log where the command failed."""
+    status: dict[str, str] = ray_job.get("status", {})
     state = _STATES.get(status.get("jobStatus", ""), "pending")
     deployment, message = status.get("jobDeploymentStatus", ""), status.get("message", "")
     if deployment == "Failed":
         state = "failed"
+    if deployment == "Suspended" and _STOPPED in ray_job.get("metadata", {}).get("annotations", {}):
+        state = "stopped"
     if state == "failed" and "No module named 'medim_ray'" in message:
         return Status(
             state=state,

@@ -13,7 +13,7 @@ from medim_ray.submit.base import NO_PACKAGE
 from medim_ray.submit.kuberay import _status_of
 
 ROOT = Path(__file__).parents[3]
-SUBMIT = ["submit", str(ROOT / "jobs/pretrain-medim-small.yaml"), "target=kuberay", "storage.root=/mnt/medim"]
+SUBMIT = ["submit", str(ROOT / "jobs/pretrain-medim-small.yaml"), "target=kuberay", "storage.root=s3://medim"]
 CONFIG = """\
 apiVersion: v1
 kind: Config
@@ -38,6 +38,10 @@ def test_an_image_is_needed_and_a_cluster_is_no_job(capsys: pytest.CaptureFixtur
     assert "environment.image is empty" in capsys.readouterr().err
     assert main([*SUBMIT, "environment.image=m:1", "kuberay.kind=cluster"]) == 2
     assert "is a cluster, not a job" in capsys.readouterr().err
+    assert main([*SUBMIT, "environment.image=m:1", "storage.root=/mnt/medim"]) == 2
+    assert "storage.root=/mnt/medim: no claim is mounted there" in capsys.readouterr().err
+    assert main([*SUBMIT, "storage.root=/mnt/medim", "--dry-run"]) == 0
+    assert "no claim is mounted there" in capsys.readouterr().out
     assert state.read() == {}
 
 
@@ -71,12 +75,18 @@ def test_no_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_states_and_exit_codes(status: dict[str, str], expected: tuple[str, int | None, str]) -> None:
-    got = _status_of(status)
+    got = _status_of({"status": status})
     assert (got.state, got.exit_code, got.reason) == expected
 
 
 def test_an_image_without_the_package_is_told_as_such() -> None:
     log = "python: Error while finding module specification (ModuleNotFoundError: No module named 'medim_ray')"
     message = f"Job entrypoint command failed with exit code 1, last available logs (truncated to 20,000 chars):\n{log}"
-    got = _status_of({"jobStatus": "FAILED", "jobDeploymentStatus": "Failed", "message": message})
+    got = _status_of({"status": {"jobStatus": "FAILED", "jobDeploymentStatus": "Failed", "message": message}})
     assert got.exit_code == NO_PACKAGE and "environment.image has no medim_ray" in got.reason
+
+
+def test_what_was_stopped_is_told_from_what_waits_in_a_queue() -> None:
+    waits = {"metadata": {"annotations": {}}, "status": {"jobStatus": "", "jobDeploymentStatus": "Suspended"}}
+    stopped = {**waits, "metadata": {"annotations": {"medim-ray/stopped": "true"}}}
+    assert (_status_of(waits).state, _status_of(stopped).state) == ("pending", "stopped")
