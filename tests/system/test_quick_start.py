@@ -34,7 +34,9 @@ def test_one_spec_on_three_targets_gives_the_same_weights_bit_for_bit(tmp_path: 
     (work / ".venv").symlink_to(ROOT / ".venv")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SLURM_", "MEDIM_"))}
     environment = {**kept, "HOME": str(tmp_path), "RAY_TMPDIR": "/tmp/quick-start"}
-    script = "set -e\ntrap 'kill $head 2>/dev/null || true; cluster/slurm/two-nodes stop /tmp/two-nodes' EXIT\n" + lines()
+    script = (
+        "set -e\ntrap 'kill $head 2>/dev/null || true; cluster/slurm/two-nodes stop /tmp/two-nodes' EXIT\n" + lines()
+    )
     try:
         done = subprocess.run(["bash", "-c", script], cwd=work, env=environment, capture_output=True, text=True)
     finally:
