@@ -116,7 +116,8 @@ def _probe_all(
     place = {image_id: i for i, image_id in enumerate(features.rows.image_ids)}
     stored = {name: ray.put(values) for name, values in features.features.items()}
     among = sorted({patient for task in tasks for patient in judged_patients(task, *_groups(task, rows))})
-    remote = ray.remote(num_cpus=1)(_probe_rows)
+    # "DEFAULT": in a trial of a sweep, not in the placement group of the trial, which has room for the trial alone
+    remote = ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")(_probe_rows)
     pending = {
         (task.label, name): remote.remote(
             task, stored[name], [place[rows.image_ids[i]] for i in task.rows_K], *_groups(task, rows), among, config

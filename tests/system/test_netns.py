@@ -101,6 +101,12 @@ class Network:
     def log(self, host: str) -> str:
         return (self.folder / f"{host}.log").read_text(errors="replace")
 
+    def wait_for(self, host: str, text: str, timeout_s: float = 90) -> None:
+        deadline = time.monotonic() + timeout_s
+        while text not in self.log(host):
+            assert time.monotonic() < deadline, self.log(host)
+            time.sleep(0.2)
+
     def pull_cable(self, host: str) -> None:
         ip("-n", "mr-switch", "link", "set", f"to-{host}", "down")
 
@@ -133,10 +139,12 @@ def network() -> Iterator[Network]:
 def test_a_job_from_a_third_host_outlives_a_worker_whose_cable_is_pulled(network: Network) -> None:
     temp = f"--temp-dir={network.folder}/r"
     network.ray("head", "--head", "--port=6379", "--num-cpus=0", f"--dashboard-host={HOSTS['head']}", temp)
-    time.sleep(8)
-    for host in ("one", "two", "three"):
-        stable = '{"stable": 1}' if host == "one" else "{}"
-        network.ray(host, f"--address={HOSTS['head']}:6379", "--num-cpus=3", f"--resources={stable}")
+    network.wait_for("head", "Ray runtime started")
+    join = [f"--address={HOSTS['head']}:6379", "--num-cpus=3"]
+    network.ray("one", *join, '--resources={"stable": 1}')
+    network.ray("two", *join)
+    for host in ("one", "two"):
+        network.wait_for(host, "Ray runtime started")
     storage = network.folder / "storage"
     submit = [sys.executable, "-m", "medim_ray.cli", "submit"]
     there = ["target=ray", f"ray.address=http://{HOSTS['head']}:8265", f"storage.root={storage}"]
@@ -149,6 +157,8 @@ def test_a_job_from_a_third_host_outlives_a_worker_whose_cable_is_pulled(network
     while not (newest := CheckpointStore(str(run)).newest()) or newest.step < 4:
         assert job.poll() is None and time.monotonic() < deadline, network.log("client")
         time.sleep(0.5)
+    network.ray("three", *join)  # only now, so that a worker is on two
+    network.wait_for("three", "Ray runtime started")
     network.pull_cable("two")
     assert job.wait(500) == 0, network.log("client")[-4000:]
     newest = CheckpointStore(str(run)).newest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -40,8 +41,8 @@ def free_ports(num: int) -> list[int]:
 class Head:
     """A running head: address of its Jobs API and of its GCS, and the file of its token."""
 
-    def __init__(self, folder: Path, more: dict[str, str] | None = None) -> None:
-        self._more = more or {}
+    def __init__(self, folder: Path, more: dict[str, str] | None = None, mode: str = "token") -> None:
+        self._more = {**(more or {}), "RAY_AUTH_MODE": mode}
         self.token_file = folder / "token"
         self.token_file.write_text(f"{os.urandom(24).hex()}\n")
         port, dashboard, client, agent = free_ports(4)
@@ -68,7 +69,7 @@ class Head:
     def environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         quick = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
-        return {**kept, **quick, **self._more, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file)}
+        return {**kept, **quick, **self._more, "RAY_AUTH_TOKEN_PATH": str(self.token_file)}
 
     @property
     def headers(self) -> dict[str, str]:
@@ -212,6 +213,102 @@ def test_stop_resubmit_and_secrets_on_a_cluster(
     assert PLANTED not in info + files and "KEY" in info
 
 
+class Wire:
+    """A port of our own that leads to another one, until it is cut, and again after it is mended."""
+
+    def __init__(self, to: int) -> None:
+        self._to, (self.port,) = to, free_ports(1)
+        self._ends: list[socket.socket] = []
+        self.mend()
+
+    def mend(self) -> None:
+        self._server = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, args=(self._server,), daemon=True).start()
+
+    def cut(self) -> None:
+        for end in [self._server, *self._ends]:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self._ends.clear()
+
+    def _accept(self, server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, far = server.accept()[0], socket.create_connection(("127.0.0.1", self._to))
+                self._ends += [near, far]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._copy, args=pair, daemon=True).start()
+
+    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.chaos
+def test_a_job_outlives_the_connection_and_whoever_sent_it(head: Head, here: list[str], tmp_path: Path) -> None:
+    wire = Wire(int(head.jobs.rpartition(":")[2]))
+    os.mkfifo(tmp_path / "pipe")  # the job ends when we write to it
+    file = tmp_path / "long.yaml"
+    command = ["tag", str(tmp_path / "pipe"), "--out", str(tmp_path / "tags.csv")]
+    file.write_text(json.dumps({"name": "outlives", "command": command}))
+    start = [sys.executable, "-m", "medim_ray.cli"]
+    words = [*start, "submit", str(file), f"ray.address=http://127.0.0.1:{wire.port}", *here]
+    environment = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(head.token_file)}
+    said = (tmp_path / "said").open("w+")
+    first = subprocess.Popen(words, env=environment, cwd=ROOT, stdout=said, stderr=said)
+
+    def wait_for(text: str) -> None:
+        deadline = time.monotonic() + 60
+        while text not in (tmp_path / "said").read_text():
+            assert first.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()
+            time.sleep(0.2)
+
+    wait_for("submitted to ray as outlives-")
+    time.sleep(5)
+    wire.cut()
+    wait_for("the job goes on, trying again")
+    wire.mend()
+    time.sleep(5)
+    assert first.poll() is None, "it has found the job again"
+    first.kill()
+    first.wait()
+    follow = subprocess.Popen([*start, "jobs", "logs", "outlives", "--follow"], env=environment, cwd=ROOT, stdout=said)
+    (tmp_path / "pipe").write_text("uid,findings,impression\n1,Small left pleural effusion.,None\n")
+    assert follow.wait(60) == 0
+    assert (tmp_path / "said").read_text().count("1 reports") == 1
+    jobs = requests.get(f"{head.jobs}/api/jobs/", headers=head.headers, timeout=10).json()
+    assert sum(job["metadata"]["name"] == "outlives" for job in jobs) == 1
+    said.close()
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("target", ["local", "ray"])
+def test_a_wheel_runs_instead_of_what_is_installed(
+    target: str,
+    head: Head,
+    here: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "medim_ray", tmp_path / "medim_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "medim_ray/__init__.py").open("a") as file:
+        file.write('print("this is the wheel")\n')
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "."]
+    subprocess.run(pip, cwd=tmp_path, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(head.token_file))
+    words = ["submit", tagging(tmp_path), f"ray.address={head.jobs}", *here, f"target={target}", f"name=wheel-{target}"]
+    assert main([*words, f"environment.wheel={wheel}"]) == 0
+    out = capsys.readouterr().out
+    assert "this is the wheel" in out and "1 reports" in out
+
+
 @pytest.mark.chaos
 def test_doctor_of_a_cluster(head: Head, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "medim_ray.cli", "doctor", "--cluster"]
@@ -220,15 +317,67 @@ def test_doctor_of_a_cluster(head: Head, tmp_path: Path) -> None:
     )
     assert good.returncode == 0, good.stdout + good.stderr
     lines = dict(line[5:].split(": ", 1) for line in good.stdout.splitlines())
-    assert list(lines) == ["token", "ports", "join", "versions", "clocks", "disk", "memory", "accelerators", "storage",
-                           "all-reduce", "data stream"]  # fmt: skip
+    on_nodes = ["versions", "clocks", "disk", "memory", "accelerators", "storage", "all-reduce", "data stream"]
+    assert list(lines) == ["token", "ports", "join", "nodes", *on_nodes]
     assert "wrote a file and read all of them" in lines["storage"] and "MB/s" in lines["data stream"]
     assert not list(tmp_path.iterdir())
-    wrong = {**head.environment, "RAY_AUTH_TOKEN_PATH": "", "RAY_AUTH_TOKEN": "0" * 48}
-    bad = subprocess.run([*command, head.gcs], env=wrong, capture_output=True, text=True)
-    assert bad.returncode == 1 and "FAIL join" in bad.stdout
-    none = subprocess.run([*command, f"127.0.0.1:{free_ports(1)[0]}"], env=wrong, capture_output=True, text=True)
-    assert none.returncode == 1 and "FAIL ports" in none.stdout
+
+
+@pytest.mark.chaos
+def test_a_head_that_asks_nobody_for_a_token_is_told_as_such(
+    here: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="mr-open-", dir="/tmp"))
+    head = Head(folder, mode="disabled")
+    try:
+        command = [sys.executable, "-m", "medim_ray.cli", "doctor", "--cluster", head.gcs]
+        environment = {**head.environment, "RAY_AUTH_MODE": "token"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 1 and "FAIL join: RAY_AUTH_MODE=token here, but the head takes all" in done.stdout
+        words = ["submit", tagging(tmp_path), f"ray.address={head.jobs}", *here]
+        assert main([*words, f"ray.token_file={head.token_file}"]) == 0
+        assert "takes jobs without a token, from whoever reaches it" in capsys.readouterr().err
+    finally:
+        head.stop()
+
+
+RELABEL = """
+import json, sys
+from ray._raylet import GcsClient
+client = GcsClient(address=sys.argv[1])
+facts = json.loads(client.internal_kv_get(b"CLUSTER_METADATA", b"cluster")) | {"ray_version": sys.argv[2]}
+client.internal_kv_put(b"CLUSTER_METADATA", json.dumps(facts).encode(), True, b"cluster")
+"""
+
+
+@pytest.mark.chaos
+def test_doctor_tells_what_keeps_us_from_a_cluster(head: Head, tmp_path: Path) -> None:
+    token = head.token_file.read_text().strip()
+    bare = {k: v for k, v in head.environment.items() if not k.startswith("RAY_AUTH")} | {"HOME": str(tmp_path)}
+
+    def doctor(environment: dict[str, str], address: str = head.gcs) -> str:
+        command = [sys.executable, "-m", "medim_ray.cli", "doctor", "--cluster", address]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+        return done.stdout
+
+    refused = "FAIL join: the head asks for a token, and ours is missing or another cluster's"
+    assert refused in doctor({**bare, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 48})
+    none = doctor(bare)
+    assert "FAIL token: no token: whoever reaches the cluster may run code" in none and refused in none
+    half = doctor({**bare, "RAY_AUTH_TOKEN": token})
+    assert "FAIL token: there is a token, but RAY_AUTH_MODE is not token here" in half and refused in half
+    lost = doctor({**bare, "RAY_AUTH_MODE": "token"})
+    assert "FAIL token: RAY_AUTH_MODE=token and no token" in lost and "FAIL join: there is no token" in lost
+    assert "FAIL ports" in doctor(bare, f"127.0.0.1:{free_ports(1)[0]}")
+    import ray
+
+    for version in ("2.40.0", ray.__version__):  # and back: the head is not ours alone
+        relabel = [sys.executable, "-c", RELABEL, head.gcs, version]
+        subprocess.run(relabel, env=head.environment, check=True, capture_output=True)
+        if version != ray.__version__:
+            other = doctor(head.environment)
+            assert "FAIL join: Version mismatch" in other and "Ray: 2.40.0" in other, other
 
 
 def node_address() -> str:
