@@ -119,7 +119,12 @@ def environment(job: Job) -> list[str]:
 
 
 def new_folder(job: Job) -> Path:
-    """The job's folder, for us alone to read. ValueError where storage.root can't be written."""
+    """The job's folder, for us alone to read. ValueError where it can't be written, or what the job needs is missing."""
+    wheel = job.spec.environment.wheel
+    if not working_dir(job).is_dir():
+        raise ValueError(f"environment.working_dir={working_dir(job)}: no such folder")
+    if wheel and "://" not in wheel and not Path(wheel).is_file():
+        raise ValueError(f"environment.wheel={wheel}: no such file; `pip wheel --no-deps .` makes one")
     try:
         job.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:

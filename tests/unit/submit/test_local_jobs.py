@@ -104,6 +104,15 @@ def test_a_job_without_process_and_exit_code_is_lost_and_sent_again(
     assert "it is sent again" in capsys.readouterr().err and state.read()["quick"].attempt == 1
 
 
+@pytest.mark.parametrize("key", ["working_dir", "wheel"])
+def test_what_the_job_needs_and_is_not_here_is_told_before_it_is_sent(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", spec(tmp_path, ["doctor"]), f"environment.{key}=/none"]) == 2
+    assert f"environment.{key}=/none: no such f" in capsys.readouterr().err
+    assert state.read() == {} and not (tmp_path / "storage").exists()
+
+
 def test_an_interpreter_without_the_package_is_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", spec(tmp_path, ["doctor"]), "environment.python=/usr/bin/python3"]) == 78
     assert "/usr/bin/python3 has no medim_ray" in capsys.readouterr().out
