@@ -119,7 +119,7 @@ def environment(job: Job) -> list[str]:
 
 
 def new_folder(job: Job) -> Path:
-    """The job's folder, for us alone to read. ValueError where it can't be written, or what the job needs is missing."""
+    """The job's folder, for us alone to read. ValueError where it can't be written, or what the job needs is gone."""
     wheel = job.spec.environment.wheel
     if not working_dir(job).is_dir():
         raise ValueError(f"environment.working_dir={working_dir(job)}: no such folder")
