@@ -49,7 +49,8 @@ class Block:
 class StreamPlan:
     """The samples of every step, as a function of (seed, step) alone.
 
-    Raises ValueError where the corpus has fewer images than one global batch.
+    num_kept: of that many images, drawn by the seed; None: of all. Raises ValueError where there are fewer images than
+    one global batch.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,16 @@ class StreamPlan:
                 "fixed": False,
                 "hashed": False,
             },
+        )
+        fraction: float = field(
+            default=1.0,
+            metadata={"help": "share of the split's images, drawn by `seed`; a smaller share lies inside a larger one"},
+        )
+        num_images: int | None = field(
+            default=None, metadata={"help": "images of the split, drawn like `fraction`; null: as many as it says"}
+        )
+        leave_out: tuple[str, ...] = field(
+            default=(), metadata={"help": "origins of a merged shard set that are not trained on"}
         )
         weights: dict[str, float] = field(
             default_factory=dict,
@@ -93,6 +104,10 @@ class StreamPlan:
             for key in ("shuffle_window", "window_steps", "num_actors", "prefetch_blocks"):
                 if getattr(self, key) < 1:
                     raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
+            if not 0 < self.fraction <= 1:
+                raise ValueError(f"fraction={self.fraction}: a share of the images, above 0 and at most 1")
+            if self.num_images is not None and (self.num_images < 1 or self.fraction < 1):
+                raise ValueError(f"num_images={self.num_images}: at least 1, and fraction=1 beside it")
             for name, weight in self.weights.items():
                 if not 0 < weight < float("inf"):
                     raise ValueError(f"weights.{name}={weight}: must be above 0; leave a set out of the merge instead")
@@ -109,6 +124,7 @@ class StreamPlan:
         shuffle_window: int,
         window_steps: int,
         weights: Sequence[float] = (),
+        num_kept: int | None = None,
     ) -> None:
         assert global_batch % granules_per_step == 0
         self.row_groups = tuple(row_groups)
@@ -120,7 +136,13 @@ class StreamPlan:
         self.window_steps = window_steps
         sizes = np.array([g.num_rows for g in self.row_groups], dtype=np.int64)
         self.starts_G = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        self.num_rows = int(self.starts_G[-1])
+        total = int(self.starts_G[-1])
+        self.num_rows = total if num_kept is None else num_kept
+        assert 0 < self.num_rows <= total
+        self._is_kept = np.ones(total, dtype=np.bool_)
+        if self.num_rows < total:
+            ranks = np.argsort(Draws.of(seed, np.array([0]), ["plan"]).uniform("kept", total)[0], kind="stable")
+            self._is_kept[ranks[self.num_rows :]] = False
         self.steps_per_epoch = self.num_rows // global_batch
         if self.steps_per_epoch == 0:
             raise ValueError(
@@ -159,6 +181,7 @@ class StreamPlan:
         rows = np.concatenate([np.arange(self.starts_G[g], self.starts_G[g + 1]) for g in order_G])
         window_G = np.arange(len(groups_G)) // self.shuffle_window
         window = np.repeat(window_G, [self.row_groups[g].num_rows for g in order_G])
+        rows, window = rows[self._is_kept[rows]], window[self._is_kept[rows]]
         keys = draws.uniform("rows", len(rows))[0]
         mixed: NDArray[np.int64] = rows[np.lexsort((keys, window))]
         return mixed
@@ -174,7 +197,7 @@ class StreamPlan:
             ordinals = np.arange(low, int(share * (last + len(self.shares))) + 3)
             before += low
             groups_G = np.array([i for i, g in enumerate(self.row_groups) if g.origin == origin])
-            num_rows = int(sum(self.row_groups[g].num_rows for g in groups_G))
+            num_rows = sum(int(self._is_kept[self.starts_G[g] : self.starts_G[g + 1]].sum()) for g in groups_G)
             of_pass = {
                 number: self._shuffle(number, groups_G, f"plan/{origin}")
                 for number in range(low // num_rows, int(ordinals[-1]) // num_rows + 1)

@@ -30,6 +30,9 @@ def stream_plan(config: RunConfig, shards: ShardSet) -> StreamPlan:
     files = shards.files(config.data.split)
     weights = config.data.weights
     origins = sorted({file.origin for file in files})
+    if strange := set(config.data.leave_out) - set(origins):
+        raise ValueError(f"data.leave_out names {', '.join(sorted(strange))}; the origins are {', '.join(origins)}")
+    origins = [name for name in origins if name not in config.data.leave_out]
     if weights and origins != sorted(weights):
         known = ", ".join(name for name in origins if name) or "none, it is no merged set: see `medim-ray shards merge`"
         raise ValueError(
@@ -38,12 +41,18 @@ def stream_plan(config: RunConfig, shards: ShardSet) -> StreamPlan:
     groups = [
         RowGroup(f, i, rows, origins.index(file.origin) if weights else 0)
         for f, file in enumerate(files)
+        if file.origin not in config.data.leave_out
         for i, rows in enumerate(file.row_groups)
     ]
     if not groups:
         raise ValueError(f"data.split={config.data.split!r}: {config.data.shards} has no rows in it")
+    total = sum(group.num_rows for group in groups)
+    num_kept = config.data.num_images or max(1, round(config.data.fraction * total))
+    if num_kept > total:
+        raise ValueError(f"data.num_images={num_kept}: {config.data.shards} has {total} images to train on")
     return StreamPlan(
         groups,
+        num_kept=num_kept,
         seed=config.seed,
         global_batch=config.train.global_batch,
         granules_per_step=config.granules_per_step,

@@ -129,3 +129,18 @@ def test_a_stream_with_weights_is_a_function_of_the_step() -> None:
 def test_one_origin_of_any_weight_sees_whole_epochs_of_its_rows() -> None:
     plan = make_mixed([2.5], sizes=(40,))
     assert sorted(plan.epoch_order(0)) == list(range(40)) == sorted(plan.epoch_order(1))
+
+
+def test_a_share_of_the_images_is_nested_and_every_epoch_deals_just_these() -> None:
+    groups = [RowGroup(0, i, 10) for i in range(10)]
+    kept = {}
+    for num in (20, 60, 100):
+        plan = StreamPlan(
+            groups, seed=3, global_batch=10, granules_per_step=1, shuffle_window=2, window_steps=1, num_kept=num
+        )
+        assert plan.steps_per_epoch == num // 10
+        epochs = [set(plan.epoch_order(epoch).tolist()) for epoch in (0, 1)]
+        assert epochs[0] == epochs[1] and len(epochs[0]) == num
+        assert plan.epoch_order(0).tolist() != plan.epoch_order(1).tolist()
+        kept[num] = epochs[0]
+    assert kept[20] < kept[60] < kept[100]
