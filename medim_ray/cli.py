@@ -68,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     ingest.add_argument("--list-sources", action="store_true", help="the datasets and formats that can be read")
     add("pretrain", _pretrain, "train an encoder on shards; the same command resumes it", config=True)
     add("probe", _probe, "frozen-feature probes of a run: run=PATH probe.labels=[view,sex]")
+    sweep = add("sweep", _sweep, "search mask ratios, strategies, any option, against a probe", config=True)
+    sweep.add_argument("--dry-run", action="store_true", help="check every point and list the trials; runs nothing")
+    sweep.add_argument("--fields", action="store_true", help="list every option with type, default, meaning")
+    ablate = add("ablate", _ablate, "a study: named arms of a recipe, times seeds, against a reference", config=True)
+    ablate.add_argument("--dry-run", action="store_true", help="check every run and list them; runs nothing")
+    ablate.add_argument("--fields", action="store_true", help="list every option with type, default, meaning")
     add("masks", _masks, "a gallery of a run's masks: run=PATH num=16 out=masks.html")
     add("export", _export, "a run's encoder for other software: run=PATH format=timm out=DIR")
     page = add("report", _report, "RUN/report.html: curves, masks, probes, configuration", overrides=False)
@@ -218,6 +224,18 @@ def _probe(args: argparse.Namespace) -> int:
     root = load(ProbeRoot, None, args.overrides)
     run_probe(root.run, root.probe)
     return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from medim_ray.studies.sweep import SweepConfig, sweep
+
+    return _fields(SweepConfig) if args.fields else sweep(args.config, args.overrides, dry_run=args.dry_run)
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    from medim_ray.studies.ablate import StudyConfig, ablate
+
+    return _fields(StudyConfig) if args.fields else ablate(args.config, args.overrides, dry_run=args.dry_run)
 
 
 def _masks(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,8 @@ from medim_ray.config.loader import from_tree, load, parse_yaml, read_tree, to_y
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.ingest import PrepareConfig
 from medim_ray.objectives import OBJECTIVES
+from medim_ray.studies.ablate import StudyConfig
+from medim_ray.studies.sweep import SweepConfig
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "medim_ray"
@@ -97,7 +100,8 @@ RECIPES = [f for f in sorted((ROOT / "configs").rglob("*.yaml")) if "clusters" n
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_every_shipped_recipe_loads_and_reloads_equal(file: Path) -> None:
-    root = PrepareConfig if "source" in read_tree(file) else RunConfig
+    roots = {"source": PrepareConfig, "space": SweepConfig, "arms": StudyConfig}
+    root: type[Any] = next((roots[key] for key in read_tree(file) if key in roots), RunConfig)
     config = load(root, file)
     assert from_tree(root, parse_yaml(to_yaml(config))) == config
     assert file.read_text().startswith("#"), "a recipe's header says what was measured, or 'not yet run'"

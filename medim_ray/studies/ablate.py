@@ -1,0 +1,268 @@
+"""`medim-ray ablate`: a study, which is a table of runs: named arms of one recipe, times seeds, against a reference.
+
+An arm may begin from another arm's run (`encoder.init=run:ARM`). A scaling law is fitted over the arms by option.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from medim_ray.config.loader import load, to_tree
+from medim_ray.config.schema import ProbeConfig, RunConfig
+from medim_ray.data.sources.base import absolute
+from medim_ray.studies.execute import dry_lines, execute, finish
+from medim_ray.studies.fit import LAWS, fit_law
+from medim_ray.studies.outcome import Number, better_is_higher, check_metric, needs_probe
+from medim_ray.studies.page import Study
+from medim_ray.studies.results import Cell, Table, mean_number
+from medim_ray.studies.runner import Group, RunnerConfig, Search
+from medim_ray.studies.space import SEED, Point, SearchSpace, Trial, make_trial
+from medim_ray.studies.sweep import data_hash, find_recipe
+from medim_ray.studies.trials import ENCODER, TrialJob
+from medim_ray.train.launch import check
+
+ARM = "arm"
+_RUN = re.compile(r"=run:(.+)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """A scaling law over the arms. power: of the error (1 - the metric, or the metric where less is better)."""
+
+    law: Literal["none", "power", "amdahl"] = field(default="none", metadata={"help": "none, power or amdahl"})
+    x: dict[str, float] = field(default_factory=dict, metadata={"help": "arm -> its place: images, workers"})
+    x_name: str = field(default="x", metadata={"help": "what x counts, for the figure"})
+    hold_out: bool = field(default=True, metadata={"help": "predict the largest x from the others"})
+
+    def __post_init__(self) -> None:
+        if self.law != "none" and not self.x:
+            raise ValueError(f"law={self.law} needs x: a number for each arm, e.g. x: {{10 %: 40, 100 %: 400}}")
+        assert self.law in ("none", *LAWS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Options of `medim-ray ablate`."""
+
+    question: str = field(default="", metadata={"help": "what the study asks, for its page"})
+    recipe: str = field(metadata={"help": "YAML file of `pretrain`; from this file, or from the working folder"})
+    shards: str = field(default="", metadata={"help": "data.shards of every run"})
+    out: str = field(metadata={"help": "folder or fsspec URL of tables and figures"})
+    runs: str = field(default="", metadata={"help": "folder of the runs, which studies may share; empty: OUT/runs"})
+    overrides: tuple[str, ...] = field(default=(), metadata={"help": "key=value of the recipe, for every run"})
+    arms: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "NAME -> [key=value], or {recipe: FILE, overrides: [key=value]}; encoder.init=run:NAME"},
+    )
+    reference: str = field(default="", metadata={"help": "arm that the others are compared with, paired by seed"})
+    seeds: tuple[int, ...] = field(default=(0, 1, 2), metadata={"help": "each arm is run with each"})
+    metric: str = field(default="auroc.mean", metadata={"help": "what is ranked: auroc.LABEL, loss, samples_per_s"})
+    fit: FitConfig = field(default_factory=FitConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    runner: RunnerConfig = field(default_factory=RunnerConfig)
+
+    def __post_init__(self) -> None:
+        check_metric(self.metric, "metric")
+        if not self.arms:
+            raise ValueError("arms is empty: name at least one, e.g. arms: {without MIM: [objective.…=0]}")
+        for name, arm in self.arms.items():
+            overrides = arm.get("overrides", []) if isinstance(arm, Mapping) else arm
+            unknown = set(arm) - {"recipe", "overrides"} if isinstance(arm, Mapping) else set()
+            is_list = isinstance(overrides, list | tuple) and all(isinstance(text, str) for text in overrides)
+            if unknown or not is_list:
+                raise ValueError(f"arms.{name}={arm!r}: a list of overrides, or {{recipe: FILE, overrides: [...]}}")
+        if self.reference and self.reference not in self.arms:
+            raise ValueError(f"reference={self.reference!r} is none of the arms {', '.join(self.arms)}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)}: at least one, each once")
+        if strange := [name for name in self.fit.x if name not in self.arms]:
+            raise ValueError(f"fit.x.{strange[0]}: no such arm; there are {', '.join(self.arms)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """A checked study, an `Experiment`. waves: trials; a wave begins from runs of those before it."""
+
+    config: StudyConfig
+    job: TrialJob
+    waves: Sequence[Sequence[Trial]]
+    group: Group
+
+    @property
+    def out(self) -> str:
+        """Where the files go."""
+        return self.config.out
+
+    @property
+    def runner(self) -> RunnerConfig:
+        """How the runs are spread."""
+        return self.config.runner
+
+    def trials(self) -> Sequence[Trial]:
+        """All runs."""
+        return [trial for wave in self.waves for trial in wave]
+
+    def searches(self) -> Sequence[Search]:
+        """One a wave."""
+        return [Search(kind="list", trials=wave) for wave in self.waves]
+
+    def began(self, values: Mapping[str, Any]) -> None:
+        """Nothing: all runs are known."""
+
+    def size(self) -> str:
+        """`15 runs of 5 arms`."""
+        return f"{len(self.trials())} runs of {len(self.config.arms)} arms"
+
+    def study(self, table: Table) -> Study:
+        """The page: differences from the reference, and the scaling law."""
+        config = self.config
+        study = Study(
+            kind="study",
+            title=f"Study of {Path(config.recipe).stem}",
+            question=config.question or f"{', '.join(config.arms)}: {config.metric}",
+            config=to_tree(config),
+            reference=f"{ARM}={config.reference}" if config.reference else "",
+            differences=differences(table, config.reference) if config.reference else {},
+        )
+        return study if config.fit.law == "none" else _with_fit(study, table, config)
+
+
+def differences(table: Table, reference: str) -> dict[str, Number]:
+    """Cell name -> its metric minus the reference's: mean over the seeds that both have, with a 95 % t-interval."""
+    of_arm = {cell.values[ARM]: _by_seed(cell, table.metric) for cell in table.cells}
+    base = of_arm.get(reference, {})
+    found = {}
+    for cell in table.cells:
+        values = of_arm[cell.values[ARM]]
+        pairs = [Number(values[seed] - base[seed]) for seed in values if seed in base]
+        if pairs and cell.values[ARM] != reference:
+            found[cell.name] = mean_number(pairs)
+    return found
+
+
+def _by_seed(cell: Cell, metric: str) -> dict[Any, float]:
+    numbers = {run.values[SEED]: run.numbers.get(metric) for run in cell.runs if run.state in ("finished", "stopped")}
+    return {seed: n.value for seed, n in numbers.items() if n is not None and n.value is not None}
+
+
+def _with_fit(study: Study, table: Table, config: StudyConfig) -> Study:
+    assert config.fit.law != "none"
+    as_error = config.fit.law == "power" and better_is_higher(config.metric)
+    points = []
+    for cell in table.cells:
+        number = cell.numbers.get(config.metric)
+        if cell.values[ARM] in config.fit.x and number is not None and number.value is not None:
+            points.append((config.fit.x[cell.values[ARM]], _error(number) if as_error else number))
+    study = replace(
+        study,
+        fit_points=sorted(points, key=lambda point: point[0]),
+        fit_names=(config.fit.x_name, f"1 - {config.metric}" if as_error else config.metric),
+    )
+    try:
+        return replace(study, fit=fit_law(config.fit.law, points, config.fit.hold_out))
+    except ValueError as error:
+        return replace(study, note=f"No law was fitted: {error}.")
+
+
+def _error(number: Number) -> Number:
+    value, low, high = (None if part is None else 1.0 - part for part in (number.value, number.high, number.low))
+    return Number(1.0 - (number.value or 0.0) if number.value is not None else value, low, high)
+
+
+def check_study(config: StudyConfig, file: str | None = None) -> Ablation:
+    """Every run of the study, built and checked; ValueError names the arm at fault."""
+    runs = absolute(config.runs or f"{config.out.rstrip('/')}/runs")
+    shards = [f"data.shards={absolute(config.shards)}"] if config.shards else []
+    made: dict[tuple[str, int], Trial] = {}
+    waves: list[list[Trial]] = []
+    for names in _waves(config):
+        wave = []
+        for seed in config.seeds:
+            for name in names:
+                recipe, overrides = _arm(config, name, file)
+                overrides = [_resolved(text, seed, made) for text in overrides]
+                point = Point({ARM: name, SEED: seed}, (*overrides, f"seed={seed}"))
+                try:
+                    trial = make_trial(recipe, [*config.overrides, *shards], point, runs)
+                    check(_without_parent(trial.config))
+                except ValueError as error:
+                    raise ValueError(f"arms.{name}: {error}") from None
+                made[name, seed] = trial
+                wave.append(trial)
+        waves.append(wave)
+    first = next(iter(made.values()))
+    job = TrialJob(
+        base={},
+        space=SearchSpace(()),
+        runs=runs,
+        data_hash=data_hash(first.config),
+        rungs=(),
+        probe=config.probe if needs_probe([config.metric]) else None,
+        metric=config.metric,
+    )
+    return Ablation(config=config, job=job, waves=waves, group=Group.of([trial.config for trial in made.values()]))
+
+
+def _arm(config: StudyConfig, name: str, file: str | None) -> tuple[str, list[str]]:
+    arm = config.arms[name]
+    if isinstance(arm, Mapping):
+        return find_recipe(str(arm.get("recipe", config.recipe)), file), list(arm.get("overrides", []))
+    return find_recipe(config.recipe, file), list(arm)
+
+
+def _parents(config: StudyConfig, name: str) -> list[str]:
+    arm = config.arms[name]
+    overrides = arm.get("overrides", []) if isinstance(arm, Mapping) else arm
+    return [match.group(1) for text in overrides if (match := _RUN.search(text))]
+
+
+def _waves(config: StudyConfig) -> list[list[str]]:
+    """The arms in an order in which each comes after those that it begins from."""
+    waves: list[list[str]] = []
+    left = list(config.arms)
+    done: set[str] = set()
+    while left:
+        ready = [name for name in left if done.issuperset(_parents(config, name))]
+        if not ready:
+            parent = next(p for p in _parents(config, left[0]) if p not in done)
+            raise ValueError(
+                f"arms.{left[0]}: begins from run:{parent}, which is "
+                + ("in a circle with it" if parent in config.arms else f"none of the arms {', '.join(config.arms)}")
+            )
+        waves.append(ready)
+        done.update(ready)
+        left = [name for name in left if name not in done]
+    return waves
+
+
+def _resolved(text: str, seed: int, made: Mapping[tuple[str, int], Trial]) -> str:
+    """`key=run:ARM` as the encoder of that arm's run with the same seed."""
+    match = _RUN.search(text)
+    if match is None:
+        return text
+    return f"{text[: match.start()]}={made[match.group(1), seed].config.run.dir}/{ENCODER}"
+
+
+def _without_parent(config: RunConfig) -> RunConfig:
+    """For the checks before a start: a run that an arm begins from is not there yet."""
+    init = config.encoder.init
+    parent = Path(init).name == ENCODER and Path(init).parents[1] == Path(config.run.dir).parent
+    return replace(config, encoder=replace(config.encoder, init="random")) if parent else config
+
+
+def ablate(file: str | None, overrides: Sequence[str], dry_run: bool) -> int:
+    """The command; its exit code is that of execute.finish."""
+    experiment = check_study(load(StudyConfig, file, overrides), file)
+    console = Console(file=sys.stdout, soft_wrap=True)
+    if dry_run:
+        for line in dry_lines(experiment):
+            console.print(line, highlight=False, markup=False)
+        return 0
+    return finish(experiment, execute(experiment, console), console)

@@ -1,0 +1,131 @@
+"""An experiment (sweep or study) from its list of trials to its table: the lease, Ray, a line a trial, the files.
+
+Run again, it goes on: what is done stands in the trials' records (trials.py), and no trial that is done is repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import fsspec
+from rich.console import Console
+
+from medim_ray.config.schema import RunConfig
+from medim_ray.data.lease import Lease
+from medim_ray.data.sources.base import absolute
+from medim_ray.data.storage import storage_faults
+from medim_ray.studies.page import REPORT, Study, print_table, write_study
+from medim_ray.studies.results import Table, make_run, make_table
+from medim_ray.studies.runner import Group, RunnerConfig, Search, run_trials, trials_at_once
+from medim_ray.studies.space import Trial
+from medim_ray.studies.trials import Record, TrialJob, read_record
+from medim_ray.train.launch import LEASE, ray_session
+
+
+class Experiment(Protocol):
+    """A checked sweep or study. out: where its files go; job: what its trials share; group: what one asks of Ray."""
+
+    @property
+    def out(self) -> str: ...
+    @property
+    def job(self) -> TrialJob: ...
+    @property
+    def group(self) -> Group: ...
+    @property
+    def runner(self) -> RunnerConfig: ...
+
+    def trials(self) -> Sequence[Trial]:
+        """The trials that are known by now."""
+        ...
+
+    def searches(self) -> Sequence[Search]:
+        """What is run, one after the other."""
+        ...
+
+    def began(self, values: Mapping[str, Any]) -> None:
+        """Notes a trial that the search chose."""
+        ...
+
+    def study(self, table: Table) -> Study:
+        """What the page says beside the table."""
+        ...
+
+    def size(self) -> str:
+        """How many trials there are, in words."""
+        ...
+
+
+def execute(experiment: Experiment, console: Console) -> Table:
+    """Runs the trials that are not done and writes the experiment's files after each.
+
+    ValueError for what the user can mend. A trial that fails is a row of the table; it ends nothing.
+    """
+    out = absolute(experiment.out)
+    with storage_faults(f"out={experiment.out}"):
+        fs, root = fsspec.core.url_to_fs(out)
+        with (
+            Lease(fs, f"{root.rstrip('/')}/{LEASE}", what=f"out={experiment.out}"),
+            ray_session(experiment.runner.ray_address, experiment.group.logical_cpus),
+        ):
+            at_once = trials_at_once(experiment.group, experiment.runner)
+            console.print(f"{progress(experiment)}; {at_once} at once", highlight=False)
+
+            def ended(config: RunConfig, record: Record) -> None:
+                console.print(_line(experiment, config, record), highlight=False, markup=False)
+                _write(experiment, out)
+
+            for search in experiment.searches():
+                run_trials(experiment.job, search, experiment.group, experiment.runner, experiment.began, ended)
+            return _write(experiment, out)
+
+
+def finish(experiment: Experiment, table: Table, console: Console) -> int:
+    """Prints the table; exit code 0: every trial is done; 1: some failed, or a budget ended the command before them."""
+    wide = Console()
+    print_table(experiment.study(table), table, wide if wide.is_terminal else Console(width=140))
+    console.print(f"{experiment.out.rstrip('/')}/{REPORT}", highlight=False)
+    return int(any(cell.state not in ("finished", "stopped") for cell in table.cells))
+
+
+def table_of(experiment: Experiment) -> Table:
+    """What is known by now."""
+    runs = [make_run(trial, read_record(trial.config.run.dir)) for trial in experiment.trials()]
+    return make_table(runs, experiment.job.metric)
+
+
+def _write(experiment: Experiment, out: str) -> Table:
+    table = table_of(experiment)
+    write_study(experiment.study(table), table, out)
+    return table
+
+
+def progress(experiment: Experiment) -> str:
+    """`27 trials, 12 done`."""
+    table = table_of(experiment)
+    return f"{experiment.size()}, {table.count('finished') + table.count('stopped')} done"
+
+
+def dry_lines(experiment: Experiment) -> list[str]:
+    """A line a trial: its hash, whether it is done, its values; then what they come to."""
+    lines = []
+    for trial in experiment.trials():
+        state = make_run(trial, read_record(trial.config.run.dir)).state
+        lines.append(f"{trial.name}  {state:8}  {', '.join(f'{k}={v}' for k, v in trial.point.values.items())}")
+    steps = sum(trial.config.train.steps for trial in experiment.trials())
+    group = experiment.group
+    needs = f"{group.workers} workers of {group.cpus:g} CPUs and {group.gpus:g} GPUs a trial"
+    return [*lines, f"{experiment.size()}, {steps:,} optimizer steps, {needs}"]
+
+
+def _line(experiment: Experiment, config: RunConfig, record: Record) -> str:
+    """`masking.ratio=0.5, seed=1: auroc.mean 0.71 [130 s; 27 trials, 12 done]`."""
+    name = config.run.dir.rstrip("/").rpartition("/")[2]
+    values = next((trial.point.values for trial in experiment.trials() if trial.name == name), {"run": name})
+    metric = experiment.job.metric
+    number = record.reports[-1].numbers.get(metric) if record.reports else None
+    told = f"{metric} {number.value:.4g}" if number is not None and number.value is not None else record.state
+    why = f": {record.error.strip().splitlines()[0]}" if record.error.strip() else ""
+    early = ", stopped early" if record.state == "stopped" else ""
+    where = ", ".join(f"{key}={value}" for key, value in values.items())
+    return f"{where}: {told}{early}{why} [{record.seconds:.0f} s; {progress(experiment)}]"

@@ -1,0 +1,141 @@
+"""Scaling laws by least squares (scipy): a power law with a floor, and the speed-up with a serial fraction (Amdahl).
+
+    error(x) = floor + scale * x^-exponent          Hestness et al. 2017; floor, scale >= 0, exponent in [0.02, 4]
+    rate(n)  = rate(1) * n / (1 + serial * (n - 1))  Amdahl 1967; serial in [0, 1]
+Intervals: a parametric bootstrap over the points, each drawn from its own interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar, nnls
+
+from medim_ray.studies.outcome import Number
+
+Floats = NDArray[np.float64]
+LAWS = ("power", "amdahl")
+_DRAWS = 400
+_COARSE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A fitted law. parameters: name -> value with its interval; draws_RP: the bootstrap's parameters.
+
+    held_out_x, predicted, measured: the point that the fit did not see, None where all points were used.
+    """
+
+    law: Literal["power", "amdahl"]
+    parameters: dict[str, Number]
+    draws_RP: Floats
+    held_out_x: float | None = None
+    predicted: Number | None = None
+    measured: Number | None = None
+
+    @property
+    def formula(self) -> str:
+        """The law with its numbers."""
+        p = {name: number.value for name, number in self.parameters.items()}
+        if self.law == "power":
+            return f"{p['floor']:.3g} + {p['scale']:.3g} · x^-{p['exponent']:.3g}"
+        return f"{p['rate']:.3g} · n / (1 + {p['serial']:.3g} (n - 1))"
+
+    def band(self, xs: Floats) -> tuple[Floats, Floats, Floats]:
+        """The law at `xs`: low, value and high of its 95 % interval."""
+        values = np.array([n.value for n in self.parameters.values()], dtype=np.float64)
+        drawn = np.stack([_CURVES[self.law](xs, *row) for row in self.draws_RP])
+        low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+        return low, _CURVES[self.law](xs, *values), high
+
+    def to_json(self) -> dict[str, Any]:
+        """law, parameters, and what the held-out point came to."""
+        tree: dict[str, Any] = {"law": self.law, "formula": self.formula}
+        tree["parameters"] = {name: vars(number) for name, number in self.parameters.items()}
+        if self.predicted is not None and self.measured is not None:
+            tree["held_out"] = {
+                "x": self.held_out_x,
+                "predicted": vars(self.predicted),
+                "measured": vars(self.measured),
+            }
+        return tree
+
+
+def _power(xs: Floats, floor: float, scale: float, exponent: float) -> Floats:
+    return floor + scale * xs**-exponent
+
+
+def _amdahl(xs: Floats, rate: float, serial: float) -> Floats:
+    return rate * xs / (1.0 + serial * (xs - 1.0))
+
+
+_CURVES: dict[str, Callable[..., Floats]] = {"power": _power, "amdahl": _amdahl}
+_NAMES = {"power": ("floor", "scale", "exponent"), "amdahl": ("rate", "serial")}  # the last one is not linear
+_BASES: dict[str, Callable[[Floats, float], Floats]] = {
+    "power": lambda xs, exponent: np.stack([np.ones_like(xs), xs**-exponent], axis=1),
+    "amdahl": lambda xs, serial: _amdahl(xs, 1.0, serial)[:, None],
+}
+_BOUNDS = {"power": (0.02, 4.0), "amdahl": (0.0, 1.0)}  # of the parameter that is not linear
+
+
+def fit_law(
+    law: Literal["power", "amdahl"], points: Sequence[tuple[float, Number]], hold_out: bool, seed: int = 0
+) -> Fit:
+    """Fits a law to (x, number) points, x > 0. hold_out: the largest x is left out and predicted.
+
+    ValueError: fewer points than parameters (a held-out one counts for nothing), or x not above 0.
+    """
+    known = sorted(((float(x), n) for x, n in points if n.value is not None), key=lambda point: point[0])
+    seen = known[:-1] if hold_out else known
+    need = len(_NAMES[law])
+    if len({x for x, _ in seen}) < need:
+        raise ValueError(
+            f"fit.law={law} has {need} parameters and {len(seen)} points{' beside the one held out' * hold_out}: "
+            "add arms, or set fit.hold_out=false"
+        )
+    if any(x <= 0 for x, _ in known):
+        raise ValueError(f"fit.x: must be above 0 for every arm, found {min(x for x, _ in known):g}")
+    xs = np.array([x for x, _ in seen])
+    ys = np.array([n.value for _, n in seen], dtype=np.float64)
+    best = _least_squares(law, xs, ys)
+    rng = np.random.default_rng(seed)
+    drawn_RK = ys + rng.standard_normal((_DRAWS, len(ys))) * _deviations([n for _, n in seen])
+    draws = np.stack([_least_squares(law, xs, row) for row in drawn_RK])
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    fit = Fit(
+        law=law,
+        parameters={
+            name: Number(*(float(v) for v in row)) for name, *row in zip(_NAMES[law], best, low, high, strict=True)
+        },
+        draws_RP=draws,
+    )
+    if not hold_out:
+        return fit
+    x, measured = known[-1]
+    at = [float(part[0]) for part in fit.band(np.array([x]))]
+    return Fit(**{**vars(fit), "held_out_x": x, "predicted": Number(at[1], at[0], at[2]), "measured": measured})
+
+
+def _deviations(numbers: Sequence[Number]) -> Floats:
+    """Standard deviation of each number, from its 95 % interval; 0 where it has none."""
+    return np.array([0.0 if n.low is None or n.high is None else (n.high - n.low) / 3.92 for n in numbers])
+
+
+def _least_squares(law: str, xs: Floats, ys: Floats) -> Floats:
+    """The parameters that fit best: for each value of the one that is not linear, the others by non-negative least
+    squares; that one by a coarse search and Brent's method around its best place."""
+    low, high = _BOUNDS[law]
+
+    def residual(shape: float) -> float:
+        return float(nnls(_BASES[law](xs, shape), ys)[1])
+
+    grid = np.linspace(low, high, _COARSE)
+    at = int(np.argmin([residual(shape) for shape in grid]))
+    around = (grid[max(0, at - 1)], grid[min(_COARSE - 1, at + 1)])
+    shape = float(minimize_scalar(residual, bounds=around, method="bounded", options={"xatol": 1e-7}).x)
+    shape = min((shape, float(grid[at])), key=residual)
+    return np.array([*nnls(_BASES[law](xs, shape), ys)[0], shape])

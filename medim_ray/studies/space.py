@@ -1,0 +1,211 @@
+"""The search space of a sweep: axes in YAML to points, and a point to a checked RunConfig. No Ray, no training.
+
+An axis is a dotted key of `pretrain` with a list of values or a range, or a name of its own with named choices, each a
+list of overrides. Every configuration that the space can make is built before a trial starts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from medim_ray.config.loader import load, run_hash
+from medim_ray.config.schema import RunConfig
+from medim_ray.draws import step_draws
+
+SEED = "seed"  # the axis over which a table takes means
+_MAX_CHECKED = 2000
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Named values; each is a list of overrides of the recipe."""
+
+    key: str
+    options: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers between `low` and `high`, drawn on a linear or logarithmic scale; whole numbers for `randint`."""
+
+    key: str
+    kind: Literal["uniform", "loguniform", "randint"]
+    low: float
+    high: float
+
+    def at(self, share: float) -> float | int:
+        """The value at `share` in [0, 1) of the way from low to high."""
+        if self.kind == "randint":
+            return int(self.low) + min(int(share * (self.high - self.low + 1)), int(self.high - self.low))
+        if self.kind == "loguniform":
+            return math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
+        return self.low + share * (self.high - self.low)
+
+
+Axis = Choices | Range
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place of the space. values: axis -> what a table shows; overrides: of the recipe."""
+
+    values: Mapping[str, Any]
+    overrides: tuple[str, ...]
+
+    @property
+    def cell(self) -> str:
+        """The point without its seed, in words: points of one cell are repetitions of each other."""
+        return ", ".join(f"{key}={value}" for key, value in self.values.items() if key != SEED) or "recipe"
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The axes of a sweep, in the order of the file."""
+
+    axes: tuple[Axis, ...]
+
+    @classmethod
+    def parse(cls, space: Mapping[str, Any]) -> SearchSpace:
+        """The axes of a `space:` group.
+
+        ValueError: an axis without values, a value twice, a range that is empty or not of numbers.
+        """
+        if not space:
+            raise ValueError("space is empty: name at least one axis, e.g. space: {masking.ratio: [0.5, 0.75]}")
+        return cls(tuple(_axis(key, value) for key, value in space.items()))
+
+    @property
+    def is_finite(self) -> bool:
+        """Only choices: the grid has every point."""
+        return all(isinstance(axis, Choices) for axis in self.axes)
+
+    def grid(self) -> list[Point]:
+        """Every combination of the choices; ValueError where an axis is a range."""
+        ranges = [axis.key for axis in self.axes if isinstance(axis, Range)]
+        if ranges:
+            raise ValueError(f"search=grid, but space.{ranges[0]} is a range: list its values, or search=random")
+        names = [list(axis.options) for axis in self.axes if isinstance(axis, Choices)]
+        return [self.point(dict(zip(self.keys, combination, strict=True))) for combination in itertools.product(*names)]
+
+    def random(self, num: int, seed: int) -> list[Point]:
+        """`num` different cells (fewer where the space has fewer), each with every value of the axis `seed`.
+
+        A function of (seed, place in the list): a longer list begins with the shorter one.
+        """
+        drawn = [axis for axis in self.axes if axis.key != SEED]
+        seeds = [name for axis in self.axes if axis.key == SEED and isinstance(axis, Choices) for name in axis.options]
+        found: dict[str, list[Point]] = {}
+        for draw in range(20 * num):
+            shares = step_draws(seed, draw).uniform("sweep", len(drawn))[0]
+            values = {axis.key: _draw(axis, float(u)) for axis, u in zip(drawn, shares, strict=True)}
+            points = [self.point({**values, SEED: name}) for name in seeds] or [self.point(values)]
+            found.setdefault(points[0].cell, points)
+            if len(found) == num:
+                break
+        return [point for points in found.values() for point in points]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of the axes."""
+        return tuple(axis.key for axis in self.axes)
+
+    def point(self, values: Mapping[str, Any]) -> Point:
+        """The point with these values: the name of an option for choices, a number for ranges."""
+        overrides: list[str] = []
+        for axis in self.axes:
+            value = values[axis.key]
+            if isinstance(axis, Choices):
+                overrides += axis.options[str(value)]
+            else:
+                overrides.append(f"{axis.key}={json.dumps(value)}")
+        return Point({axis.key: _shown(axis, values[axis.key]) for axis in self.axes}, tuple(overrides))
+
+    def corners(self) -> Iterator[Point]:
+        """Every combination of the choices with the ends of the ranges: what is checked before a trial starts."""
+        ends = [list(axis.options) if isinstance(axis, Choices) else [axis.at(0.0), axis.high] for axis in self.axes]
+        for values in itertools.islice(itertools.product(*ends), _MAX_CHECKED):
+            yield self.point(dict(zip(self.keys, values, strict=True)))
+
+
+def _axis(key: str, value: Any) -> Axis:
+    where = f"space.{key}"
+    if isinstance(value, list | tuple):
+        texts = [json.dumps(item) for item in value]
+        if not texts:
+            raise ValueError(f"{where}=[]: an axis needs at least one value; leave it out to keep the recipe's")
+        if len(set(texts)) < len(texts):
+            raise ValueError(f"{where}={json.dumps(value)}: a value stands twice")
+        return Choices(key, {_label(item): (f"{key}={text}",) for item, text in zip(value, texts, strict=True)})
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise ValueError(
+            f"{where}={value!r}: give a list of values, {{choices: {{NAME: [key=value, …]}}}}, "
+            "{uniform: [low, high]}, {loguniform: [low, high]} or {randint: [low, high]}"
+        )
+    ((kind, content),) = value.items()
+    if kind == "choices":
+        if not isinstance(content, Mapping) or not content:
+            raise ValueError(f"{where}.choices={content!r}: needs at least one NAME: [key=value, …]")
+        for name, overrides in content.items():
+            if not isinstance(overrides, list | tuple) or not all(isinstance(text, str) for text in overrides):
+                raise ValueError(f"{where}.choices.{name}={overrides!r}: a list of overrides, e.g. [masking.name=kdm]")
+        return Choices(key, {str(name): tuple(overrides) for name, overrides in content.items()})
+    if kind in ("uniform", "loguniform", "randint"):
+        try:
+            low, high = (float(number) for number in content)
+        except (TypeError, ValueError):
+            raise ValueError(f"{where}.{kind}={content!r}: needs two numbers, [low, high]") from None
+        if not low < high or (kind == "loguniform" and low <= 0):
+            rule = "0 < low < high" if kind == "loguniform" else "low < high"
+            raise ValueError(f"{where}.{kind}={content!r}: needs {rule}")
+        return Range(key, kind, low, high)
+    raise ValueError(f"{where}: unknown kind {kind!r}; known: choices, uniform, loguniform, randint")
+
+
+def _draw(axis: Axis, share: float) -> Any:
+    if isinstance(axis, Range):
+        return axis.at(share)
+    names = list(axis.options)
+    return names[min(int(share * len(names)), len(names) - 1)]
+
+
+def _label(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _shown(axis: Axis, value: Any) -> Any:
+    """A number where the axis has numbers, so that tables sort and figures have a scale; the name otherwise."""
+    if isinstance(axis, Range):
+        return value
+    try:
+        return json.loads(value) if isinstance(json.loads(value), int | float) else value
+    except ValueError:
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A point as a run: its configuration, whose run.dir is RUNS/<run hash>."""
+
+    point: Point
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        """The run's hash: equal for equal results, wherever it ran."""
+        return run_hash(self.config)
+
+
+def make_trial(recipe: str | Path, overrides: Sequence[str], point: Point, runs: str) -> Trial:
+    """The run of a point. ValueError that names the point where the recipe can't be so."""
+    try:
+        config = load(RunConfig, recipe, [*overrides, *point.overrides])
+    except ValueError as error:
+        raise ValueError(f"{point.cell}: {error}") from None
+    folder = f"{runs.rstrip('/')}/{run_hash(config)}"
+    return Trial(point=point, config=replace(config, run=replace(config.run, dir=folder)))

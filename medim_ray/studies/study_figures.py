@@ -1,0 +1,215 @@
+"""Figures of sweeps and studies: heat map, curve with band, parallel coordinates, scaling with its fit. No files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from medim_ray.studies.figures import CARD, FIRST, INK, LINE, MUTED, SERIES, STYLE, to_svg
+from medim_ray.studies.fit import Fit
+from medim_ray.studies.outcome import Number, better_is_higher
+from medim_ray.studies.results import Cell, Table
+
+WIDTH, HEIGHT = 7.2, 3.4
+
+
+def values_of(cells: Sequence[Cell], axis: str) -> list[Any]:
+    """The values of an axis: numbers ascending, names in the order of the table's file."""
+    found = list(dict.fromkeys(cell.values.get(axis, "") for cell in cells))
+    return sorted(found) if all(isinstance(value, int | float) for value in found) else sorted(found, key=str)
+
+
+def heat_map(table: Table, rows: str, columns: str) -> Markup:
+    """The metric at each pair of values of two axes; what is not learned or not there is said in the field."""
+    ys, xs = values_of(table.cells, rows), values_of(table.cells, columns)
+    at = {(cell.values[rows], cell.values[columns]): cell for cell in table.cells}
+    known = [n.value for cell in table.cells if (n := cell.numbers.get(table.metric)) and n.value is not None]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    with rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(max(3.6, 1.25 * len(xs) + 1.2), 0.62 * len(ys) + 0.9), layout="constrained")
+        axes = figure.add_subplot()
+        for i, y in enumerate(ys):
+            for j, x in enumerate(xs):
+                _field(axes, at.get((y, x)), table.metric, (j, i), (low, high))
+        axes.set_xlim(0, len(xs))
+        axes.set_ylim(len(ys), 0)
+        axes.set_xticks(np.arange(len(xs)) + 0.5, [_short(x) for x in xs])
+        axes.set_yticks(np.arange(len(ys)) + 0.5, [_short(y) for y in ys])
+        axes.set_xlabel(columns)
+        axes.set_ylabel(rows)
+        axes.spines["bottom"].set_visible(False)
+        axes.tick_params(length=0)
+        return to_svg(figure, f"{table.metric} over {rows} and {columns}")
+
+
+def _field(axes: Any, cell: Cell | None, metric: str, corner: tuple[int, int], scale: tuple[float, float]) -> None:
+    x, y = corner
+    number = cell.numbers.get(metric) if cell is not None else None
+    value = number.value if number is not None else None
+    share = 0.0
+    if value is not None:
+        share = (value - scale[0]) / (scale[1] - scale[0]) if scale[1] > scale[0] else 0.5
+        share = share if better_is_higher(metric) else 1 - share
+    learned = value is not None and cell is not None and not cell.verdict
+    style: dict[str, Any] = {"facecolor": FIRST, "alpha": 0.12 + 0.5 * share} if learned else {"fill": False}
+    axes.add_patch(Rectangle((x + 0.03, y + 0.05), 0.94, 0.9, linewidth=0 if learned else 0.8, edgecolor=LINE, **style))
+    text = "-" if value is None else f"{value:.3g}"
+    axes.text(x + 0.5, y + (0.42 if cell is not None and cell.verdict else 0.5), text, ha="center", va="center")
+    if cell is not None and cell.verdict:
+        axes.text(x + 0.5, y + 0.72, cell.verdict, ha="center", va="center", fontsize=7, color=MUTED)
+
+
+def curves(table: Table, x_axis: str, series_axis: str | None) -> Markup:
+    """The metric over a numeric axis, a line with its 95 % band for each value of another axis."""
+    names = values_of(table.cells, series_axis) if series_axis else [None]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        axes = figure.add_subplot()
+        for i, name in enumerate(names):
+            cells = [
+                c
+                for c in table.cells
+                if table.metric in c.numbers and (not series_axis or c.values[series_axis] == name)
+            ]
+            cells.sort(key=lambda cell: cell.values[x_axis])
+            _banded(
+                axes,
+                [(c.values[x_axis], c.numbers[table.metric]) for c in cells],
+                i,
+                _short(name) if series_axis else "",
+            )
+        _scale(axes, [cell.values[x_axis] for cell in table.cells])
+        axes.set_xlabel(x_axis)
+        axes.set_ylabel(table.metric)
+        if series_axis:
+            axes.legend(title=series_axis, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        return to_svg(figure, f"{table.metric} over {x_axis}")
+
+
+def _banded(axes: Any, points: Sequence[tuple[float, Number]], i: int, name: str) -> None:
+    known = [(x, n.value, n.low, n.high) for x, n in points if n.value is not None]
+    if not known:
+        return
+    xs, values, lows, highs = (np.array(column, dtype=np.float64) for column in zip(*known, strict=True))
+    colour = SERIES[i % len(SERIES)]
+    axes.plot(xs, values, marker="o", markersize=4, linewidth=1.6, color=colour, label=name)
+    axes.fill_between(xs, lows, highs, color=colour, alpha=0.15, linewidth=0)
+
+
+def _scale(axes: Any, xs: Sequence[float]) -> None:
+    """Ticks at the values that were tried; logarithmic where they span more than a factor of 20."""
+    places = sorted(set(xs))
+    if places[0] > 0 and places[-1] / places[0] > 20:
+        axes.set_xscale("log")
+    if len(places) <= 12:
+        axes.xaxis.set_major_locator(FixedLocator(places))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def parallel(table: Table) -> Markup:
+    """A line a cell over all axes to the metric; ranked cells in colour, the others in gray."""
+    columns = [*table.axes, table.metric]
+    with rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        axes = figure.add_subplot()
+        scales = [_parallel_scale(table, column) for column in columns]
+        best = sum(cell.rank is not None for cell in table.cells)
+        for cell in reversed(table.cells):
+            number = cell.numbers.get(table.metric)
+            if number is None or number.value is None:
+                continue
+            ys = [scale(cell.values.get(axis, "")) for axis, (scale, _) in zip(table.axes, scales[:-1], strict=True)]
+            ys.append(scales[-1][0](number.value))
+            alpha = 0.25 + 0.7 * (1 - (cell.rank - 1) / max(1, best)) if cell.rank else 0.35
+            axes.plot(range(len(columns)), ys, color=FIRST if cell.rank else MUTED, alpha=alpha, linewidth=1.4)
+        for i, (_, ticks) in enumerate(scales):
+            axes.axvline(i, color=LINE, linewidth=0.8)
+            for place, text in ticks:
+                axes.text(i, place, f" {text}", fontsize=7, color=INK, va="center")
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks([])
+        axes.set_xlim(-0.1, len(columns) - 0.7)
+        return to_svg(figure, f"each cell over {', '.join(columns)}")
+
+
+def _parallel_scale(table: Table, column: str) -> tuple[Any, list[tuple[float, str]]]:
+    """value -> height in [0, 1], and the labels beside the axis."""
+    if column == table.metric:
+        found: list[Any] = [n.value for c in table.cells if (n := c.numbers.get(column)) and n.value is not None]
+    else:
+        found = values_of(table.cells, column)
+    if column != table.metric and not all(isinstance(value, int | float) for value in found):
+        places = {value: i / max(1, len(found) - 1) for i, value in enumerate(found)}
+        return places.__getitem__, [(place, _short(value)) for value, place in places.items()]
+    low, high = (min(found), max(found)) if found else (0.0, 1.0)
+    is_log = low > 0 and high / low > 20
+    start, stop = (math.log(low), math.log(high)) if is_log else (low, high)
+
+    def height(value: float) -> float:
+        at = math.log(value) if is_log else value
+        return (at - start) / (stop - start) if stop > start else 0.5
+
+    return height, [(height(value), f"{value:.3g}") for value in dict.fromkeys((low, high))]
+
+
+def scaling(points: Sequence[tuple[float, Number]], fit: Fit | None, x_name: str, y_name: str) -> Markup:
+    """Measured points with intervals on logarithmic axes, the fitted law with its band, and the held-out point."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_xscale("log")
+        if all(n.value is None or n.value > 0 for _, n in points):
+            axes.set_yscale("log")
+        known = [(x, n) for x, n in points if n.value is not None]
+        if fit is not None:
+            xs = np.geomspace(min(x for x, _ in known), max(x for x, _ in known), 60)
+            low, middle, high = fit.band(xs)
+            axes.plot(xs, middle, color=SERIES[1], linewidth=1.6, label=fit.formula)
+            axes.fill_between(xs, low, high, color=SERIES[1], alpha=0.15, linewidth=0)
+        for i, (x, n) in enumerate(known):
+            held_out = fit is not None and x == fit.held_out_x
+            axes.errorbar(
+                [x], [float(n.value or 0.0)], yerr=_errors(n), fmt="o", markersize=5, color=FIRST, capsize=2,
+                linewidth=1.1,
+                markerfacecolor=CARD if held_out else FIRST,
+                label="held out of the fit" if held_out else "measured" if i == 0 else None,
+            )  # fmt: skip
+        axes.xaxis.set_major_locator(FixedLocator(sorted({x for x, _ in known})))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.3g}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        axes.set_xlabel(x_name)
+        axes.set_ylabel(y_name)
+        axes.legend(frameon=False)
+        return to_svg(figure, f"{y_name} over {x_name}")
+
+
+def _errors(number: Number) -> list[list[float]] | None:
+    """Lengths of the error bar below and above, as matplotlib takes them."""
+    if number.value is None or number.low is None or number.high is None:
+        return None
+    return [[max(0.0, number.value - number.low)], [max(0.0, number.high - number.value)]]
+
+
+def _short(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    return text if len(text) <= 22 else f"{text[:20]}…"
+
+
+def columns_of(table: Table) -> Mapping[str, bool]:
+    """Axis -> whether its values are numbers, of the axes with more than one value."""
+    return {
+        axis: all(isinstance(value, int | float) for value in values_of(table.cells, axis))
+        for axis in table.axes
+        if len(values_of(table.cells, axis)) > 1
+    }

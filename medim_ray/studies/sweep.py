@@ -1,0 +1,255 @@
+"""`medim-ray sweep`: a search over dotted keys of `pretrain` against a probe, by Ray Tune. Writes OUT/sweep.json.
+
+The command is stateless: run again it goes on, and repeats no trial that is done (RUNS/HASH/trial.json).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import fsspec
+from rich.console import Console
+
+from medim_ray.config.loader import load, to_tree
+from medim_ray.config.schema import ProbeConfig, RunConfig
+from medim_ray.data.shards import ShardSet
+from medim_ray.data.sources.base import absolute
+from medim_ray.data.storage import committed, storage_faults
+from medim_ray.studies.execute import dry_lines, execute, finish
+from medim_ray.studies.outcome import check_metric, needs_probe
+from medim_ray.studies.page import Study
+from medim_ray.studies.results import Table
+from medim_ray.studies.runner import Group, RunnerConfig, Search
+from medim_ray.studies.space import SearchSpace, Trial
+from medim_ray.studies.trials import TrialJob, rung_steps
+from medim_ray.train.launch import check
+
+BEGUN = "begun.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AshaConfig:
+    """Asynchronous successive halving: at each rung only the best 1 / reduction of the trials go on."""
+
+    first: int | None = field(default=None, metadata={"help": "steps of the first rung; null: no early stopping"})
+    reduction: int = field(default=3, metadata={"help": "each rung has so many times the steps of the one before"})
+
+    def __post_init__(self) -> None:
+        if self.first is not None and self.first < 1:
+            raise ValueError(f"first={self.first}: steps of the first rung, at least 1, or null")
+        if self.reduction < 2:
+            raise ValueError(f"reduction={self.reduction}: must be at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Options of `medim-ray sweep`."""
+
+    recipe: str = field(metadata={"help": "YAML file of `pretrain`; from this file, or from the working folder"})
+    shards: str = field(default="", metadata={"help": "data.shards of every trial"})
+    out: str = field(metadata={"help": "folder or fsspec URL of tables and figures"})
+    runs: str = field(default="", metadata={"help": "folder of the runs, which sweeps may share; empty: OUT/runs"})
+    overrides: tuple[str, ...] = field(default=(), metadata={"help": "key=value of the recipe, for every trial"})
+    space: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "axis -> [values] | {choices: {NAME: [key=value]}} | {uniform|loguniform|randint: [low, high]}"
+        },
+    )
+    metric: str = field(default="auroc.mean", metadata={"help": "what is ranked: auroc.LABEL, lesion_lift.kdm, loss"})
+    search: Literal["grid", "random", "optuna"] = field(default="grid", metadata={"help": "how points are chosen"})
+    num_trials: int | None = field(
+        default=None, metadata={"help": "random: cells (each with every seed); optuna: trials; grid: all of them"}
+    )
+    max_steps: int | None = field(
+        default=None, metadata={"help": "budget of optimizer steps over all trials; null: no bound"}
+    )
+    seed: int = field(default=0, metadata={"help": "of random and optuna"})
+    asha: AshaConfig = field(default_factory=AshaConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    runner: RunnerConfig = field(default_factory=RunnerConfig)
+
+    def __post_init__(self) -> None:
+        check_metric(self.metric, "metric")
+        if self.search == "grid" and self.num_trials is not None:
+            raise ValueError("num_trials is set, but search=grid runs every point: use search=random, or leave it out")
+        if self.search != "grid" and (self.num_trials is None or self.num_trials < 1):
+            raise ValueError(f"search={self.search} needs num_trials, at least 1; it is {self.num_trials}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps={self.max_steps}: must be at least 1, or null")
+
+
+class Begun:
+    """OUT/begun.json: axis values of the trials that Optuna chose, in their order; what a second life begins with."""
+
+    def __init__(self, out: str) -> None:
+        with storage_faults(f"out={out}"):
+            self._fs, root = fsspec.core.url_to_fs(absolute(out))
+            self._path = f"{root.rstrip('/')}/{BEGUN}"
+            self.values: list[Mapping[str, Any]] = []
+            if self._fs.exists(self._path):
+                self.values = json.loads(self._fs.cat_file(self._path))
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Notes the values of a trial, unless they are known."""
+        if dict(values) in self.values:
+            return
+        self.values.append(dict(values))
+        with committed(self._fs, self._path, scratch=self._path.rpartition("/")[0]) as file:
+            file.write(json.dumps(self.values, indent=1).encode())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A checked sweep, an `Experiment`. listed: the trials of grid and random; left_out: those over `max_steps`;
+    begun: the trials that Optuna has chosen."""
+
+    config: SweepConfig
+    job: TrialJob
+    listed: Sequence[Trial]
+    left_out: int
+    group: Group
+    begun: Begun
+
+    @property
+    def out(self) -> str:
+        """Where the files go."""
+        return self.config.out
+
+    @property
+    def runner(self) -> RunnerConfig:
+        """How the trials are spread."""
+        return self.config.runner
+
+    @property
+    def num_optuna(self) -> int:
+        """Trials of Optuna, within the budget of steps."""
+        num = self.config.num_trials or 0
+        return (
+            num
+            if self.config.max_steps is None
+            else min(num, self.config.max_steps // int(self.job.base["train"]["steps"]))
+        )
+
+    def trials(self) -> Sequence[Trial]:
+        """Those of the list, or those that Optuna has chosen by now."""
+        if self.config.search != "optuna":
+            return self.listed
+        chosen = [self.job.trial(self.job.space.point(values)) for values in self.begun.values]
+        return list({trial.name: trial for trial in chosen}.values())
+
+    def searches(self) -> Sequence[Search]:
+        """One search."""
+        config = self.config
+        asha = (config.asha.first, config.asha.reduction) if config.asha.first is not None else None
+        if config.search != "optuna":
+            return [Search(kind="list", trials=self.listed, asha=asha)]
+        return [Search(kind="optuna", num=self.num_optuna, seed=config.seed, begun=self.begun.values, asha=asha)]
+
+    def began(self, values: Mapping[str, Any]) -> None:
+        """Notes a trial of Optuna."""
+        self.begun.add(values)
+
+    def study(self, table: Table) -> Study:
+        """The page's words."""
+        question = f"{self.config.search} over {' x '.join(self.job.space.keys)}, ranked by {self.config.metric}"
+        title = f"Sweep of {Path(self.config.recipe).stem}"
+        return Study(kind="sweep", title=title, question=question, config=to_tree(self.config))
+
+    def size(self) -> str:
+        """`27 trials`."""
+        if self.config.search == "optuna":
+            return f"{self.num_optuna} trials by optuna"
+        left_out = f" ({self.left_out} more are left out by max_steps)" if self.left_out else ""
+        return f"{len(self.listed)} trials{left_out}"
+
+
+def load_sweep(file: str | None, overrides: Sequence[str]) -> SweepConfig:
+    """The configuration of a sweep, its recipe found."""
+    config = load(SweepConfig, file, overrides)
+    return replace(config, recipe=find_recipe(config.recipe, file))
+
+
+def find_recipe(recipe: str, file: str | None) -> str:
+    """A recipe as named in `file`: looked for beside it, then from the working folder."""
+    beside = Path(file).parent / recipe if file is not None else Path(recipe)
+    return str(beside if beside.exists() else recipe)
+
+
+def check_sweep(config: SweepConfig) -> Sweep:
+    """Every configuration that the sweep can make, built and checked; ValueError names the point at fault."""
+    shards = absolute(config.shards) if config.shards else ""
+    base = load(RunConfig, config.recipe, [*config.overrides, *([f"data.shards={shards}"] if shards else [])])
+    space = SearchSpace.parse(config.space)
+    probe = config.probe if needs_probe([config.metric]) else None
+    job = TrialJob(
+        base=to_tree(base),
+        space=space,
+        runs=absolute(config.runs or f"{config.out.rstrip('/')}/runs"),
+        data_hash=data_hash(base),
+        rungs=rung_steps(base.train.steps, config.asha.first, config.asha.reduction) if config.asha.first else (),
+        probe=probe,
+        metric=config.metric,
+    )
+    corners = [job.trial(point) for point in space.corners()]
+    if len({trial.config.train.steps for trial in corners}) > 1 and config.asha.first is not None:
+        raise ValueError("asha.first is set, but space has train.steps: rungs need one number of steps for all trials")
+    checked: set[str] = set()
+    for trial in corners:
+        if trial.name not in checked:
+            check(trial.config)
+            checked.add(trial.name)
+    trials, left_out = _within_budget(config, _points(config, job))
+    return Sweep(
+        config=config,
+        job=job,
+        listed=trials,
+        left_out=left_out,
+        group=Group.of([trial.config for trial in corners]),
+        begun=Begun(config.out),
+    )
+
+
+def data_hash(base: RunConfig) -> str:
+    """The content hash of the shards; ValueError where none are given, or they can't be read."""
+    if not base.data.shards:
+        raise ValueError("shards is empty: give what `medim-ray prepare` wrote, e.g. shards=shards/cxr")
+    with storage_faults(f"shards={base.data.shards}"):
+        return ShardSet.open(base.data.shards).content_hash
+
+
+def _points(config: SweepConfig, job: TrialJob) -> list[Trial]:
+    """The trials in their order, each once; [] for Optuna."""
+    if config.search == "optuna":
+        return []
+    num = config.num_trials or 0
+    points = job.space.grid() if config.search == "grid" else job.space.random(num, config.seed)
+    return list({trial.name: trial for trial in map(job.trial, points)}.values())
+
+
+def _within_budget(config: SweepConfig, trials: Sequence[Trial]) -> tuple[list[Trial], int]:
+    """The first trials whose steps fit into `max_steps` together, and how many do not."""
+    kept: list[Trial] = []
+    spent = 0
+    for trial in trials:
+        spent += trial.config.train.steps
+        if config.max_steps is not None and spent > config.max_steps:
+            break
+        kept.append(trial)
+    return kept, len(trials) - len(kept)
+
+
+def sweep(file: str | None, overrides: Sequence[str], dry_run: bool) -> int:
+    """The command; its exit code is that of execute.finish."""
+    experiment = check_sweep(load_sweep(file, overrides))
+    console = Console(file=sys.stdout, soft_wrap=True)
+    if dry_run:
+        for line in dry_lines(experiment):
+            console.print(line, highlight=False, markup=False)
+        return 0
+    return finish(experiment, execute(experiment, console), console)

@@ -1,0 +1,62 @@
+"""Scaling laws: known ones are found again, the held-out point is predicted, and too few points are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from medim_ray.studies.fit import fit_law
+from medim_ray.studies.outcome import Number
+
+
+def _points(xs: list[float], ys: list[float], half: float) -> list[tuple[float, Number]]:
+    return [(x, Number(y, y - half, y + half)) for x, y in zip(xs, ys, strict=True)]
+
+
+def test_a_power_law_with_a_floor_is_found_and_its_held_out_point_predicted() -> None:
+    xs = [1.0, 3.0, 10.0, 30.0, 100.0, 300.0]
+    ys = [0.1 + 0.4 * x**-0.5 for x in xs]
+    fit = fit_law("power", _points(xs, ys, 0.002), hold_out=True)
+    found = {name: number.value for name, number in fit.parameters.items()}
+    assert found == pytest.approx({"floor": 0.1, "scale": 0.4, "exponent": 0.5}, abs=1e-4)
+    assert fit.held_out_x == 300.0 and fit.predicted is not None and fit.measured is not None
+    assert fit.predicted.value == pytest.approx(ys[-1], abs=1e-4)
+    assert fit.predicted.low is not None and fit.predicted.high is not None
+    assert fit.predicted.low <= ys[-1] <= fit.predicted.high
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    xs = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
+    hits = 0
+    for _ in range(15):
+        ys = [0.1 + 0.4 * x**-0.5 + 0.01 * rng.standard_normal() for x in xs]
+        exponent = fit_law("power", _points(xs, ys, 0.0196), hold_out=False).parameters["exponent"]
+        assert exponent.low is not None and exponent.high is not None
+        hits += exponent.low <= 0.5 <= exponent.high
+    assert hits >= 11, "15 draws at 95 %: fewer than 11 hits come once in a thousand times"
+
+
+def test_the_serial_fraction_of_a_speed_up_is_found() -> None:
+    xs = [1.0, 2.0, 4.0, 8.0]
+    points = _points(xs, [100 * n / (1 + 0.05 * (n - 1)) for n in xs], 0.5)
+    fit = fit_law("amdahl", points, hold_out=False)
+    assert fit.parameters["serial"].value == pytest.approx(0.05, abs=1e-6)
+    assert fit.parameters["rate"].value == pytest.approx(100)
+
+
+def test_the_largest_point_is_not_seen_by_the_fit_that_predicts_it() -> None:
+    xs, ys = [1.0, 3.0, 10.0, 30.0, 100.0], [0.5, 0.4, 0.3, 0.25, 0.2]
+    one = fit_law("power", _points(xs, ys, 0.01), hold_out=True)
+    other = fit_law("power", _points(xs, [*ys[:-1], 0.9], 0.01), hold_out=True)
+    assert one.parameters == other.parameters and one.measured != other.measured
+
+
+@pytest.mark.parametrize(
+    ("xs", "hold_out", "message"),
+    [([1.0, 2.0], False, "3 parameters and 2 points"), ([1.0, 2.0, 3.0], True, "beside the one held out"),
+     ([0.0, 1.0, 2.0, 3.0], False, "above 0")],
+)  # fmt: skip
+def test_what_no_law_can_be_fitted_to_is_refused(xs: list[float], hold_out: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_law("power", _points(xs, [0.5] * len(xs), 0.1), hold_out=hold_out)

@@ -1,0 +1,49 @@
+"""What a run came to: the numbers of metrics.jsonl and result.json by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from medim_ray.studies.outcome import check_metric, needs_probe, outcome_of
+
+
+def test_the_numbers_of_a_run_have_names(tmp_path: Path) -> None:
+    records = [
+        {
+            "step": i,
+            "loss": 20.0 - i,
+            "step_s": 0.5,
+            "samples_per_s": 16.0,
+            "data_wait_ratio": 0.0,
+            "peak_bytes": 1e9 + i,
+        }
+        for i in range(20)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    estimate = {"value": 0.7, "low": 0.6, "high": 0.8}
+    facts = {
+        "encoders": {"trained": {"auroc": estimate, "auprc": estimate}},
+        "trained_minus_untrained": {"auroc": {"value": 0.1, "low": 0.0, "high": 0.2}, "auprc": estimate},
+    }
+    maps = {
+        "trained": {"map_auroc": estimate, "lesion_lift": estimate},
+        "both": {"map_auroc": estimate, "lesion_lift": estimate},
+    }
+    result = {"labels": {"view": facts}, "mean": facts, "localisation": {"strategies": {"kdm": maps}}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    outcome = outcome_of(str(tmp_path), probed=True)
+    assert outcome.numbers["loss"].value == pytest.approx(1.5), "the last tenth of the steps"
+    assert outcome.numbers["peak_gb"].value == pytest.approx(1.0, rel=1e-6)
+    assert outcome.numbers["lesion_lift.kdm.both"].low == 0.6 and outcome.gains["auroc.mean"].high == 0.2
+    assert "auroc.mean" not in outcome_of(str(tmp_path), probed=False).numbers
+    for name in outcome.numbers:
+        check_metric(name, "metric")
+
+
+def test_a_metric_that_no_run_reports_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"metric='aucroc.mean'.*did you mean 'auroc.mean'"):
+        check_metric("aucroc.mean", "metric")
+    assert needs_probe(["loss", "lesion_lift.kdm"]) and not needs_probe(["loss", "samples_per_s"])

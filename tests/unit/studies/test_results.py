@@ -1,0 +1,74 @@
+"""Runs to cells: means over seeds, what is not learned, ranks, and the CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from medim_ray.studies.outcome import Number
+from medim_ray.studies.results import Run, make_table, mean_number, to_csv
+
+
+def _run(ratio: float, seed: int, value: float | None, gain: float = 0.1, state: str = "finished") -> Run:
+    known = value is not None
+    return Run(
+        name=f"{ratio}-{seed}",
+        values={"masking.ratio": ratio, "seed": seed},
+        state=state,
+        error="",
+        seconds=60.0,
+        step=300,
+        numbers={"auroc.mean": Number(value, value - 0.05, value + 0.05)} if known else {},  # type: ignore[operator]
+        gains={"auroc.mean": Number(gain, gain - 0.02, gain + 0.02)} if known else {},
+    )
+
+
+def test_a_cell_is_the_mean_over_seeds_with_students_interval() -> None:
+    table = make_table([_run(0.5, seed, value) for seed, value in enumerate((0.70, 0.74, 0.72))], "auroc.mean")
+    (cell,) = table.cells
+    number = cell.numbers["auroc.mean"]
+    low, high = stats.t.interval(0.95, 2, loc=0.72, scale=stats.sem([0.70, 0.74, 0.72]))
+    assert (number.value, number.low, number.high) == pytest.approx((0.72, low, high))
+
+
+def test_of_a_single_run_the_interval_over_patients_stays() -> None:
+    assert mean_number([Number(0.7, 0.6, 0.8)]) == Number(0.7, 0.6, 0.8)
+
+
+def test_cells_are_ranked_best_first_and_what_is_not_learned_is_not() -> None:
+    runs = [_run(0.25, s, 0.70 + 0.001 * s, gain=0.05 + 0.001 * s) for s in range(3)]
+    runs += [_run(0.5, s, 0.80, gain=g) for s, g in enumerate((0.2, -0.1, 0.0))]
+    runs += [_run(0.75, s, 0.75 + 0.001 * s, gain=0.06 + 0.001 * s) for s in range(3)]
+    cells = make_table(runs, "auroc.mean").cells
+    assert [(cell.values["masking.ratio"], cell.rank) for cell in cells] == [(0.75, 1), (0.25, 2), (0.5, None)]
+    assert [cell.verdict for cell in cells] == ["", "", "not learned"]
+
+
+def test_where_less_is_better_the_least_is_first() -> None:
+    runs = [
+        Run(name=str(x), values={"lr": x}, state="finished", error="", seconds=1, step=1, numbers={"loss": n}, gains={})
+        for x, n in ((1, Number(3.0)), (2, Number(1.0)), (3, Number(2.0)))
+    ]
+    assert [cell.values["lr"] for cell in make_table(runs, "loss").cells] == [2, 3, 1]
+
+
+def test_a_failed_seed_makes_its_cell_failed_and_unranked() -> None:
+    table = make_table([_run(0.5, 0, 0.7), _run(0.5, 1, None, state="failed"), _run(0.25, 0, 0.6)], "auroc.mean")
+    assert [(c.values["masking.ratio"], c.rank, c.verdict) for c in table.cells] == [
+        (0.25, 1, ""),
+        (0.5, None, "failed"),
+    ]
+    assert table.count("failed") == 1
+
+
+def test_the_csv_has_a_row_a_cell_with_its_numbers() -> None:
+    runs = [_run(ratio, s, 0.6 + ratio / 10 + s / 100) for ratio in (0.25, 0.5) for s in range(2)]
+    table = make_table([*runs, _run(0.75, 0, None, state="to do")], "auroc.mean")
+    rows = list(csv.DictReader(io.StringIO(to_csv(table))))
+    assert [row["masking.ratio"] for row in rows] == ["0.5", "0.25", "0.75"]
+    assert float(rows[0]["auroc.mean"]) == pytest.approx(np.mean([0.65, 0.66]))
+    assert rows[2]["verdict"] == "to do" and rows[2]["auroc.mean"] == "" and rows[0]["auroc.mean_gain"] == "0.1"

@@ -1,0 +1,46 @@
+"""How many worker groups fit side by side, so that none waits for what another holds a part of."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medim_ray.studies.runner import Group, concurrency
+
+
+def _group(workers: int, cpus: float = 1.0, gpus: float = 0.0) -> Group:
+    return Group(workers=workers, cpus=cpus, gpus=gpus, beside=0.35)
+
+
+def test_a_group_never_counts_parts_of_nodes_that_hold_no_whole_worker() -> None:
+    nodes = [{"CPU": 7.0}, {"CPU": 7.0}]
+    assert concurrency(_group(2, cpus=4.0), nodes) == 1, "14 CPUs, but one worker of four a node"
+    assert concurrency(_group(1, cpus=4.0), nodes) == 2
+    assert concurrency(_group(1, cpus=8.0), nodes) == 0
+
+
+def test_gpus_bound_it_where_workers_ask_for_them() -> None:
+    nodes = [{"CPU": 64.0, "GPU": 8.0}] * 2 + [{"CPU": 64.0}]
+    assert concurrency(_group(8, gpus=1.0), nodes) == 2
+    assert concurrency(_group(16, gpus=1.0), nodes) == 1
+    assert concurrency(_group(17, gpus=1.0), nodes) == 0
+
+
+def test_the_processes_beside_the_workers_have_room_too() -> None:
+    assert concurrency(_group(1), [{"CPU": 2.0}]) == 1, "2 x 1.35 CPUs are more than 2"
+    assert concurrency(_group(1), [{"CPU": 2.7}]) == 2
+
+
+@given(st.integers(1, 6), st.sampled_from([0.5, 1.0, 2.0]), st.lists(st.integers(1, 16), min_size=1, max_size=4))
+def test_all_groups_that_are_let_in_fit_at_once(workers: int, cpus: float, sizes: list[int]) -> None:
+    group = _group(workers, cpus)
+    nodes = [{"CPU": float(size)} for size in sizes]
+    at_once = concurrency(group, nodes)
+    assert at_once * workers <= sum(int(size // cpus) for size in sizes)
+    assert at_once * (workers * cpus + group.beside) <= sum(sizes) + 1e-6
+
+
+@given(st.integers(1, 8), st.sampled_from([0.5, 1.0, 2.0]))
+def test_a_ray_that_is_started_here_holds_at_least_one_group(workers: int, cpus: float) -> None:
+    group = _group(workers, cpus)
+    assert concurrency(group, [{"CPU": float(group.logical_cpus)}]) >= 1

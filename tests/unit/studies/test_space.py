@@ -1,0 +1,99 @@
+"""From axes to points: how many there are, that they are different runs, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medim_ray.studies.space import Choices, Point, Range, SearchSpace, make_trial
+
+RECIPE = Path(__file__).parents[3] / "configs/debug/medim-vit_tiny-2w-z1.yaml"
+SPACE: dict[str, Any] = {
+    "masking.ratio": [0.25, 0.5],
+    "strategy": {"choices": {"uniform": ["masking.name=uniform", "masking.on=feature"], "KDM": ["masking.name=kdm"]}},
+    "seed": [0, 1, 2],
+}
+
+
+def test_the_grid_has_every_combination_once_and_each_is_another_run() -> None:
+    points = SearchSpace.parse(SPACE).grid()
+    trials = [make_trial(RECIPE, ["track.aim=false"], point, "/runs") for point in points]
+    assert len({trial.name for trial in trials}) == len(points) == 12
+    assert len({point.cell for point in points}) == 4
+    first = trials[0]
+    assert (first.config.masking.name, first.config.masking.ratio, first.config.seed) == ("uniform", 0.25, 0)
+    assert first.config.run.dir == f"/runs/{first.name}"
+
+
+def test_a_value_that_equals_the_recipe_is_the_run_of_the_recipe() -> None:
+    space = SearchSpace.parse({"masking.ratio": [0.5, 0.75]})
+    half, more = (make_trial(RECIPE, [], point, "/runs") for point in space.grid())
+    assert half.name == make_trial(RECIPE, [], Point({}, ()), "/runs").name != more.name
+
+
+def test_random_points_begin_with_those_of_a_shorter_list_and_take_every_seed() -> None:
+    space = SearchSpace.parse({"train.lr": {"loguniform": [1e-4, 1e-2]}, "text.depth": [1, 2], "seed": [3, 4]})
+    some, more = space.random(3, seed=7), space.random(5, seed=7)
+    assert more[: len(some)] == some and len(some) == 6
+    assert len({point.cell for point in more}) == 5
+    assert {point.values["seed"] for point in more} == {3, 4}
+    assert space.random(3, seed=8) != some
+
+
+@given(st.floats(0.0, 1.0, exclude_max=True), st.sampled_from(["uniform", "loguniform", "randint"]))
+def test_a_range_draws_within_its_ends(share: float, kind: Any) -> None:
+    axis = Range("train.lr", kind, 2.0, 9.0)
+    value = axis.at(share)
+    assert 2.0 - 1e-9 <= value <= 9.0 + 1e-9
+    assert kind != "randint" or isinstance(value, int)
+
+
+def test_whole_numbers_are_drawn_evenly() -> None:
+    axis = Range("train.steps", "randint", 1, 4)
+    drawn = [axis.at((i + 0.5) / 400) for i in range(400)]
+    assert [drawn.count(value) for value in (1, 2, 3, 4)] == [100] * 4
+
+
+def test_the_ends_of_ranges_are_among_what_is_checked() -> None:
+    space = SearchSpace.parse({"masking.ratio": {"uniform": [0.1, 1.5]}, "seed": [0, 1]})
+    assert len(list(space.corners())) == 4
+    with pytest.raises(ValueError, match=r"masking\.ratio"):
+        for point in space.corners():
+            make_trial(RECIPE, [], point, "/runs")
+
+
+def test_an_unknown_key_names_the_nearest() -> None:
+    (point,) = SearchSpace.parse({"masking.ration": [0.5]}).grid()
+    with pytest.raises(ValueError, match=r"masking.ration=0.5: .*unknown key.*masking.ratio"):
+        make_trial(RECIPE, [], point, "/runs")
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({}, "space is empty"),
+        ({"seed": []}, "at least one value"),
+        ({"seed": [1, 1]}, "stands twice"),
+        ({"seed": 3}, "give a list"),
+        ({"seed": {"normal": [0, 1]}}, "unknown kind 'normal'"),
+        ({"train.lr": {"loguniform": [0, 1]}}, "0 < low < high"),
+        ({"train.lr": {"uniform": [2, 1]}}, "low < high"),
+        ({"train.lr": {"uniform": ["a", 1]}}, "two numbers"),
+        ({"x": {"choices": {}}}, "at least one NAME"),
+        ({"x": {"choices": {"a": "masking.name=kdm"}}}, "a list of overrides"),
+    ],
+)
+def test_what_is_no_space_is_refused(space: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SearchSpace.parse(space)
+
+
+def test_a_grid_of_a_range_is_refused() -> None:
+    space = SearchSpace.parse({"train.lr": {"uniform": [0.1, 0.2]}, "seed": [0]})
+    assert isinstance(space.axes[1], Choices)
+    with pytest.raises(ValueError, match=r"space.train.lr is a range"):
+        space.grid()
