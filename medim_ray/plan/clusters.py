@@ -5,6 +5,7 @@ A number is either the name of an entry of constants.yaml, which has a source, o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,18 +54,19 @@ class ClusterConfig:
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
         for key, unit in (("intra_node", "GB/s of one GPU"), ("inter_node", "GB/s of a node"), ("storage", "GB/s")):
-            _positive(key, getattr(self, key), f"give {unit} above 0, or one of: {_names(key)}")
+            _positive(key, getattr(self, key), f"finite; give {unit} above 0, or one of: {_names(key)}")
         if self.price_per_gpu_hour is None:
             raise ValueError(
                 "price_per_gpu_hour is missing: give US dollars (0 for a machine of your own), or one of: "
                 f"{_names('price_per_gpu_hour')}"
             )
-        if not isinstance(self.price_per_gpu_hour, str) and not self.price_per_gpu_hour >= 0:
+        if not isinstance(self.price_per_gpu_hour, str) and not 0 <= self.price_per_gpu_hour < math.inf:
             raise ValueError(
                 f"price_per_gpu_hour={self.price_per_gpu_hour}: must be 0 or more; use 0 for a machine of your own"
             )
         _positive("mtbf_gpu_hours", self.mtbf_gpu_hours, "give hours above 0, or a name")
-        _positive("pue", self.pue, "a ratio of at least 1, such as 1.2")
+        if not isinstance(self.pue, str) and not 1 <= self.pue < math.inf:
+            raise ValueError(f"pue={self.pue}: must be at least 1, such as 1.2")
         if not isinstance(self.grid, str) and not self.grid >= 0:
             raise ValueError(f"grid={self.grid}: kilograms of CO2 a kWh, 0 or more")
         for key in ("peak_tflops", "memory_gb", "straggler_s"):
@@ -82,7 +84,7 @@ class ClusterConfig:
 
 
 def _positive(key: str, value: Given, fix: str) -> None:
-    if not isinstance(value, str) and not value > 0:
+    if not isinstance(value, str) and not (value > 0 and (value < math.inf or key == "mtbf_gpu_hours")):
         raise ValueError(f"{key}={value}: must be above 0; {fix}")
 
 
@@ -142,7 +144,12 @@ class Cluster:
 
 def load_cluster(file: str | Path, overrides: Sequence[str] = ()) -> Cluster:
     """The cluster of a YAML file with `key=value` overrides; ValueError names file, field and fix."""
-    return resolve(load(ClusterConfig, file, overrides))
+    if not Path(file).is_file():
+        raise ValueError(f"cluster={file}: there is no such file; give a YAML file like those of configs/clusters")
+    try:
+        return resolve(load(ClusterConfig, file, overrides))
+    except ValueError as error:
+        raise ValueError(f"cluster: {error}") from None
 
 
 def resolve(config: ClusterConfig) -> Cluster:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,16 +43,15 @@ def run_plan(
     fact = facts.fact_of(recipe_file, cluster_file) if recipe_file is not None else None
     check = facts.check(fact, config, cluster) if fact is not None and not overrides_of_run(overrides) else None
     comparison = layouts.compare(config, cluster) if compare else None
-    if html is not None:
-        page.write_page(plan, html, check, comparison)
+    place = page.write_page(plan, html, check, comparison) if html is not None else None
     if as_json:
-        print(json.dumps(as_tree(plan, check, comparison), indent=2))
+        print(json.dumps(_plain(as_tree(plan, check, comparison)), indent=2, allow_nan=False))
         return 0
     console = Console()
     for renderable in tables.render(plan, check, comparison):
         console.print(renderable)
-    if html is not None:
-        console.print(f"page: {html}")
+    if place is not None:
+        console.print(f"page: {place}", soft_wrap=True)
     return 0
 
 
@@ -69,6 +69,15 @@ def split_overrides(overrides: Sequence[str]) -> tuple[str, list[str], list[str]
 def overrides_of_run(overrides: Sequence[str]) -> bool:
     """Whether anything but the cluster file was given: then the run is no longer the fact's."""
     return any(not text.startswith("cluster=") for text in overrides)
+
+
+def _plain(value: Any) -> Any:
+    """The same tree with null for what is infinite (no failures, a run that never ends), which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_tree(plan: Plan, check: Check | None, comparison: Comparison | None) -> dict[str, Any]:
@@ -115,11 +124,11 @@ def as_tree(plan: Plan, check: Check | None, comparison: Comparison | None) -> d
             "simulated": g.simulated,
             "simulated_at_recipe_interval": g.recipe_simulated,
             "lost_to": {k: getattr(g.outcome, k) / g.outcome.wall for k in _LOST_TO},
-            "hours": plan.hours / g.simulated,
-            "cost": plan.bill.cost / g.simulated,
+            "hours": plan.hours_with_failures,
+            "cost": plan.bill.cost * plan.hours_with_failures / plan.hours,
         },
         "curve": [dataclasses.asdict(point) for point in curve(plan)],
-        "sources": [dataclasses.asdict(source) for source in plan.cluster.sources],
+        "sources": [dataclasses.asdict(source) for source in tables.sources(plan)],
     }
     if check is not None:
         tree["fact"] = {**dataclasses.asdict(check), "ratio": check.ratio, "sentences": check.sentences()}

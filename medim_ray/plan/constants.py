@@ -11,7 +11,7 @@ from typing import Any, get_args
 import yaml
 
 FILE = Path(__file__).with_name("constants.yaml")
-STATUSES = ("read", "recalled", "measured", "assumed", "calibrated")
+STATUSES = ("read", "measured", "assumed", "calibrated")
 Given = float | str
 
 
@@ -110,6 +110,19 @@ def gpu(name: str, field: str = "cluster.gpu") -> Gpu:
     entry = _entry("gpus", name, field)
     keys = ("peak_bf16", "peak_fp32", "memory_bytes", "memory_bandwidth", "watts")
     return Gpu(name=name, **{key: float(entry[key]) for key in keys})
+
+
+def gpu_numbers(name: str) -> list[Constant]:
+    """The numbers of a device kind one by one."""
+    entry = _entry("gpus", name, "cluster.gpu")
+    about = {key: str(entry[key]) for key in ("source", "date", "status")}
+    return [Constant(name=f"gpus.{name}.{key}", value=float(entry[key]), **about) for key in entry if key not in about]
+
+
+def assumptions(on_cpu: bool) -> list[Constant]:
+    """The entries of `assumptions` that matter on such devices: some are only of GPUs, some only of CPU cores."""
+    other = ("gpu_", "host_", "link_") if on_cpu else ("cpu_",)
+    return [constant("assumptions", name) for name in _tables()["assumptions"] if not name.startswith(other)]
 
 
 def code(name: str) -> Code:

@@ -19,6 +19,8 @@ from medim_ray.plan.constants import assumption
 from medim_ray.plan.workload import Workload
 
 DAY_S = 86_400.0
+# Losses and slow nodes after which a simulation ends although its run has not: too little is done.
+_MOST_EVENTS = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,8 @@ class Faults:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """Seconds of a simulated run by what they went to; work: the same run on a perfect cluster without checkpoints."""
+    """Seconds of a simulated run by what they went to; work: the same run on a perfect cluster without checkpoints, as
+    far as it came."""
 
     work: float
     wall: float = 0.0
@@ -122,7 +125,7 @@ def daly_goodput(interval: float, mtbf_s: float, save: float, restart: float) ->
     if math.isinf(mtbf_s):
         return interval / (interval + save) if math.isfinite(interval) else 1.0
     exponent = (interval + save) / mtbf_s
-    if exponent > 600.0:
+    if exponent + restart / mtbf_s > 600.0:
         return 0.0
     return interval / (mtbf_s * math.exp(restart / mtbf_s) * math.expm1(exponent))
 
@@ -132,8 +135,10 @@ def simulate(faults: Faults, work_s: float, interval_s: float, seed: int = 0) ->
     run = _Run(faults, Outcome(work=work_s), min(interval_s, work_s), np.random.default_rng(seed))
     environment = simpy.Environment()
     run.start(environment)
-    environment.run(until=run.process)
+    environment.run(until=run.process | run.hopeless)
     run.outcome.wall = environment.now
+    if run.process.is_alive:
+        run.outcome.work = run.saved
     return run.outcome
 
 
@@ -151,11 +156,14 @@ class _Run:
     done: float = 0.0  # work since
     saving: float = 0.0  # seconds of the checkpoint that is being written
     process: Any = None
+    hopeless: Any = None
+    num_events: int = 0
     _pending: list[str] = field(default_factory=list)
 
     def start(self, env: simpy.Environment) -> None:
         self.num_alive = self.faults.num_nodes
         self.process = env.process(self._train(env))
+        self.hopeless = env.event()
         for cause, rate in (("failure", self.faults.failure_rate), ("preemption", self.faults.preemption_rate)):
             if rate:
                 env.process(self._losses(env, cause, rate))
@@ -224,11 +232,11 @@ class _Run:
         """Account for lost and returned nodes, wait where the run is not elastic, restart. Returns what broke that."""
         self._account(env, causes)
         needed = 1 if self.faults.elastic else self.faults.num_nodes
-        started = env.now
         while self.num_alive < needed:
+            started = env.now
             yield from self._undisturbed(env, self.faults.replacement_s / 10.0)
+            self.outcome.waiting += env.now - started
             self._account(env, self._drain())
-        self.outcome.waiting += env.now - started
         end = env.now + self.faults.restart_s
         while env.now < end:
             started = env.now
@@ -246,7 +254,7 @@ class _Run:
             if cause == "join":
                 self.outcome.num_resizes += 1
                 self.num_alive += 1
-            else:
+            elif self.num_alive:  # no node, nothing to lose
                 self.outcome.num_losses += 1
                 self.num_alive -= 1
                 env.process(self._replacement(env))
@@ -266,6 +274,9 @@ class _Run:
         return causes
 
     def _tell(self, cause: str) -> None:
+        self.num_events += 1
+        if self.num_events == _MOST_EVENTS:
+            self.hopeless.succeed()
         if self.process.is_alive:
             self.process.interrupt(cause)
 

@@ -1,7 +1,7 @@
 """Bytes per device of a run, for each ZeRO stage, with and without activation checkpointing.
 
-The partitioning is that of the ZeRO paper (Rajbhandari et al. 2020, section 5); which copies exist besides is DeepSpeed
-0.19.8 as train/zero.py configures it. `train.zero: auto` is `lowest_stage`.
+The partitioning is that of the ZeRO paper (Rajbhandari et al. 2020, section 5); which copies exist besides, and when,
+is read from DeepSpeed 0.19.8, as train/zero.py configures it. `train.zero: auto` is `lowest_stage`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ MAX_LIVE_PARAMETERS = 1_000_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one device. optimizer: AdamW's moments and the float32 master copy; teacher: frozen parameters;
-    gathered: full parameters that stage 3 holds while it computes; buffers: gradient buckets; runtime: process."""
+    """Bytes of one device at its peak. optimizer: AdamW's moments and the float32 master copy; teacher: frozen
+    parameters; gathered: full parameters that stage 3 holds while it computes; buffers: what reducing gradients and the
+    optimizer's step take beside, the larger of the two; runtime: the process."""
 
     parameters: float
     gradients: float
@@ -48,39 +49,58 @@ def memory(
 ) -> Memory:
     """Memory of one of `num_gpus` devices at its peak in a step."""
     assert stage in STAGES
-    trained, size, share = float(work.num_trained), float(work.element_bytes), 1.0 / num_gpus
-    mixed = work.element_bytes == 2
-    parameters = trained * size * (share if stage == 3 else 1.0)
-    if stage == 0:
-        # bf16 at stage 0 is DeepSpeed's BF16_Optimizer: float32 gradients beside, master and moments partitioned.
-        gradients = trained * (size + 4.0) if mixed else 4.0 * trained
-        optimizer = 12.0 * trained * share if mixed else 8.0 * trained
+    trained, share = float(work.num_trained), 1.0 / num_gpus
+    # Without shards bf16 is autocast over float32 parameters, whose 16-bit copies live as long as the forward pass.
+    size = float(work.element_bytes) if stage else 4.0
+    casts = 2.0 * trained if stage == 0 and work.element_bytes == 2 else 0.0
+    activations, images = micro_batch * work.kept_bytes(checkpointed), micro_batch * work.image_bytes
+    reducing, stepping = _reducing(trained, size, stage, share, on_cpu), _stepping(trained, size, stage, share, on_cpu)
+    if on_cpu:
+        # What is freed in small pieces stays with the C library: activations, and the parameters as they were built,
+        # which the flat buffers of ZeRO replace and whose place the activations take over.
+        buffers = max(reducing, stepping) + (max(0.0, size * trained - activations) if stage in (1, 2) else 0.0)
     else:
-        gradients = trained * size * (1.0 if stage == 1 else share)
-        optimizer = 12.0 * trained * share
-    buckets = 0.0
-    if stage == 0 and num_gpus > 1:
-        buckets = size * min(trained, REDUCE_BUCKET)
-    elif stage > 0:
-        # The bucket, and the float32 gradients of the own share that the optimizer reads. A CPU backs only those pages
-        # of the bucket that are written, but its allocator keeps what the copied gradients leave behind.
-        used = size * min(trained, REDUCE_BUCKET)
-        buckets = (used * (2.0 if stage > 1 else 1.0) if on_cpu else size * REDUCE_BUCKET) + 4.0 * trained * share
-    gathered = 0.0
-    if stage == 3:
-        # Beside the own shard; measured on CPU, where a copy of that remains too.
-        gathered = size * min(trained, MAX_LIVE_PARAMETERS) * (1.0 if on_cpu else 1.0 - share)
+        buffers = max(reducing, stepping - activations - images)
     return Memory(
-        parameters=parameters,
-        gradients=gradients,
-        optimizer=optimizer,
+        parameters=trained * size * (share if stage == 3 else 1.0),
+        gradients=trained * size * (1.0 if stage < 2 else share),
+        optimizer=8.0 * trained if stage == 0 else 12.0 * trained * share,
         teacher=4.0 * work.num_frozen * (share if stage == 3 else 1.0),
-        gathered=gathered,
-        buffers=buckets,
-        activations=micro_batch * work.kept_bytes(checkpointed),
-        images=micro_batch * work.image_bytes,
-        runtime=assumption("cpu_runtime_bytes" if on_cpu else "gpu_runtime_bytes"),
+        gathered=size * min(trained, MAX_LIVE_PARAMETERS) if stage == 3 else casts,
+        buffers=max(buffers, 0.0),
+        activations=activations,
+        images=images,
+        runtime=_runtime(work, on_cpu),
     )
+
+
+def _runtime(work: Workload, on_cpu: bool) -> float:
+    if not on_cpu:
+        return assumption("gpu_runtime_bytes")
+    return assumption("cpu_runtime_bytes") + (assumption("cpu_text_runtime_bytes") if work.reads_text else 0.0)
+
+
+def _reducing(trained: float, size: float, stage: int, share: float, on_cpu: bool) -> float:
+    """Beside gradients and activations at the end of the backward pass: the bucket that gradients are gathered in (of a
+    fixed size; a CPU backs only those pages that are written), the flat copy that is reduced, the own share."""
+    flat = size * min(trained, REDUCE_BUCKET)
+    if stage == 0:
+        return flat
+    bucket = flat if on_cpu else size * REDUCE_BUCKET
+    if stage == 3:
+        return bucket + flat * (2.0 if on_cpu else 1.0)  # gloo reduces and scatters a further copy
+    return bucket + flat + (size * trained * share if stage == 1 else 0.0)
+
+
+def _stepping(trained: float, size: float, stage: int, share: float, on_cpu: bool) -> float:
+    """Beside gradients in the optimizer's step: the own share flat and in float32, and AdamW's temporaries, which on a
+    GPU are made for all tensors at once and on a CPU for one after the other (ZeRO's shard is one)."""
+    if stage == 0:
+        return 0.0 if on_cpu else 4.0 * trained
+    bucket = 0.0
+    if stage == 3:
+        bucket = size * min(trained, REDUCE_BUCKET) if on_cpu else size * REDUCE_BUCKET
+    return bucket + 4.0 * trained * share * (1.0 + (2.0 if on_cpu else 1.0))
 
 
 def memory_on(
@@ -105,9 +125,14 @@ def fits(cluster: Cluster, work: Workload, *, stage: int, num_gpus: int, micro_b
 
 def largest_micro_batch(cluster: Cluster, work: Workload, *, stage: int, num_gpus: int, checkpointed: bool) -> int:
     """Images per forward that a device can hold; 0 where not even one fits."""
-    empty = memory_on(cluster, work, stage=stage, num_gpus=num_gpus, micro_batch=0, checkpointed=checkpointed).total
-    per_image = work.kept_bytes(checkpointed) + work.image_bytes
-    return max(0, int((cluster.memory_bytes - empty) / per_image))
+    low, high = 0, int(cluster.memory_bytes / (work.kept_bytes(checkpointed) + work.image_bytes)) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(cluster, work, stage=stage, num_gpus=num_gpus, micro_batch=middle, checkpointed=checkpointed):
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def lowest_stage(cluster: Cluster, work: Workload, *, num_gpus: int, micro_batch: int) -> int | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import jinja2
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -16,6 +17,7 @@ from medim_ray.plan.compare import Comparison
 from medim_ray.plan.facts import Check
 from medim_ray.plan.planner import Plan, curve, interval_curve
 
+PAGE = "plan.html"
 _PARTS = ("parameters", "gradients", "optimizer", "teacher", "gathered", "buffers", "activations", "images", "runtime")
 
 _PAGE = jinja2.Template(
@@ -39,8 +41,9 @@ td,th{border:1px solid #ccc;padding:2px 8px;text-align:left}</style>
 )
 
 
-def write_page(plan: Plan, out: str | Path, check: Check | None, comparison: Comparison | None) -> None:
-    """Writes the page to `out`; it needs no other file."""
+def write_page(plan: Plan, out: str | Path, check: Check | None, comparison: Comparison | None) -> str:
+    """Writes the page to `out`, in a folder (such as a run's, whose report then links it) as plan.html; any fsspec URL.
+    Returns where it is; it needs no other file."""
     console = Console(file=io.StringIO(), width=140, no_color=True)
     for renderable in tables.render(plan, check, comparison):
         console.print(renderable)
@@ -53,7 +56,12 @@ def write_page(plan: Plan, out: str | Path, check: Check | None, comparison: Com
         figures=figures(plan),
         entries=constants.all_entries(),
     )
-    Path(out).write_text(page, encoding="utf-8")
+    fs, path = fsspec.core.url_to_fs(str(out))
+    place = f"{str(out).rstrip('/')}/{PAGE}" if fs.isdir(path) else str(out)
+    fs.makedirs(fs._parent(path), exist_ok=True)
+    with fsspec.open(place, "w", encoding="utf-8") as file:
+        file.write(page)
+    return place
 
 
 def figures(plan: Plan) -> list[tuple[str, str]]:

@@ -65,6 +65,11 @@ class Plan:
         return self.memory[self.setting.stage, False].total <= self.cluster.memory_bytes
 
     @property
+    def hours_with_failures(self) -> float:
+        """Wall time with failures; infinite where nodes are lost faster than the run comes forward."""
+        return self.hours / self.goodput.simulated if self.goodput.simulated else math.inf
+
+    @property
     def images_per_s(self) -> float:
         return self.setting.global_batch / self.step.total
 

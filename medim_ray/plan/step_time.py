@@ -87,10 +87,13 @@ def step_time(cluster: Cluster, work: Workload, setting: Setting, utilisation: f
 
 
 def _dispatch(cluster: Cluster, work: Workload, setting: Setting) -> float:
-    """Seconds of Python between operations, and of the copies in ZeRO's hooks, which a GPU's queue hides."""
+    """Seconds of Python between operations, of the copies in ZeRO's hooks, and of gathering and releasing each tensor
+    at stage 3; a GPU's queue hides them."""
     if not cluster.gpu.is_cpu:
         return 0.0
     hooks = work.num_trained * assumption("cpu_zero_s_per_parameter") if setting.stage else 0.0
+    if setting.stage == 3:
+        hooks += work.num_tensors * assumption("cpu_zero3_s_per_tensor")
     return setting.accumulation * (assumption("cpu_dispatch_s") + hooks)
 
 
@@ -118,7 +121,7 @@ def _communication(cluster: Cluster, work: Workload, setting: Setting) -> float:
     """Seconds of all collectives of one step."""
     if setting.num_gpus == 1:
         return 0.0
-    size = float(work.element_bytes)
+    size = float(work.element_bytes) if setting.stage else 4.0  # stage 0: autocast over float32 parameters
     gradients = work.num_trained * size
     parameters = work.num_trained * size
     teacher = 4.0 * work.num_frozen

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from medim_ray.plan import constants
 from medim_ray.plan.compare import Comparison
+from medim_ray.plan.constants import Constant
 from medim_ray.plan.facts import Check
 from medim_ray.plan.planner import Plan, curve
 
@@ -29,10 +33,24 @@ def render(plan: Plan, check: Check | None, comparison: Comparison | None) -> It
     yield Text(notes(plan), style="dim")
 
 
+def sources(plan: Plan) -> list[Constant]:
+    """Every number of constants.yaml that this plan used: the device's, the cluster's, and the assumptions."""
+    return [
+        *constants.gpu_numbers(plan.cluster.gpu.name),
+        *plan.cluster.sources,
+        *constants.assumptions(on_cpu=plan.cluster.gpu.is_cpu),
+    ]
+
+
+def _table(title: str, caption: str | None = None) -> Table:
+    """Narrow enough for 80 columns, so that no number is cut."""
+    return Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+
+
 def summary(plan: Plan) -> Table:
     """Time, money, the bottleneck and goodput."""
-    table = Table(title=f"{plan.cluster.title}: {plan.config.train.steps:,} steps of {plan.setting.global_batch:,}")
-    table.add_column("what")
+    table = _table(f"{plan.cluster.title}: {plan.config.train.steps:,} steps of {plan.setting.global_batch:,}")
+    table.add_column("what", no_wrap=True)
     table.add_column("value")
     g, s, t = plan.goodput, plan.setting, plan.step
     rows = [
@@ -69,7 +87,7 @@ def summary(plan: Plan) -> Table:
             f"{g.formula:.4f} by the formula, {g.simulated:.4f} simulated, "
             f"{g.recipe_simulated:.4f} at the recipe's interval",
         ),
-        ("time with failures", span(plan.hours / g.simulated)),
+        ("time with failures", _span_with_failures(plan)),
     ]
     for row in rows:
         table.add_row(*row)
@@ -83,6 +101,12 @@ def span(hours: float) -> str:
     return f"{hours:,.2f} h = {hours / 24:,.2f} days" if hours >= 24 else f"{hours:,.2f} h"
 
 
+def _span_with_failures(plan: Plan) -> str:
+    if math.isinf(plan.hours_with_failures):
+        return "never ends: nodes are lost faster than the run comes forward"
+    return span(plan.hours_with_failures)
+
+
 def _cores(plan: Plan) -> int:
     return plan.cluster.num_nodes_of(plan.setting.num_gpus) * plan.cluster.config.cores_per_node
 
@@ -90,8 +114,9 @@ def _cores(plan: Plan) -> int:
 def memory_table(plan: Plan) -> Table:
     """Gigabytes of one GPU by stage; "most": images that fit; "recomp.": with activation checkpointing."""
     micro = plan.setting.micro_batch
-    table = Table(
-        title=f"Memory of one GPU in GB at {micro} images; {plan.cluster.memory_bytes / 1e9:.1f} GB can be used"
+    table = _table(
+        f"Memory of one GPU in GB at {micro} images; {plan.cluster.memory_bytes / 1e9:.1f} GB can be used (!: more)",
+        caption="most: images that fit; recomp.: with activation checkpointing, and the images that then fit",
     )
     heads = ["ZeRO", "params", "grads", "optim.", "teacher", "other", "activ.", "total", "most"]
     for head in [*heads, "recomp.", "most"]:
@@ -118,12 +143,12 @@ def memory_table(plan: Plan) -> Table:
 
 
 def _fit(total: float, plan: Plan) -> str:
-    return f"{total / 1e9:.2f}" + ("" if total <= plan.cluster.memory_bytes else " too much")
+    return f"{total / 1e9:.2f}" + ("" if total <= plan.cluster.memory_bytes else " !")
 
 
 def curve_table(plan: Plan) -> Table:
     """Hours, cost and goodput against GPUs."""
-    table = Table(title="More or fewer GPUs (strong: the same global batch; weak: the same images a GPU, fewer steps)")
+    table = _table("More or fewer GPUs (strong: the same global batch; weak: the same images a GPU, fewer steps)")
     for head in ("GPUs", "scaling", "global batch", "hours", "USD", "goodput", "bound by"):
         table.add_column(head, justify="right")
     for p in curve(plan):
@@ -142,8 +167,8 @@ def curve_table(plan: Plan) -> Table:
 def comparison_table(comparison: Comparison) -> Table:
     """Layouts by time; those that fit come first."""
     ranked = sorted(comparison.rows, key=lambda row: (not row.fits, row.hours, row.stage))
-    table = Table(title=f"Layouts that fit first, by time ({min(len(ranked), _SHOWN_ROWS)} of {len(ranked)})")
-    for head in ("GPUs", "ZeRO", "micro-batch", "accumulation", "checkpointing", "GB", "fits", "hours", "USD", ""):
+    table = _table(f"Layouts that fit first, by time ({min(len(ranked), _SHOWN_ROWS)} of {len(ranked)})")
+    for head in ("GPUs", "ZeRO", "images", "accum.", "recomp.", "GB", "fits", "hours", "USD", ""):
         table.add_column(head, justify="right")
     for row in ranked[:_SHOWN_ROWS]:
         marks = [name for name in ("fastest", "cheapest") if row is getattr(comparison, name)]
@@ -167,6 +192,6 @@ def notes(plan: Plan) -> str:
     lines = [
         f"{source.name} = {source.value:g}: {source.source}"
         + (f" ({source.date}, {source.status})" if source.date else "")
-        for source in plan.cluster.sources
+        for source in sources(plan)
     ]
     return "Numbers used (all in medim_ray/plan/constants.yaml):\n  " + "\n  ".join(lines)

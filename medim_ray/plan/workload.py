@@ -33,16 +33,19 @@ class Workload:
     """One image of a run.
 
     passes: what is computed for it. num_trained, num_frozen: parameters with and without gradient (an EMA teacher);
-    frozen ones are float32. views: the crops that are cut for it. image_bytes: its pixels on the device.
-    stored_pixels: of the image in the shard; cut_pixels: source pixels under all crops.
+    frozen ones are float32; num_tensors: both. views: the crops that are cut for it. reads_text: a report belongs to
+    it. image_bytes: its pixels on the device. stored_pixels: of the image in the shard; cut_pixels: source pixels
+    under all crops.
     """
 
     name: str
     passes: tuple[Pass, ...]
     num_trained: int
     num_frozen: int
+    num_tensors: int
     element_bytes: int
     views: tuple[View, ...]
+    reads_text: bool
     image_bytes: float
     stored_pixels: float
     cut_pixels: float
@@ -85,8 +88,10 @@ def workload(config: RunConfig, code: Code) -> Workload:
         passes=tuple(_PASSES[name](config, module, code, element_bytes)),
         num_trained=sum(p.numel() for p in parameters if p.requires_grad),
         num_frozen=sum(p.numel() for p in parameters if not p.requires_grad),
+        num_tensors=len(parameters),
         element_bytes=element_bytes,
         views=views,
+        reads_text=OBJECTIVES[name].needs_text,
         image_bytes=4.0 * sum(v.num_crops * v.size**2 for v in views),
         stored_pixels=stored,
         cut_pixels=stored * sum(v.num_crops * _mean_area(config.crop, v) for v in views),

@@ -31,7 +31,7 @@ def as_json(capsys: pytest.CaptureFixture[str], *overrides: str, compare: bool =
 def test_json_has_the_promised_keys_and_nothing_else_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     tree = as_json(capsys)
     assert tree["hours"] > 0
-    assert tree["cost"] == pytest.approx(tree["hours"] * 64 * 3.673)
+    assert tree["cost"] == pytest.approx(tree["hours"] * 64 * 4.777)
     assert "compute" in tree["bottleneck"]
     assert set(tree["memory_bytes"]) == {"0", "1", "2", "3"}
     assert tree["memory_bytes"]["2"] < tree["memory_bytes"]["1"]
@@ -80,7 +80,7 @@ def test_compare_marks_the_fastest_and_the_cheapest(capsys: pytest.CaptureFixtur
 
 
 def test_the_table_and_the_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    out = tmp_path / "plan.html"
+    out = tmp_path / "new" / "page.html"
     assert run_plan(RAD_DINO, [CLUSTER], compare=True, html=out) == 0
     text = " ".join(capsys.readouterr().out.split())
     for part in ("bottleneck", "Memory of one GPU", "40 h for 100,000 iterations", "Daly"):
@@ -89,6 +89,8 @@ def test_the_table_and_the_page(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert page.count("<svg") == 4
     assert "NVIDIA A100 datasheet" in page
     assert "src=" not in page
+    assert run_plan(RAD_DINO, [CLUSTER], as_json=True, html=tmp_path) == 0
+    assert "<svg" in (tmp_path / "plan.html").read_text(encoding="utf-8")
 
 
 def test_plan_imports_neither_ray_nor_deepspeed() -> None:
@@ -112,6 +114,10 @@ def test_plan_imports_neither_ray_nor_deepspeed() -> None:
         ("cluster.inter_node=0", ["inter_node=0", "above 0", "ethernet_100g"]),
         ("cluster.intra_node=0", ["intra_node=0", "above 0", "nvlink3"]),
         ("cluster.storage=-1", ["storage=-1", "above 0"]),
+        ("cluster.inter_node=inf", ["inter_node=inf", "finite"]),
+        ("cluster.price_per_gpu_hour=inf", ["price_per_gpu_hour=inf", "0 or more"]),
+        ("cluster.pue=0.5", ["pue=0.5", "at least 1"]),
+        ("cluster=no/such.yaml", ["cluster is missing", "cluster=FILE once"]),
         ("cluster.num_nodes=8", ["train.num_workers=64", "32 GPUs", "cluster.num_nodes=16"]),
         ("cluster.num_nodes=0", ["num_nodes=0", "at least 1"]),
         ("cluster.straggler_slowdown=0.5", ["straggler_slowdown", "at least 1"]),
@@ -126,6 +132,23 @@ def test_bad_input_names_the_field_and_the_fix(override: str, expected: list[str
         run_plan(RAD_DINO, [CLUSTER, override], as_json=True)
     for part in expected:
         assert part in str(error.value)
+
+
+def test_a_cluster_file_that_is_not_there_or_has_another_key_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cluster=no/such\.yaml: there is no such file"):
+        run_plan(RAD_DINO, ["cluster=no/such.yaml"])
+    own = tmp_path / "own.yaml"
+    own.write_text((CLUSTERS / "rad_dino_public.yaml").read_text(encoding="utf-8") + "gpu_cost: 3\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"(?s)own\.yaml.*unknown key 'gpu_cost'"):
+        run_plan(RAD_DINO, [f"cluster={own}"])
+
+
+def test_json_stays_json_where_a_run_never_fails_or_never_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    calm = as_json(capsys, "cluster.mtbf_gpu_hours=inf")["goodput"]
+    assert calm["mtbf_hours"] is calm["interval_daly_s"] is None
+    assert calm["simulated"] > 0.99
+    storm = as_json(capsys, "cluster.preemptions_per_node_day=5000")["goodput"]
+    assert storm["hours"] is None or storm["hours"] > 1e4
 
 
 def test_a_batch_that_fits_nowhere_says_what_would_fit() -> None:

@@ -100,6 +100,16 @@ def test_stragglers_slow_the_run_by_their_share_of_the_time() -> None:
     assert goodput == pytest.approx(1 - share / 2, abs=0.01)
 
 
+def test_a_run_that_cannot_come_forward_is_given_up() -> None:
+    """Each of 16 nodes goes every 17 s, a restart takes 55 s: nothing is ever trained, and the simulation ends."""
+    storm = Faults(num_nodes=16, failure_rate=0.0, save_s=1.0, restart_s=55.0, preemption_rate=1 / 17)
+    outcome = simulate(storm, 100 * HOUR, HOUR)
+    assert outcome.goodput < 0.01
+    assert parts(outcome) == pytest.approx(outcome.wall)
+    assert outcome.restarting + outcome.waiting > 0.9 * outcome.wall
+    assert daly_goodput(60.0, 1.0, 1.0, 1e9) == 0.0
+
+
 def test_the_parts_of_an_outcome_add_up() -> None:
     faults = dataclasses.replace(
         DALY, num_nodes=4, elastic=True, replacement_s=600.0, preemption_rate=1e-5, straggler_rate=1e-5

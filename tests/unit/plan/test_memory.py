@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 import pytest
 from hypothesis import given, settings
@@ -21,14 +22,17 @@ WORK = Workload(
     passes=(),
     num_trained=1_000_000,
     num_frozen=0,
+    num_tensors=1,
     element_bytes=2,
     views=(),
+    reads_text=False,
     image_bytes=0.0,
     stored_pixels=1.0,
     cut_pixels=1.0,
 )
 
 
+@cache
 def real_work(*more: str) -> Workload:
     return workload(load(RunConfig, None, ["encoder.name=vit_small_patch16_224", *more]), resolve(GPUS).code)
 
@@ -44,7 +48,42 @@ def test_states_in_fp32_on_one_worker_are_sixteen_bytes_a_parameter() -> None:
     work = dataclasses.replace(WORK, passes=real_work().passes, element_bytes=4)
     need = memory(work, stage=0, num_gpus=1, micro_batch=1, checkpointed=False)
     assert need.states == 16e6
-    assert need.buffers == need.gathered == 0
+    assert need.buffers == 4e6  # the flat copy that is reduced
+    assert need.gathered == 0
+
+
+def test_bf16_without_shards_is_autocast_over_float32() -> None:
+    """train/zero.py: 4 bytes each for parameters, gradients and both moments, 2 for the 16-bit copies of a forward."""
+    work = dataclasses.replace(WORK, passes=real_work().passes)
+    need = memory(work, stage=0, num_gpus=8, micro_batch=1, checkpointed=False)
+    assert need.states == 16e6
+    assert need.gathered == 2e6
+
+
+def test_the_larger_of_two_moments_is_told() -> None:
+    """A large batch peaks in the backward pass; without one the optimizer's temporaries are what is left."""
+    work = dataclasses.replace(WORK, passes=real_work().passes, num_trained=10**9, element_bytes=4)
+    layout = {"stage": 1, "num_gpus": 8, "checkpointed": False}
+    few, many = (memory(work, micro_batch=b, **layout) for b in (1, 4000))  # type: ignore[arg-type]
+    assert many.activations > 1e10 > few.activations
+    assert few.buffers == many.buffers == 4 * (500e6 + 500e6) + 4e9 / 8  # bucket, its flat copy, the own share
+    alone = memory(work, stage=3, num_gpus=1, micro_batch=0, checkpointed=False)
+    assert alone.buffers == 4 * 500e6 + 2 * 4e9  # the bucket, the flat gradients and the square roots of the moments
+
+
+def test_a_cpu_keeps_what_was_freed_and_backs_only_what_is_written() -> None:
+    work = dataclasses.replace(WORK, passes=real_work().passes, element_bytes=4)
+    layout = {"stage": 2, "num_gpus": 1, "micro_batch": 0, "checkpointed": False}
+    gpu, cpu = (memory(work, on_cpu=on_cpu, **layout) for on_cpu in (False, True))  # type: ignore[arg-type]
+    assert gpu.buffers > 4 * 500e6 > cpu.buffers
+    assert cpu.buffers == 3 * 4e6 + 4e6  # flat gradients and two temporaries; the parameters as they were built
+
+
+def test_a_report_encoder_brings_its_library() -> None:
+    work = dataclasses.replace(WORK, passes=real_work().passes)
+    layout = {"stage": 0, "num_gpus": 1, "micro_batch": 0, "checkpointed": False, "on_cpu": True}
+    runtime = [memory(dataclasses.replace(work, reads_text=t), **layout).runtime for t in (False, True)]  # type: ignore[arg-type]
+    assert runtime[1] - runtime[0] == pytest.approx(65e6)
 
 
 def test_a_teacher_costs_four_bytes_and_is_shared_at_stage_three() -> None:

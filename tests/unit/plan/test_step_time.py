@@ -47,7 +47,7 @@ def test_a_ring_moves_its_volume_over_the_slowest_link(gpus: Cluster) -> None:
     assert ring_s(gpus, 16, 1e9, 3) - between == pytest.approx(3 * latency)
 
 
-@pytest.mark.parametrize(("stage", "volume"), [(0, 2.0), (1, 2.0), (2, 2.0)])
+@pytest.mark.parametrize(("stage", "volume"), [(0, 4.0), (1, 2.0), (2, 2.0)])
 def test_volumes_of_the_zero_paper(gpus: Cluster, work: Workload, setting: Setting, stage: int, volume: float) -> None:
     single = dataclasses.replace(setting, stage=stage)
     expected = ring_s(gpus, 16, volume * 2 * work.num_trained, 2)
@@ -57,7 +57,7 @@ def test_volumes_of_the_zero_paper(gpus: Cluster, work: Workload, setting: Setti
 def test_stage_two_reduces_at_every_forward_and_stage_one_once(gpus: Cluster, work: Workload, setting: Setting) -> None:
     split = dataclasses.replace(setting, micro_batch=8, accumulation=4)
     by_stage = [step_time(gpus, work, dataclasses.replace(split, stage=s)).communication for s in range(4)]
-    assert by_stage[0] == pytest.approx(by_stage[1])
+    assert by_stage[0] == pytest.approx(2 * by_stage[1], rel=0.05)  # float32 gradients
     assert by_stage[2] == pytest.approx(2.5 * by_stage[1], rel=0.05)
     assert by_stage[3] > by_stage[2]
 
@@ -84,8 +84,10 @@ def test_one_radiograph_costs_a_core_what_was_measured() -> None:
         passes=(),
         num_trained=1,
         num_frozen=0,
+        num_tensors=1,
         element_bytes=4,
         views=(),
+        reads_text=False,
         image_bytes=0,
         stored_pixels=512**2,
         cut_pixels=512**2 * (224 / 240) ** 2,
