@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     ingest = add("prepare", _prepare, "images and reports, anywhere, into shards", config=True)
     ingest.add_argument("--list-sources", action="store_true", help="the datasets and formats that can be read")
     add("pretrain", _pretrain, "train an encoder on shards; the same command resumes it", config=True)
-    add("probe", _probe, "frozen-feature probes of a run: run=PATH probe.labels=[view,sex]")
+    add("probe", _probe, "frozen-feature probes: run=PATH probe.labels=[view,sex]; or compare RUN_A RUN_B")
     sweep = add("sweep", _sweep, "search mask ratios, strategies, any option, against a probe", config=True)
     sweep.add_argument("--dry-run", action="store_true", help="check every point and list the trials; runs nothing")
     sweep.add_argument("--fields", action="store_true", help="list every option with type, default, meaning")
@@ -219,10 +219,23 @@ def _root_of(file: str | None) -> type[Any]:
 def _probe(args: argparse.Namespace) -> int:
     from medim_ray.probes.command import ProbeRoot, run_probe
 
+    if args.overrides[:1] == ["compare"]:
+        return _compare(args)
     if args.fields:
         return _fields(ProbeRoot)
     root = load(ProbeRoot, None, args.overrides)
     run_probe(root.run, root.probe)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from medim_ray.probes.compare import CompareRoot, run_compare
+
+    if args.fields:
+        return _fields(CompareRoot)
+    words = args.overrides[1:]
+    root = load(CompareRoot, None, [word for word in words if "=" in word])
+    run_compare([word for word in words if "=" not in word], root)
     return 0
 
 

@@ -43,10 +43,7 @@ class Estimate:
 
 def average(estimates: Sequence[Estimate]) -> Estimate:
     """Mean of several quantities of the same draws of patients; one that is undefined is left out, draw by draw."""
-    values = np.array([np.append(estimate.draws_R, estimate.value) for estimate in estimates])
-    valid = np.isfinite(values)
-    num, total = valid.sum(axis=0), np.where(valid, values, 0.0).sum(axis=0)
-    means = np.divide(total, num, out=np.full(len(num), np.nan), where=num > 0)
+    means = _mean_of_valid(np.array([np.append(estimate.draws_R, estimate.value) for estimate in estimates]))
     return Estimate(float(means[-1]), means[:-1])
 
 
@@ -104,6 +101,33 @@ def average_precision(scores_K: Floats, is_positive_K: NDArray[np.bool_], weight
     total_R, negatives_R = pos_RG.sum(axis=1), neg_RG.sum(axis=1)
     valid_R = (total_R > 0) & (negatives_R > 0)
     return np.divide((pos_RG * precision_RG).sum(axis=1), total_R, out=np.full(len(total_R), np.nan), where=valid_R)
+
+
+def macro(metric: Callable[..., Floats], scores_KC: Floats, y_K: NDArray[np.int64], weights_RK: Floats) -> Floats:
+    """The positive class of two; else the mean over the classes that a draw holds."""
+    num_classes = scores_KC.shape[1]
+    classes = (1,) if num_classes == 2 else range(num_classes)
+    values_CR = np.stack([metric(scores_KC[:, c], y_K == c, weights_RK) for c in classes])
+    return _mean_of_valid(values_CR)
+
+
+def _mean_of_valid(values_CR: Floats) -> Floats:
+    """[R] means over the first axis of what is defined; NaN where nothing is."""
+    valid_CR = np.isfinite(values_CR)
+    num_R = valid_CR.sum(axis=0)
+    total_R = np.where(valid_CR, values_CR, 0.0).sum(axis=0)
+    return np.divide(total_R, num_R, out=np.full(len(num_R), np.nan), where=num_R > 0)
+
+
+def f1_score(predicted_K: NDArray[np.int64], y_K: NDArray[np.int64], num_classes: int, weights_RK: Floats) -> Floats:
+    """[R] F1 of the positive class of two, else the mean over the classes that a draw holds; NaN: it holds none."""
+    values_CR = []
+    for c in (1,) if num_classes == 2 else range(num_classes):
+        hits_R = weights_RK @ ((predicted_K == c) & (y_K == c))
+        total_R = weights_RK @ (predicted_K == c).astype(np.float64) + weights_RK @ (y_K == c).astype(np.float64)
+        in_draw_R = weights_RK @ (y_K == c).astype(np.float64) > 0
+        values_CR.append(np.divide(2 * hits_R, total_R, out=np.full(len(total_R), np.nan), where=in_draw_R))
+    return _mean_of_valid(np.stack(values_CR))
 
 
 def mean(values_K: Floats, weights_RK: Floats) -> Floats:

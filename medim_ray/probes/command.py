@@ -1,43 +1,49 @@
-"""`medim-ray probe`: what a run's frozen encoder knows, beside the untrained one and raw pixels. Writes result.json.
+"""`medim-ray probe`: what a run's frozen encoder knows, beside the untrained one, raw pixels and others by name.
 
 Features and maps are made by Ray Data (features.py, localise.py), the probes of all labels and encoders are Ray tasks.
+What is written: results.py; what is printed: tables.py.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
 import ray
+from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 
 from medim_ray.config.loader import run_hash
 from medim_ray.config.schema import ProbeConfig
-from medim_ray.probes.bootstrap import average
-from medim_ray.probes.features import Features, extract, frozen_encoder, raw_pixels
-from medim_ray.probes.linear import (
-    ProbeScores,
-    Task,
-    check_protocol,
-    default_labels,
-    judged_patients,
-    make_task,
-    probe,
-)
+from medim_ray.probes.cache import FOLDER, FeatureCache
+from medim_ray.probes.classify import probe
+from medim_ray.probes.encoders import Encoders, open_encoders
+from medim_ray.probes.features import extract
 from medim_ray.probes.localise import Localisation, localise
+from medim_ray.probes.protocol import check_protocol, judged_patients
+from medim_ray.probes.regress import regress
+from medim_ray.probes.results import (
+    SCHEMA_VERSION,
+    AnyScores,
+    AnyTask,
+    label_results,
+    read_result,
+    write_result,
+    write_scores,
+)
+from medim_ray.probes.retrieve import retrieve
 from medim_ray.probes.rows import RowList, list_rows
-from medim_ray.train.build import build_crop
+from medim_ray.probes.segment import segment
+from medim_ray.probes.tables import print_result
+from medim_ray.probes.tasks import Task, default_labels, make_task
 from medim_ray.train.launch import ray_session
 from medim_ray.train.runs import LoadedRun, load_run
 
-RESULT = "result.json"
-SCHEMA_VERSION = 1
-ENCODERS = {"trained": "trained", "untrained": "untrained", "pixels": "raw pixels"}
+__all__ = ["ProbeRoot", "read_result", "run_probe"]
+
+_NOT_ASKED = "not asked for (probe.tasks)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,43 +59,73 @@ def run_probe(run_dir: str, config: ProbeConfig, console: Console | None = None)
 
     Joins the cluster of the run (run.ray_address), or the Ray that is running, or starts one.
 
-    ValueError: no run, no checkpoint, or a label named in `probe.labels` that can't be probed (see linear.make_task).
+    ValueError: no run, no checkpoint, or a label named in `probe.labels` that can't be probed (see tasks.make_task).
     Of labels that were not named, those that can't be probed are left out with a note.
     """
     console = console or Console()
-    runs = {"trained": load_run(run_dir), "untrained": load_run(run_dir, trained=False)}
-    run = runs["trained"]
+    run, untrained = load_run(run_dir), load_run(run_dir, trained=False)
     every = list_rows(run.shards)
     tasks, notes = _tasks(run, every, config)
     num_cpus = max(2, os.cpu_count() or 1)
     with ray_session(run.config.run.ray_address, num_cpus):
-        scores: dict[str, dict[str, ProbeScores]] = {}
+        encoders = open_encoders(run, untrained, config.encoders)
+        scores: dict[str, dict[str, AnyScores]] = {}
         if tasks:
             wanted = every.take(sorted({int(i) for task in tasks for i in task.rows_K}))
-            encoders = {name: frozen_encoder(loaded.objective.encoder) for name, loaded in runs.items()}
-            features = extract(
-                run.shards,
-                wanted,
-                build_crop(run.config),
-                {**encoders, "pixels": raw_pixels},
-                run.config.train.use_gpu,
-            )
-            console.print(
-                f"features of {len(wanted)} images by {len(features.features)} encoders: "
-                f"{features.images_per_s:.1f} images/s",
-                highlight=False,
-            )
-            scores = _probe_all(tasks, every, features, config)
-        localisation = localise(runs, config.num_bootstrap, config.seed)
-    result = _result(run, tasks, scores, notes, localisation, config)
+            cache = FeatureCache(config.cache or f"{run_dir.rstrip('/')}/{FOLDER}", run.shards.content_hash)
+            features, more = _features(run, wanted, encoders, cache, console)
+            notes += more
+            scores = _probe_all(tasks, every, wanted, features, config)
+        beyond = _beyond_labels(run, untrained, encoders, config)
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "run_hash": run_hash(run.config),
+        "data_hash": run.shards.content_hash,
+        "checkpoint": run.checkpoint,
+        "step": run.step,
+        "num_bootstrap": config.num_bootstrap,
+        "num_folds": config.num_folds,
+        "seed": config.seed,
+        **label_results(tasks, scores),
+        **beyond,
+        "not_available": dict(encoders.missing),
+        "notes": notes,
+    }
+    if tasks:
+        write_scores(run_dir, tasks, every, scores)
     write_result(run_dir, result)
     print_result(result, console)
     return result
 
 
-def _tasks(run: LoadedRun, rows: RowList, config: ProbeConfig) -> tuple[list[Task], list[str]]:
+def _beyond_labels(
+    run: LoadedRun, untrained: LoadedRun, encoders: Encoders, config: ProbeConfig
+) -> dict[str, dict[str, Any]]:
+    """`localisation`, `retrieval`, `zero_shot` and `segmentation` of result.json; a note in those not asked for."""
+    draws = (config.num_bootstrap, config.seed)
+    found: dict[str, dict[str, Any]] = {
+        "localisation": Localisation(
+            note=_NOT_ASKED, num_images=0, num_patients=0, estimates={}, left_out={}
+        ).to_json(),
+        "retrieval": {"note": _NOT_ASKED, "directions": {}},
+        "zero_shot": {"note": _NOT_ASKED, "labels": {}, "mean": None},
+        "segmentation": {"note": _NOT_ASKED, "targets": {}},
+    }
+    if "localise" in config.tasks:
+        found["localisation"] = localise({"trained": run, "untrained": untrained}, *draws).to_json()
+    if "retrieve" in config.tasks:
+        found |= retrieve(run, untrained, *draws)
+    if "segment" in config.tasks:
+        found["segmentation"] = segment(run.shards, encoders.sources, *draws, run.config.train.use_gpu)
+    return found
+
+
+def _tasks(run: LoadedRun, rows: RowList, config: ProbeConfig) -> tuple[list[AnyTask], list[str]]:
     """The tasks of the labels asked for, or of all labels that can be probed; notes on those left out."""
-    tasks, notes = [], []
+    tasks: list[AnyTask] = []
+    notes: list[str] = []
+    if "labels" not in config.tasks:
+        return tasks, notes
     for label in config.labels or default_labels(run.shards.manifest.labels):
         try:
             task = make_task(label, rows.labels, run.shards.url)
@@ -104,191 +140,66 @@ def _tasks(run: LoadedRun, rows: RowList, config: ProbeConfig) -> tuple[list[Tas
     return tasks, notes
 
 
-def _groups(task: Task, rows: RowList) -> tuple[list[str], list[str]]:
+def _groups(task: AnyTask, rows: RowList) -> tuple[list[str], list[str]]:
     """Patients and splits of the task's images."""
     return [rows.patient_ids[i] for i in task.rows_K], [rows.splits[i] for i in task.rows_K]
 
 
+def _features(
+    run: LoadedRun, rows: RowList, encoders: Encoders, cache: FeatureCache, console: Console
+) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    """Features of `rows` by every encoder, from the cache or by one pass over the images; notes."""
+    found = cache.find(encoders.sources, rows)
+    left = {name: source for name, source in encoders.sources.items() if name not in found}
+    told, notes = f"features of {len(rows)} images by {len(encoders.sources)} encoders", []
+    if left:
+        made = extract(run.shards, rows, left, run.config.train.use_gpu)
+        notes = cache.keep(left, rows, made.features)
+        told += f": {made.images_per_s:.1f} images/s"
+        found |= made.features
+    if len(left) < len(encoders.sources):
+        told += f", {len(encoders.sources) - len(left)} of them from the cache"
+    console.print(told, highlight=False)
+    return {name: found[name] for name in encoders.sources}, notes
+
+
 def _probe_all(
-    tasks: list[Task], rows: RowList, features: Features, config: ProbeConfig
-) -> dict[str, dict[str, ProbeScores]]:
-    """label -> encoder -> scores, one Ray task each."""
-    place = {image_id: i for i, image_id in enumerate(features.rows.image_ids)}
-    stored = {name: ray.put(values) for name, values in features.features.items()}
+    tasks: list[AnyTask], rows: RowList, wanted: RowList, features: Mapping[str, NDArray[Any]], config: ProbeConfig
+) -> dict[str, dict[str, AnyScores]]:
+    """label -> encoder -> scores, one Ray task each. `features` are those of `wanted`, tasks speak of `rows`."""
+    place = {image_id: i for i, image_id in enumerate(wanted.image_ids)}
+    stored = {name: ray.put(values) for name, values in features.items()}
     among = sorted({patient for task in tasks for patient in judged_patients(task, *_groups(task, rows))})
+    shared = ray.put(among)
     # "DEFAULT": in a trial of a sweep, not in the placement group of the trial, which has room for the trial alone
     remote = ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")(_probe_rows)
     pending = {
         (task.label, name): remote.remote(
-            task, stored[name], [place[rows.image_ids[i]] for i in task.rows_K], *_groups(task, rows), among, config
+            task, stored[name], [place[rows.image_ids[i]] for i in task.rows_K], *_groups(task, rows), shared, config
         )
         for task in tasks
-        for name in features.features
+        for name in features
     }
     done = dict(zip(pending, ray.get(list(pending.values())), strict=True))
-    return {task.label: {name: done[task.label, name] for name in features.features} for task in tasks}
+    return {task.label: {name: done[task.label, name] for name in features} for task in tasks}
 
 
 def _probe_rows(
-    task: Task,
+    task: AnyTask,
     features: Any,
     at: list[int],
     patient_ids: list[str],
     splits: list[str],
     among: list[str],
     config: ProbeConfig,
-) -> ProbeScores:
-    return probe(
-        task,
-        features[at],
-        patient_ids,
-        splits,
-        num_folds=config.num_folds,
-        num_bootstrap=config.num_bootstrap,
-        seed=config.seed,
-        among=among,
-    )
-
-
-def _result(
-    run: LoadedRun,
-    tasks: list[Task],
-    scores: Mapping[str, Mapping[str, ProbeScores]],
-    notes: list[str],
-    localisation: Localisation,
-    config: ProbeConfig,
-) -> dict[str, Any]:
-    """The content of result.json."""
-    labels = {}
-    for task in tasks:
-        of_task = scores[task.label]
-        trained, untrained = of_task["trained"], of_task["untrained"]
-        labels[task.label] = {
-            "classes": list(task.classes),
-            "counts": task.counts(),
-            "positive": task.classes[1] if len(task.classes) == 2 else None,
-            "num_images": trained.num_images,
-            "num_patients": trained.num_patients,
-            "protocol": trained.protocol,
-            "encoders": {name: {"auroc": s.auroc.to_json(), "auprc": s.auprc.to_json()} for name, s in of_task.items()},
-            "trained_minus_untrained": {
-                "auroc": trained.auroc.minus(untrained.auroc).to_json(),
-                "auprc": trained.auprc.minus(untrained.auprc).to_json(),
-            },
-        }
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "run_hash": run_hash(run.config),
-        "data_hash": run.shards.content_hash,
-        "checkpoint": run.checkpoint,
-        "step": run.step,
+) -> AnyScores:
+    options: dict[str, Any] = {
+        "num_folds": config.num_folds,
         "num_bootstrap": config.num_bootstrap,
         "seed": config.seed,
-        "labels": labels,
-        "mean": mean_over_labels(list(scores.values())),
-        "notes": notes,
-        "localisation": localisation.to_json(),
+        "among": among,
     }
-
-
-def mean_over_labels(scores: Sequence[Mapping[str, ProbeScores]]) -> dict[str, Any] | None:
-    """Each encoder's mean AUROC and AUPRC over the labels, from joint draws of patients; None without labels."""
-    if not scores:
-        return None
-    means = {
-        name: {metric: average([getattr(of_task[name], metric) for of_task in scores]) for metric in ("auroc", "auprc")}
-        for name in scores[0]
-    }
-    return {
-        "num_labels": len(scores),
-        "encoders": {name: {k: v.to_json() for k, v in metrics.items()} for name, metrics in means.items()},
-        "trained_minus_untrained": {k: v.minus(means["untrained"][k]).to_json() for k, v in means["trained"].items()},
-    }
-
-
-def write_result(run_dir: str, result: Mapping[str, Any]) -> None:
-    """RUN/result.json, whole or not at all."""
-    fs, root = fsspec.core.url_to_fs(run_dir)
-    target = f"{root.rstrip('/')}/{RESULT}"
-    fs.pipe_file(f"{target}.partial", (json.dumps(result, indent=1) + "\n").encode())
-    fs.mv(f"{target}.partial", target)
-
-
-def read_result(run_dir: str) -> dict[str, Any] | None:
-    """The content of RUN/result.json, None where the run was not probed."""
-    fs, root = fsspec.core.url_to_fs(run_dir)
-    path = f"{root.rstrip('/')}/{RESULT}"
-    if not fs.exists(path):
-        return None
-    result: dict[str, Any] = json.loads(fs.cat_file(path))
-    return result
-
-
-def print_result(result: Mapping[str, Any], console: Console) -> None:
-    """The probe table, the localisation table, warnings and notes."""
-    if result["labels"]:
-        console.print(_probe_table(result))
-        for label, facts in result["labels"].items():
-            counts = ", ".join(f"{name} {num}" for name, num in facts["counts"].items())
-            console.print(
-                f"{label}: {facts['num_images']} images of {facts['num_patients']} patients ({counts}); "
-                f"{facts['protocol']}",
-                highlight=False,
-            )
-    localisation = result["localisation"]
-    if localisation["strategies"]:
-        console.print(_localisation_table(localisation))
-    else:
-        console.print(f"localisation: {localisation['note']}", highlight=False)
-    for line in localisation["warnings"]:
-        console.print(f"[yellow]warning: {line}", highlight=False)
-    for note in result["notes"]:
-        console.print(note, highlight=False)
-
-
-def format_estimate(numbers: Mapping[str, float | None]) -> str:
-    """`0.72 [0.59, 0.83]`; a dash where undefined."""
-    value, low, high = (numbers[key] for key in ("value", "low", "high"))
-    if value is None:
-        return "-"
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]" if low is not None and high is not None else f"{value:.2f}"
-
-
-def _probe_table(result: Mapping[str, Any]) -> Table:
-    table = Table(title=f"Linear probes of {result['checkpoint']}: value [95 % interval over patients]")
-    table.add_column("label")
-    table.add_column("encoder")
-    table.add_column("AUROC", no_wrap=True)
-    table.add_column("AUPRC", no_wrap=True)
-    for label, facts in result["labels"].items():
-        name = f"{label} ({facts['positive']})" if facts["positive"] not in (None, "1") else label
-        for encoder, numbers in facts["encoders"].items():
-            last = encoder == list(facts["encoders"])[-1]
-            table.add_row(
-                name,
-                ENCODERS[encoder],
-                format_estimate(numbers["auroc"]),
-                format_estimate(numbers["auprc"]),
-                end_section=last,
-            )
-            name = ""
-    mean = result["mean"]
-    if mean["num_labels"] > 1:
-        for i, (encoder, numbers) in enumerate(mean["encoders"].items()):
-            name = "" if i else f"mean of {mean['num_labels']} labels"
-            table.add_row(name, ENCODERS[encoder], *(format_estimate(numbers[k]) for k in ("auroc", "auprc")))
-    return table
-
-
-def _localisation_table(localisation: Mapping[str, Any]) -> Table:
-    table = Table(
-        title=f"Word-to-patch maps on {localisation['num_images']} held-out images with truth (chance 0.50 and 1.00)",
-        caption="prior: anatomy of the mentions alone; both: trained x prior",
-    )
-    for heading in ("strategy", "map from", "map AUROC", f"lesion lift at ratio {localisation['ratio']}"):
-        table.add_column(heading, no_wrap=True)
-    for strategy, sources in localisation["strategies"].items():
-        for i, (source, metrics) in enumerate(sources.items()):
-            numbers = (format_estimate(metrics["map_auroc"]), format_estimate(metrics["lesion_lift"]))
-            table.add_row("" if i else strategy.upper(), source, *numbers, end_section=i == len(sources) - 1)
-    return table
+    if not isinstance(task, Task):
+        return regress(task, features[at], patient_ids, splits, **options)
+    options |= {"fractions": config.fractions, "num_draws": config.num_draws}
+    return probe(task, features[at], patient_ids, splits, **options)

@@ -1,37 +1,59 @@
 """Frozen features of images, by several encoders in one pass: Ray Data decodes and crops, a pool of actors encodes.
 
 Through the object store travel uint8 gray centre crops. A row group is one unit of work and is encoded in batches of
-its own, so features do not depend on the number of actors.
+its own, so features do not depend on the number of actors. What the encoders are: encoders.py.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
-import ray
-import torch
 from numpy.typing import NDArray
 
 from medim_ray.data.reader import VIEW, crop_views, decode_gray
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.transforms import Crop
-from medim_ray.models.vit import ImageEncoder
 from medim_ray.probes.rows import RowList, RowReader, work_items
-from medim_ray.probes.stream import item_of, pooled
+from medim_ray.probes.stream import Block, item_of, pooled
+from medim_ray.types import BOX
 
-PIXELS_SIDE = 32
 _BATCH = 32
+_PIXELS, _NOTES = "pixels/", "annotations/"
 
-Encode = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-"""[B, H, W] uint8 gray crops -> [B, d] features."""
-MakeEncode = Callable[[str], Encode]
-"""Builds an `Encode` on a device ("cpu", "cuda"); sent to the actors, so it must be picklable."""
+Annotate = Callable[[Sequence[Mapping[str, Any]], NDArray[np.float32], int], NDArray[Any]]
+"""Rows, their boxes_B4 (fractions of the stored image) and the crop's size -> one array, first axis B."""
+
+
+class Encoder(Protocol):
+    """A frozen encoder on a device."""
+
+    def features(self, pixels_BHW: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """[B, d] of uint8 gray crops."""
+        ...
+
+    def patches(self, pixels_BHW: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """[B, N, d'] of uint8 gray crops, patches of a square grid, row by row."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An encoder to build and the crop it wants.
+
+    make: from a device ("cpu", "cuda"); it is sent to the actors, so it must be picklable. crop_key: tells equal crops,
+    of which an image is cut only one. key: what the features are a function of, besides the images.
+    """
+
+    make: Callable[[str], Encoder]
+    crop: Crop
+    crop_key: str
+    key: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,79 +65,86 @@ class Features:
     images_per_s: float
 
 
-def raw_pixels(device: str) -> Encode:
-    """The crop averaged over areas down to 32 x 32, as [B, 1024] in [0, 1]."""
-
-    def encode(pixels_BHW: NDArray[np.uint8]) -> NDArray[np.float32]:
-        side = (PIXELS_SIDE, PIXELS_SIDE)
-        small = [cv2.resize(image_HW, side, interpolation=cv2.INTER_AREA) for image_HW in pixels_BHW]
-        return np.stack(small).reshape(len(small), -1).astype(np.float32) / np.float32(255.0)
-
-    return encode
-
-
-def frozen_encoder(encoder: ImageEncoder) -> MakeEncode:
-    """The encoder with its present weights, put into the object store once."""
-    weights = ray.put({name: tensor.detach().cpu() for name, tensor in encoder.state_dict().items()})
-    return partial(_load_encoder, encoder.config, weights)
-
-
-def _load_encoder(config: ImageEncoder.Config, weights: Any, device: str) -> Encode:
-    encoder = ImageEncoder(replace(config, init="random"))  # the weights come from the object store
-    encoder.load_state_dict(ray.get(weights))
-    encoder = encoder.float().eval().to(device)
-
-    @torch.no_grad()
-    def encode(pixels_BHW: NDArray[np.uint8]) -> NDArray[np.float32]:
-        images_B1HW = torch.from_numpy(np.ascontiguousarray(pixels_BHW)).to(device)[:, None].float() / 255.0
-        out = encoder(images_B1HW)
-        return torch.cat([out.global_BD, out.patches_BND.mean(dim=1)], dim=1).cpu().numpy()
-
-    return encode
-
-
-def extract(
-    shards: ShardSet, rows: RowList, crop: Crop, encoders: Mapping[str, MakeEncode], use_gpu: bool = False
-) -> Features:
+def extract(shards: ShardSet, rows: RowList, sources: Mapping[str, Source], use_gpu: bool = False) -> Features:
     """Features of `rows` by each encoder, float32, in the order of `rows`. Needs a running Ray.
 
-    The centre crop of the first view is encoded. use_gpu: one GPU an actor.
+    The centre crop of the first view is encoded; an image is decoded once. use_gpu: one GPU an actor.
     """
     found: dict[str, NDArray[np.float32]] = {}
     started = 0.0
-    decode = partial(_decode, reader=RowReader.of(shards, "image_id", "image"), crop=crop)
-    arguments = (dict(encoders), "cuda" if use_gpu else "cpu")
-    for block in pooled(work_items(rows), _EncodeActor, arguments, use_gpu, before=decode):
+    for block in encoded_blocks(shards, rows, sources, _EncodeActor, (), use_gpu):
         started = started or float(block["started"].min())
-        for name in encoders:
+        for name in sources:
             values = block[name]
             target = found.setdefault(name, np.empty((len(rows), values.shape[1]), dtype=np.float32))
             target[block["position"]] = values
     return Features(rows=rows, features=found, images_per_s=len(rows) / max(time.time() - started, 1e-9))
 
 
-def _decode(batch: dict[str, NDArray[Any]], reader: RowReader, crop: Crop) -> dict[str, NDArray[Any]]:
-    """Ray task: one work item to its centre crops."""
+def encoded_blocks(
+    shards: ShardSet,
+    rows: RowList,
+    sources: Mapping[str, Source],
+    actor: type,
+    more: tuple[Any, ...],
+    use_gpu: bool,
+    columns: Sequence[str] = (),
+    annotate: Annotate | None = None,
+) -> Iterator[Block]:
+    """What `actor(sources, device, *more)` makes of the blocks of `decode_crops`, in any order.
+
+    columns: of the shards, beside id and image, that `annotate` reads.
+    """
+    crops = {source.crop_key: source.crop for source in sources.values()}
+    decode = partial(
+        decode_crops, reader=RowReader.of(shards, "image_id", "image", *columns), crops=crops, annotate=annotate
+    )
+    arguments = (dict(sources), "cuda" if use_gpu else "cpu", *more)
+    return pooled(work_items(rows), actor, arguments, use_gpu, before=decode)
+
+
+def decode_crops(batch: Block, reader: RowReader, crops: Mapping[str, Crop], annotate: Annotate | None) -> Block:
+    """Ray task: one work item to the centre crops of its images, each with what `annotate` makes of it."""
     cv2.setNumThreads(1)
     item = item_of(batch)
-    images = [decode_gray(row["image"], row["image_id"]) for row in reader(item)]
-    plans = dict(crop.plan(np.array([image.shape for image in images]), None))
-    pixels = crop_views(images, crop, plans)[f"{VIEW}{crop.views[0].name}"]
-    return {"position": np.asarray(item["positions"], dtype=np.int64), "pixels": pixels[:, 0]}
+    rows = reader(item)
+    images = [decode_gray(row["image"], row["image_id"]) for row in rows]
+    out: Block = {
+        "position": np.asarray(item["positions"], dtype=np.int64),
+        "image_id": np.array([row["image_id"] for row in rows], dtype=object),
+    }
+    for key, crop in crops.items():
+        plans = dict(crop.plan(np.array([image.shape for image in images]), None))
+        columns = crop_views(images, crop, plans)
+        out[_PIXELS + key] = columns[f"{VIEW}{crop.views[0].name}"][:, 0]
+        if annotate is not None:
+            out[_NOTES + key] = annotate(rows, columns[BOX], crop.views[0].size)
+    return out
+
+
+def pixels_of(batch: Mapping[str, NDArray[Any]], source: Source) -> NDArray[np.uint8]:
+    """[B, H, W] the crops of a block that this encoder wants."""
+    return batch[_PIXELS + source.crop_key]
+
+
+def annotations_of(batch: Mapping[str, NDArray[Any]], source: Source) -> NDArray[Any]:
+    """[B, ...] what `annotate` made for the crops that this encoder wants."""
+    return batch[_NOTES + source.crop_key]
 
 
 class _EncodeActor:
     """One process of the encoding pool."""
 
-    def __init__(self, encoders: Mapping[str, MakeEncode], device: str) -> None:
-        self._encoders = {name: make(device) for name, make in encoders.items()}
+    def __init__(self, sources: Mapping[str, Source], device: str) -> None:
+        self._sources = sources
+        self._encoders = {name: source.make(device) for name, source in sources.items()}
         self._started = time.time()
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        pixels = batch["pixels"]
-        starts = range(0, len(pixels), _BATCH)
-        out = {
-            name: np.concatenate([encode(pixels[start : start + _BATCH]) for start in starts])
-            for name, encode in self._encoders.items()
-        }
-        return {"position": batch["position"], "started": np.full(len(pixels), self._started), **out}
+        num = len(batch["position"])
+        starts = range(0, num, _BATCH)
+        out = {}
+        for name, encoder in self._encoders.items():
+            pixels = pixels_of(batch, self._sources[name])
+            out[name] = np.concatenate([encoder.features(pixels[start : start + _BATCH]) for start in starts])
+        return {"position": batch["position"], "started": np.full(num, self._started), **out}

@@ -15,19 +15,14 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-import ray
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from medim_ray import types
-from medim_ray.config.loader import from_tree, to_tree
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.collate import to_batch
-from medim_ray.data.images import decode_mask
-from medim_ray.data.reader import ReportEncoder, TextRows
-from medim_ray.data.shards import ShardSet
-from medim_ray.data.transforms import cut
+from medim_ray.data.reader import TextRows
 from medim_ray.draws import Draws
 from medim_ray.masking.prior import patch_maps, places_of
 from medim_ray.masking.report import WORDS, ReportMasking
@@ -35,6 +30,7 @@ from medim_ray.masking.selection import select_hidden
 from medim_ray.objectives.losses import word_patch_attention
 from medim_ray.objectives.pixels import whole_images
 from medim_ray.probes.bootstrap import Estimate, auroc, bootstrap, mean
+from medim_ray.probes.models import StoredModels
 from medim_ray.probes.rows import (
     Columns,
     RowList,
@@ -46,7 +42,7 @@ from medim_ray.probes.rows import (
     work_items,
 )
 from medim_ray.probes.stream import item_of, pooled
-from medim_ray.train.build import build_crop, build_objective, open_tokenizer
+from medim_ray.probes.truth import crop_mask
 from medim_ray.train.runs import LoadedRun
 from medim_ray.types import Batch, Grid
 
@@ -136,9 +132,8 @@ def localise(runs: Mapping[str, LoadedRun], num_bootstrap: int, seed: int) -> Lo
     note, rows = _judged_rows(run)
     if note:
         return Localisation(note=note, num_images=0, num_patients=0, estimates={}, left_out={})
-    weights = {name: ray.put(_weights(loaded)) for name, loaded in runs.items()}
     columns = ("image_id", "image", "report", "truth")
-    arguments = (to_tree(run.config), weights, RowReader.of(run.shards, *columns))
+    arguments = (StoredModels.of(runs), RowReader.of(run.shards, *columns))
     blocks = list(pooled(work_items(rows), _Judge, arguments, run.config.train.use_gpu))
     merged = {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
     sources = (*runs, PRIOR, *([BOTH] if "trained" in runs else []))
@@ -158,11 +153,6 @@ def _judged_rows(run: LoadedRun) -> tuple[str, RowList]:
     if not len(held_out):
         return "no held-out image (split val or test) of these shards has ground truth", none
     return "", held_out
-
-
-def _weights(run: LoadedRun) -> dict[str, Tensor]:
-    assert isinstance(run.objective, torch.nn.Module)
-    return {name: tensor.detach().cpu() for name, tensor in run.objective.state_dict().items()}
 
 
 class ModelMaps:
@@ -193,27 +183,19 @@ class ModelMaps:
 class _Judge:
     """Actor: images of a work item to one row for each (image, source, strategy) it can judge."""
 
-    def __init__(self, tree: dict[str, Any], weights: Mapping[str, Any], reader: RowReader) -> None:
-        config = from_tree(RunConfig, tree)
-        shards = ShardSet.open(config.data.shards)
-        self._reader, self._crop = reader, build_crop(config)
-        self._reports = ReportEncoder(open_tokenizer(config, shards), config.text.num_tokens)
-        self._device = torch.device("cuda" if config.train.use_gpu else "cpu")
-        self._sources: dict[str, WordMaps] = {}
-        for name, ref in weights.items():
-            objective = build_objective(config, shards)
-            assert isinstance(objective, torch.nn.Module)
-            objective.load_state_dict(ray.get(ref))
-            self._grid = objective.encoder.grid
-            self._sources[name] = ModelMaps(objective.eval().to(self._device))
-        self._kdm = kdm_masking(config)
+    def __init__(self, stored: StoredModels, reader: RowReader) -> None:
+        self._models, self._reader = stored.open(), reader
+        self._sources: dict[str, WordMaps] = {name: ModelMaps(one) for name, one in self._models.objectives.items()}
+        self._grid = next(iter(self._models.objectives.values())).encoder.grid
+        self._kdm = kdm_masking(self._models.config)
 
     def __call__(self, block: Columns) -> Columns:
         item = item_of(block)
+        models = self._models
         rows = self._reader(item)
-        columns, text = centre_columns(rows, self._crop, self._reports)
-        batch = to_batch(columns, self._crop.views, self._device)
-        questions = _questions(rows, columns, text, self._kdm, self._grid, self._crop.views[0].size)
+        columns, text = centre_columns(rows, models.crop, models.reports)
+        batch = to_batch(columns, models.crop.views, models.device)
+        questions = _questions(rows, columns, text, self._kdm, self._grid, models.crop.views[0].size)
         out: list[tuple[int, str, str, float, float, str]] = []
         attentions = {source: maps(batch, text).float().cpu() for source, maps in self._sources.items()}
         for q in questions:
@@ -308,11 +290,6 @@ def mention_words(kdm: ReportMasking, columns: Columns, text: TextRows, grid: Gr
     samples, draws = centre_samples(columns, text, seed=0)
     words_BSW: NDArray[np.float32] = kdm.plan(samples, grid, draws)[WORDS]
     return words_BSW[:, 0]
-
-
-def crop_mask(encoded: bytes, box_4: NDArray[np.float32], size: int) -> NDArray[np.bool_]:
-    """[size, size] of a mask of the stored image, cut like the image."""
-    return cut(decode_mask(encoded).astype(np.uint8) * np.uint8(255), box_4, size) >= 128
 
 
 def patch_counts(masks: Sequence[NDArray[np.bool_]], grid: Grid) -> NDArray[np.int64]:

@@ -26,8 +26,9 @@ from medim_ray.masking.anatomy import AnatomyMasking
 from medim_ray.masking.base import Masks
 from medim_ray.masking.report import SENTENCE, ReportMasking
 from medim_ray.masking.uniform import UniformMasking
-from medim_ray.probes.localise import ModelMaps, crop_mask
+from medim_ray.probes.localise import ModelMaps
 from medim_ray.probes.rows import Columns, RowReader, centre_columns, centre_samples, list_rows, work_items
+from medim_ray.probes.truth import crop_mask
 from medim_ray.studies.figures import outline, squares
 from medim_ray.train.build import build_crop, build_masking, needs_text, open_tokenizer
 from medim_ray.train.runs import LoadedRun, load_run

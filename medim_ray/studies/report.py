@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 import medim_ray
 from medim_ray.config.schema import RunConfig, TrainConfig
 from medim_ray.data.shards import ShardSet
-from medim_ray.probes.command import ENCODERS, read_result
+from medim_ray.probes.command import read_result
+from medim_ray.probes.results import SCHEMA_VERSION
+from medim_ray.probes.tables import title
 from medim_ray.studies.figures import curve, interval_bar
 from medim_ray.studies.gallery import Gallery, make_gallery, templates
 from medim_ray.studies.origin import package_commit, this_machine
@@ -81,6 +83,8 @@ def write_report(run_dir: str, num_images: int = _NUM_IMAGES, text: bool = True)
     config = open_config(run_dir)
     records = read_metrics(run_dir)
     result = read_result(run_dir)
+    if result is not None and result["schema_version"] < SCHEMA_VERSION:
+        result = None  # of an older version, which judged less: to be probed again
     gallery, gallery_note = _gallery(run_dir, num_images, text)
     fs, root = fsspec.core.url_to_fs(run_dir)
     root = root.rstrip("/")
@@ -91,7 +95,7 @@ def write_report(run_dir: str, num_images: int = _NUM_IMAGES, text: bool = True)
         .render(
             head=_head(run_dir, config, config_text, records),
             result=result,
-            encoders=ENCODERS,
+            encoder_title=title,
             prevalence=_prevalence(result),
             protocols=sorted({task["protocol"] for task in result["labels"].values()}) if result else [],
             bar=interval_bar,

@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from rich.console import Console
+from sklearn.metrics import roc_auc_score
 
 from medim_ray.config.loader import load
 from medim_ray.config.schema import ProbeConfig, RunConfig
 from medim_ray.data.ingest import PrepareConfig, prepare
 from medim_ray.data.shards import ShardSet
 from medim_ray.probes.command import run_probe
-from medim_ray.probes.features import extract, frozen_encoder, raw_pixels
+from medim_ray.probes.encoders import open_encoders
+from medim_ray.probes.features import extract
+from medim_ray.probes.results import read_scores
 from medim_ray.probes.rows import RowReader, centre_columns, list_rows, work_items
 from medim_ray.studies.gallery import write_gallery
 from medim_ray.studies.report import write_report
@@ -52,11 +57,24 @@ def run_dir(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     return run
 
 
+def _tiny_dinov2(folder: Path) -> Path:
+    """A Hugging Face folder, as save_pretrained writes it."""
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    transformers.Dinov2Model(config).save_pretrained(folder / "tiny-dinov2")
+    return folder / "tiny-dinov2"
+
+
 @pytest.fixture(scope="module")
 def probed(run_dir: str) -> tuple[dict[str, Any], str]:
     """result.json's content and what was printed."""
     out = io.StringIO()
-    config = ProbeConfig(labels=("view", "sex", "cardiomegaly"), num_bootstrap=200, num_folds=3)
+    others = (f"hf:{_tiny_dinov2(Path(run_dir).parent)}", f"run:{run_dir}", "timm:vit_tiny_patch16_224", "hf:no/such")
+    config = ProbeConfig(
+        labels=("view", "sex", "cardiomegaly", "age"), num_bootstrap=200, num_folds=3, encoders=others, fractions=(0.1,)
+    )
     return run_probe(run_dir, config, console=Console(file=out, width=140)), out.getvalue()
 
 
@@ -67,8 +85,19 @@ def test_probe_stands_beside_untrained_and_pixels_with_intervals(
     assert json.loads(Path(run_dir, "result.json").read_text()) == result
     assert result["step"] == 2 and result["checkpoint"].startswith("step-00000002")
     assert list(result["labels"]) == ["view", "sex", "cardiomegaly"]
+    assert list(result["regression"]) == ["age"] and "predicting the mean" in printed
+    assert list(result["not_available"]) == ["timm:vit_tiny_patch16_224", "hf:no/such"]
+    assert "hf:no/such: not available here: " in printed and all(result["not_available"].values())
+    hub, same = (name for name in result["labels"]["view"]["encoders"] if ":" in name)
+    assert hub.startswith("hf:") and same == f"run:{run_dir}"
     for label, task in result["labels"].items():
-        assert list(task["encoders"]) == ["trained", "untrained", "pixels"]
+        assert list(task["encoders"]) == ["trained", "untrained", "pixels", hub, same]
+        assert task["encoders"][same] == task["encoders"]["trained"], "the same weights by another name"
+        assert task["trained_minus"][same]["auroc"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+        assert set(task["knn"]["encoders"]) == set(task["encoders"])
+        (share,) = task["fractions"]
+        assert share["fraction"] == 0.1 and share["num_images"] < 0.12 * NUM_IMAGES
+        assert len(share["draws"]["trained"]["auroc"]) == 3
         assert task["num_images"] == sum(task["counts"].values()) == NUM_IMAGES
         assert 30 < task["num_patients"] < NUM_IMAGES
         for numbers in task["encoders"].values():
@@ -82,6 +111,64 @@ def test_probe_stands_beside_untrained_and_pixels_with_intervals(
     assert result["mean"]["encoders"]["trained"]["auroc"]["value"] == pytest.approx(np.mean(of_labels))
     for numbers in result["mean"]["trained_minus_untrained"].values():
         assert numbers["low"] < numbers["value"] < numbers["high"]
+
+
+def test_scores_and_splits_are_published_and_a_second_probe_takes_features_from_the_cache(
+    run_dir: str, probed: tuple[dict[str, Any], str]
+) -> None:
+    result, _ = probed
+    table = read_scores(run_dir).to_pandas()
+    assert len(table) == 4 * 5 * NUM_IMAGES
+    own = table[(table["label"] == "cardiomegaly") & (table["encoder"] == "trained")]
+    scores, positive = np.stack(own["scores"])[:, 1], (own["class"] == "1").to_numpy()
+    expected = result["labels"]["cardiomegaly"]["encoders"]["trained"]["auroc"]["value"]
+    assert roc_auc_score(positive, scores) == pytest.approx(expected)
+    splits = pq.read_table(f"{run_dir}/probe_splits.parquet").to_pandas()
+    assert set(splits["part"]) == {"fold 0", "fold 1", "fold 2"} and len(splits) == 4 * NUM_IMAGES
+    assert splits.groupby(["label", "patient_id"])["part"].nunique().max() == 1
+    out = io.StringIO()
+    kept = {name: Path(run_dir, name).read_bytes() for name in ("result.json", "probe_scores.parquet")}
+    config = ProbeConfig(tasks=("labels",), labels=("cardiomegaly",), num_bootstrap=200, num_folds=3)
+    again = run_probe(run_dir, config, console=Console(file=out, width=140))
+    assert "by 3 encoders, 3 of them from the cache" in out.getvalue()
+    assert (
+        again["labels"]["cardiomegaly"]["encoders"]["trained"]
+        == (result["labels"]["cardiomegaly"]["encoders"]["trained"])
+    )
+    for name, content in kept.items():
+        Path(run_dir, name).write_bytes(content)
+
+
+def test_images_and_reports_find_each_other_as_well_as_chance_after_two_steps(
+    probed: tuple[dict[str, Any], str],
+) -> None:
+    result, printed = probed
+    found = result["retrieval"]
+    assert 30 < found["num_images"] < 0.6 * NUM_IMAGES and "raw pixels" in found["note"]
+    for facts in found["directions"].values():
+        assert list(facts["encoders"]) == ["trained", "untrained"]
+        for numbers in facts["encoders"].values():
+            recall = [numbers[f"recall_at_{k}"]["value"] for k in (1, 5, 10)]
+            assert recall == sorted(recall)
+            assert 0.4 < numbers["median_rank"]["value"] / facts["chance"]["median_rank"] < 1.6
+        assert 0.01 < facts["chance"]["recall_at_1"] < 0.1
+    assert "to report" in printed and "chance" in printed
+    zero_shot = result["zero_shot"]["labels"]
+    assert {"cardiomegaly", "effusion"} <= set(zero_shot) and "view" not in zero_shot
+    assert all(0.05 < facts["encoders"]["trained"]["auroc"]["value"] < 0.95 for facts in zero_shot.values())
+
+
+def test_patch_tokens_are_judged_on_the_pixels_of_held_out_lesions(probed: tuple[dict[str, Any], str]) -> None:
+    result, printed = probed
+    found = result["segmentation"]
+    facts = found["targets"]["any lesion"]
+    assert found["note"] == "" and facts["num_with"] + facts["num_without"] == found["num_images"]
+    assert len(facts["encoders"]) == 5 and facts["num_with"] > 15 < found["num_patients"]
+    for numbers in facts["encoders"].values():
+        assert 0.05 < numbers["dice"]["low"] < numbers["dice"]["value"] < numbers["dice"]["high"] < 0.8
+        assert numbers["dice_with_empty"]["value"] < 0.9
+    assert 0.02 < facts["whole_image"]["value"] < 0.4
+    assert "whole image" in printed and "any lesion" in printed
 
 
 def test_localisation_is_judged_on_held_out_truth(probed: tuple[dict[str, Any], str]) -> None:
@@ -107,8 +194,8 @@ def test_features_are_those_of_a_plain_forward_in_the_order_of_the_rows(run_dir:
     crop = build_crop(run.config)
     rows = list_rows(run.shards).where(lambda split, labels: split == "val" and labels["sex"] == "F")
     assert len(rows) > 5
-    encoders = {"trained": frozen_encoder(run.objective.encoder), "pixels": raw_pixels}
-    features = extract(run.shards, rows, crop, encoders).features
+    sources = open_encoders(run, load_run(run_dir, trained=False), ()).sources
+    features = extract(run.shards, rows, sources).features
     reader = RowReader.of(run.shards, "image_id", "image")
     for item in work_items(rows):
         stored = reader(item)
@@ -125,7 +212,7 @@ def test_features_are_those_of_a_plain_forward_in_the_order_of_the_rows(run_dir:
 
 @pytest.mark.parametrize(
     ("label", "message"),
-    [("vew", "did you mean 'view'"), ("age", "the linear probe classifies")],
+    [("vew", "did you mean 'view'"), ("agegroup", "choose among|did you mean")],
 )
 def test_a_label_that_cannot_be_probed_is_refused_before_any_work(run_dir: str, label: str, message: str) -> None:
     before = Path(run_dir, "result.json").exists()
@@ -183,6 +270,9 @@ def test_report_is_whole_and_self_contained(run_dir: str, probed: tuple[dict[str
     for expected in (
         "What the frozen encoder knows", "Do the maps find the lesions?", "Loss and its terms", "Throughput",
         "KDM map", "SDM hides", "anatomy hides", "uniform hides", "True lesions", "SDM sentence", "raw pixels",
+        "Nearest neighbours", "Fewer labels", "Numbers", "predicting the mean",
+        "Do images and reports find each other?", "Findings from sentences alone",
+        "Does a patch token know the lesion?", "is not available here",
         "num_prototypes: 64", "2 of 2 steps", "run_hash", "cardiomegaly", "view (AP)",
     ):  # fmt: skip
         assert expected in words, expected

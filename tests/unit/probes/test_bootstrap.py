@@ -9,8 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import f1_score as reference_f1
 
-from medim_ray.probes.bootstrap import Estimate, auroc, average, average_precision, bootstrap, mean, patient_weights
+from medim_ray.probes.bootstrap import (
+    Estimate,
+    auroc,
+    average,
+    average_precision,
+    bootstrap,
+    f1_score,
+    mean,
+    patient_weights,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -88,3 +98,16 @@ def test_an_average_leaves_out_what_is_undefined_draw_by_draw() -> None:
     found = average([Estimate(0.4, np.array([0.2, nan, nan])), Estimate(0.6, np.array([0.4, 0.5, nan]))])
     assert found.value == pytest.approx(0.5)
     np.testing.assert_allclose(found.draws_R, [0.3, 0.5, nan])
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_f1_equals_scikit_learns_with_weights(num_classes: int) -> None:
+    rng = np.random.default_rng(4)
+    y, predicted = rng.integers(0, num_classes, (2, 80))
+    weights = rng.integers(0, 3, (6, 80)).astype(float)
+    kind = "binary" if num_classes == 2 else "macro"
+    expected = [reference_f1(y, predicted, average=kind, sample_weight=row) for row in weights]
+    np.testing.assert_allclose(f1_score(predicted, y, num_classes, weights), expected, rtol=1e-9)
+    never = np.zeros(80, dtype=np.int64)
+    assert f1_score(never, y, 2, np.ones((1, 80)))[0] == 0.0, "the class is there and never predicted"
+    assert np.isnan(f1_score(predicted, never, 2, np.ones((1, 80)))[0]), "the class is not there"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from medim_ray.probes.bootstrap import Estimate
-from medim_ray.probes.localise import RATIO, Localisation, ModelMaps, crop_mask, judge_map, patch_counts
+from medim_ray.probes.localise import RATIO, Localisation, ModelMaps, judge_map, patch_counts
+from medim_ray.probes.truth import crop_mask
 from medim_ray.types import Grid
 
 GRID = Grid(14, 14)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from medim_ray.probes.linear import SMALL, Task, check_protocol, default_labels, make_task, probe
+from medim_ray.probes.classify import probe
+from medim_ray.probes.protocol import SMALL, check_protocol
+from medim_ray.probes.tasks import AGE_GROUP, NumberTask, Task, default_labels, make_task
 
 OPTIONS: dict[str, Any] = {"num_folds": 5, "num_bootstrap": 200, "seed": 0}
 
@@ -21,14 +23,20 @@ def _task(y: NDArray[np.int64], num_classes: int = 2) -> Task:
     return Task(label="x", classes=tuple("abcdef"[:num_classes]), rows_K=np.arange(len(y)), y_K=y)
 
 
+def _classes(label: str, labels: list[dict[str, str]]) -> Task:
+    task = make_task(label, labels, "shards")
+    assert isinstance(task, Task)
+    return task
+
+
 def test_view_is_pa_against_ap_and_supine_others_are_unlabelled() -> None:
-    task = make_task("view", _labels("view", ["PA", "AP Supine", "L", "", "AP", "PA"]), "shards")
+    task = _classes("view", _labels("view", ["PA", "AP Supine", "L", "", "AP", "PA"]))
     assert task.classes == ("PA", "AP")
     assert task.rows_K.tolist() == [0, 1, 4, 5] and task.y_K.tolist() == [0, 1, 1, 0]
 
 
 def test_numbers_are_ordered_by_value_and_few_of_them_are_classes() -> None:
-    task = make_task("grade", _labels("grade", ["10", "2", "10", "1"]), "shards")
+    task = _classes("grade", _labels("grade", ["10", "2", "10", "1"]))
     assert task.classes == ("1", "2", "10") and task.counts() == {"1": 1, "2": 1, "10": 2}
 
 
@@ -37,7 +45,6 @@ def test_numbers_are_ordered_by_value_and_few_of_them_are_classes() -> None:
     [
         ("sexx", ["M", "F"], ["no image of shards has a label 'sexx'", "did you mean 'sex'"]),
         ("sex", ["M", "M", ""], ["'sex' has only the value 'M'", "two classes"]),
-        ("age", [str(i) for i in range(30)], ["'age' is a number with 30 values", "classifies"]),
         ("view", ["PA", "L"], ["'view' has only the value 'PA'", "PA, AP and AP Supine are read"]),
     ],
 )
@@ -64,9 +71,21 @@ def test_a_split_without_a_class_is_refused() -> None:
         check_protocol(_task(y), [str(i) for i in range(SMALL)], splits.tolist(), num_folds=5)
 
 
-def test_default_labels_are_view_and_the_binary_ones() -> None:
-    counts = {"view": {"PA": 1}, "sex": {"M": 1, "F": 2}, "edema": {"0": 3, "1": 1}, "age": {"4": 1}, "tube": {"1": 2}}
+def test_many_numbers_are_a_measure_and_ages_make_groups() -> None:
+    labels = _labels("age", [*map(str, range(30, 75)), "", "unknown"])
+    with pytest.raises(ValueError, match="no image of shards has a label 'agegroup'"):
+        make_task("agegroup", labels, "shards")
+    groups = _classes(AGE_GROUP, labels)
+    assert groups.counts() == {"under 40": 10, "40 to 64": 25, "65 and over": 10} and len(groups.rows_K) == 45
+    task = make_task("age", labels[:45], "shards")
+    assert isinstance(task, NumberTask)
+    assert task.values_K.tolist() == [float(age) for age in range(30, 75)]
+
+
+def test_default_labels_are_view_the_binary_ones_and_measures() -> None:
+    counts = {"view": {"PA": 1}, "sex": {"M": 1, "F": 2}, "edema": {"0": 3, "1": 1}, "zone": {"4": 1}, "tube": {"1": 2}}
     assert default_labels(counts) == ("edema", "tube", "view")
+    assert default_labels({"age": {str(age): 1 for age in range(20, 40)}, "sex": {"M": 1}}) == ("age",)
 
 
 def test_folds_keep_patients_apart_so_that_an_identity_teaches_nothing() -> None:
@@ -112,6 +131,13 @@ def test_both_protocols_find_what_is_there_and_judge_the_right_images(num_classe
         low, high = scores.auroc.interval()
         assert 0.7 < low < scores.auroc.value < high < 0.98
         assert scores.auprc.value > 0.6
+        assert 1 / num_classes < scores.accuracy.interval()[0] < scores.accuracy.value < 0.95
+        assert 0.4 < scores.f1.value < 0.95
+        assert scores.scores_KC.shape == (scores.num_images, num_classes)
+        assert 0.6 < scores.knn["auroc"].interval()[0] < scores.knn["auroc"].value < scores.auroc.value + 0.05
+    assert set(by_split.parts) == {"train", "val", "test"}
+    assert set(out_of_fold.parts) == {f"fold {i}" for i in range(5)}
+    assert np.array(splits)[by_split.judged_K].tolist() == ["test"] * 200
 
 
 def test_a_probe_is_a_function_of_its_seed() -> None:

@@ -1,0 +1,221 @@
+"""What a probe of a run found, as the content of RUN/result.json, and its tables as files. Computes means, no metric.
+
+RUN/result.json; RUN/probe_scores.parquet: a row for each image judged, by label and encoder; RUN/probe_splits.parquet:
+where each labelled image stood (fold or split). Ids of patients are the keyed hashes of the shards.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medim_ray.probes.bootstrap import Estimate, average
+from medim_ray.probes.classify import ProbeScores
+from medim_ray.probes.regress import NumberScores
+from medim_ray.probes.rows import RowList
+from medim_ray.probes.tasks import NumberTask, Task
+
+RESULT = "result.json"
+SCHEMA_VERSION = 2
+SCORES, SPLITS = "probe_scores.parquet", "probe_splits.parquet"
+_SCORES_SCHEMA = pa.schema(
+    [
+        ("label", pa.string()),
+        ("encoder", pa.string()),
+        ("image_id", pa.string()),
+        ("patient_id", pa.string()),
+        ("class", pa.string()),  # of a number its value
+        ("scores", pa.list_(pa.float64())),  # one a class in the order of result.json, of a number the prediction
+    ]
+)
+
+AnyTask = Task | NumberTask
+AnyScores = ProbeScores | NumberScores
+
+
+def label_results(tasks: Sequence[AnyTask], scores: Mapping[str, Mapping[str, AnyScores]]) -> dict[str, Any]:
+    """`labels`, `mean` and `regression` of result.json."""
+    labels, numbers = {}, {}
+    classified = {}
+    for task in tasks:
+        of_task = scores[task.label]
+        if isinstance(task, Task):
+            classified[task.label] = {name: s for name, s in of_task.items() if isinstance(s, ProbeScores)}
+            labels[task.label] = _classification(task, classified[task.label])
+        else:
+            numbers[task.label] = _regression({n: s for n, s in of_task.items() if isinstance(s, NumberScores)})
+    return {"labels": labels, "mean": _mean_over_labels(list(classified.values())), "regression": numbers}
+
+
+def _classification(task: Task, scores: Mapping[str, ProbeScores]) -> dict[str, Any]:
+    trained = scores["trained"]
+    return {
+        "classes": list(task.classes),
+        "counts": task.counts(),
+        "positive": task.classes[1] if len(task.classes) == 2 else None,
+        "num_images": trained.num_images,
+        "num_patients": trained.num_patients,
+        "protocol": trained.protocol,
+        **compared({name: _linear(s) for name, s in scores.items()}),
+        "knn": compared({name: s.knn for name, s in scores.items()}),
+        "fractions": [_fraction(fraction, scores) for fraction in trained.shares],
+    }
+
+
+def _linear(scores: ProbeScores) -> dict[str, Estimate]:
+    return {"auroc": scores.auroc, "auprc": scores.auprc, "accuracy": scores.accuracy, "f1": scores.f1}
+
+
+def _fraction(fraction: float, scores: Mapping[str, ProbeScores]) -> dict[str, Any]:
+    share = scores["trained"].shares[fraction]
+    shares = {name: s.shares[fraction] for name, s in scores.items()}
+    return {
+        "fraction": fraction,
+        "num_draws": len(share.draws["auroc"]),
+        "num_images": share.num_images,
+        "num_patients": share.num_patients,
+        "note": share.note,
+        **compared({name: {"auroc": s.auroc, "auprc": s.auprc} for name, s in shares.items()}),
+        "draws": {
+            name: {k: [_number(value) for value in values] for k, values in s.draws.items()}
+            for name, s in shares.items()
+        },
+    }
+
+
+def _regression(scores: Mapping[str, NumberScores]) -> dict[str, Any]:
+    trained = scores["trained"]
+    return {
+        "num_images": trained.num_images,
+        "num_patients": trained.num_patients,
+        "protocol": trained.protocol,
+        **compared({name: s.metrics for name, s in scores.items()}),
+        "baseline": _json(trained.baseline),
+        "trained_minus_baseline": _minus(trained.metrics, trained.baseline),
+    }
+
+
+def _mean_over_labels(scores: Sequence[Mapping[str, ProbeScores]]) -> dict[str, Any] | None:
+    """Each encoder's mean over the labels, from joint draws of patients; None without labels."""
+    if not scores:
+        return None
+
+    first = scores[0]["trained"]
+
+    def means(of: Any) -> dict[str, Any]:
+        return compared(
+            {
+                name: {metric: average([of(of_task[name])[metric] for of_task in scores]) for metric in of(first)}
+                for name in scores[0]
+            }
+        )
+
+    return {
+        "num_labels": len(scores),
+        **means(_linear),
+        "knn": means(lambda s: s.knn),
+        "fractions": [
+            {
+                "fraction": fraction,
+                **means(lambda s, f=fraction: {"auroc": s.shares[f].auroc, "auprc": s.shares[f].auprc}),
+            }
+            for fraction in first.shares
+        ],
+    }
+
+
+def compared(metrics: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Any]:
+    """`encoders`, `trained_minus_untrained`, and `trained_minus` each of the other encoders."""
+    others = {name: _minus(metrics["trained"], values) for name, values in metrics.items() if name not in ("trained",)}
+    return {
+        "encoders": {name: _json(values) for name, values in metrics.items()},
+        "trained_minus_untrained": others.get("untrained"),
+        "trained_minus": others,
+    }
+
+
+def _json(metrics: Mapping[str, Estimate]) -> dict[str, Any]:
+    return {name: estimate.to_json() for name, estimate in metrics.items()}
+
+
+def _minus(metrics: Mapping[str, Estimate], other: Mapping[str, Estimate]) -> dict[str, Any]:
+    return {name: estimate.minus(other[name]).to_json() for name, estimate in metrics.items()}
+
+
+def _number(value: float) -> float | None:
+    return value if value == value else None
+
+
+# --- Files ---------------------------------------------------------------------------------------------------------
+
+
+def write_result(run_dir: str, result: Mapping[str, Any]) -> None:
+    """RUN/result.json, whole or not at all."""
+    _write(run_dir, RESULT, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def read_result(run_dir: str) -> dict[str, Any] | None:
+    """The content of RUN/result.json, None where the run was not probed."""
+    fs, root = fsspec.core.url_to_fs(run_dir)
+    path = f"{root.rstrip('/')}/{RESULT}"
+    if not fs.exists(path):
+        return None
+    result: dict[str, Any] = json.loads(fs.cat_file(path))
+    return result
+
+
+def write_scores(
+    run_dir: str, tasks: Sequence[AnyTask], rows: RowList, scores: Mapping[str, Mapping[str, AnyScores]]
+) -> None:
+    """RUN/probe_scores.parquet and RUN/probe_splits.parquet."""
+    judged, placed = [], []
+    for task in tasks:
+        ids = [rows.image_ids[i] for i in task.rows_K]
+        patients = [rows.patient_ids[i] for i in task.rows_K]
+        if isinstance(task, Task):
+            classes = [task.classes[y] for y in task.y_K]
+        else:
+            classes = [f"{value:g}" for value in task.values_K]
+        parts = next(iter(scores[task.label].values())).parts
+        placed.append(
+            pa.table(
+                {
+                    "label": [task.label] * len(ids),
+                    "image_id": ids,
+                    "patient_id": patients,
+                    "class": classes,
+                    "part": list(parts),
+                }
+            )
+        )
+        for name, found in scores[task.label].items():
+            values = found.scores_KC if isinstance(found, ProbeScores) else found.predicted_K[:, None]
+            columns: list[Any] = [[task.label] * len(values), [name] * len(values)]
+            columns += [[column[i] for i in found.judged_K] for column in (ids, patients, classes)]
+            judged.append(pa.table([*columns, values.tolist()], schema=_SCORES_SCHEMA))
+    for name, tables in ((SCORES, judged), (SPLITS, placed)):
+        buffer = io.BytesIO()
+        pq.write_table(pa.concat_tables(tables), buffer, compression="zstd")
+        _write(run_dir, name, buffer.getvalue())
+
+
+def read_scores(run_dir: str) -> pa.Table:
+    """The content of RUN/probe_scores.parquet; ValueError where the run was not probed."""
+    fs, root = fsspec.core.url_to_fs(run_dir)
+    path = f"{root.rstrip('/')}/{SCORES}"
+    if not fs.exists(path):
+        raise ValueError(f"{run_dir} has no {SCORES}: run `medim-ray probe run={run_dir}` first")
+    return pq.read_table(io.BytesIO(fs.cat_file(path)))
+
+
+def _write(run_dir: str, name: str, content: bytes) -> None:
+    fs, root = fsspec.core.url_to_fs(run_dir)
+    target = f"{root.rstrip('/')}/{name}"
+    fs.pipe_file(f"{target}.partial", content)
+    fs.mv(f"{target}.partial", target)

@@ -1,0 +1,253 @@
+"""Image-report retrieval both ways and zero-shot classification, for runs that train a text encoder on whole reports.
+
+Held-out images (val and test). A report of the same words counts as right, wherever it comes from; ties count half, so
+that a collapsed model is at chance. Zero-shot: cosine with sentences that tell a finding, less that with its denial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import gammaln
+
+from medim_ray import types
+from medim_ray.config.schema import RunConfig
+from medim_ray.data.collate import to_batch
+from medim_ray.data.reader import ReportEncoder, TextRows, text_rows
+from medim_ray.data.shards import ShardSet
+from medim_ray.objectives.pixels import whole_images
+from medim_ray.probes.bootstrap import Estimate, Floats, average, bootstrap, mean
+from medim_ray.probes.classify import METRICS, estimates
+from medim_ray.probes.models import StoredModels
+from medim_ray.probes.results import compared
+from medim_ray.probes.rows import Columns, RowList, RowReader, centre_columns, list_rows, work_items
+from medim_ray.probes.stream import item_of, pooled
+from medim_ray.probes.tasks import Task, default_labels, make_task
+from medim_ray.train.build import open_tokenizer
+from medim_ray.train.runs import LoadedRun
+
+KS = (1, 5, 10)
+HELD_OUT = ("val", "test")
+PRESENT = ("{}.", "There is {}.", "Findings are consistent with {}.")
+ABSENT = ("No {}.", "There is no {}.", "No evidence of {}.")
+_CHUNK = 1024  # queries at once
+_NO_REPORTS = "raw pixels have no report embedding"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """Unit vectors of held-out images and their reports, rows as `rows`; prompts: [label, 2, E], present and absent."""
+
+    images_KE: Floats
+    reports_KE: Floats
+    prompts_L2E: Floats
+
+
+def retrieve(run: LoadedRun, untrained: LoadedRun, num_bootstrap: int, seed: int) -> dict[str, Any]:
+    """`retrieval` and `zero_shot` of result.json. Needs a running Ray.
+
+    Where there is nothing to judge, `note` says why and `directions` and `labels` are empty.
+    """
+    note, rows, reports = _judged_rows(run)
+    labels = _findings(run, rows)
+    if note:
+        nothing: dict[str, Any] = {"note": note, "num_images": 0, "num_patients": 0}
+        return {"retrieval": {**nothing, "directions": {}}, "zero_shot": {**nothing, "labels": {}, "mean": None}}
+    embedded = _embed({"trained": run, "untrained": untrained}, rows, [task.label for task in labels])
+    facts = {"note": _NO_REPORTS, "num_images": len(rows), "num_patients": len(set(rows.patient_ids))}
+    return {
+        "retrieval": {**facts, "directions": _directions(embedded, rows, reports, num_bootstrap, seed)},
+        "zero_shot": {
+            **facts,
+            "prompts": {"present": list(PRESENT), "absent": list(ABSENT)},
+            **_zero_shot(embedded, labels, rows, num_bootstrap, seed),
+        },
+    }
+
+
+def _judged_rows(run: LoadedRun) -> tuple[str, RowList, list[str]]:
+    """Why there is nothing to judge or '', the held-out images with a report, and their reports."""
+    every = list_rows(run.shards)
+    none = every.take([])
+    if not hasattr(run.objective, "report_projection"):
+        return f"this run's objective ({type(run.objective).__name__}) embeds no reports: nothing to retrieve", none, []
+    reports = run.shards.read_rows(columns=["report"])["report"].to_pylist()
+    at = [i for i, split in enumerate(every.splits) if split in HELD_OUT and (reports[i] or "").strip()]
+    if len(at) < 2:
+        return "these shards have fewer than two held-out images (split val or test) with a report", none, []
+    return "", every.take(at), [reports[i] for i in at]
+
+
+def _findings(run: LoadedRun, rows: RowList) -> list[Task]:
+    """Every 0/1 label that has both values among the held-out images."""
+    tasks = []
+    for label in default_labels(run.shards.manifest.labels):
+        values = {row.get(label, "") for row in rows.labels} - {""}
+        if values == {"0", "1"}:
+            task = make_task(label, rows.labels, run.shards.url)
+            assert isinstance(task, Task)
+            tasks.append(task)
+    return tasks
+
+
+# --- Embeddings ----------------------------------------------------------------------------------------------------
+
+
+def _embed(runs: Mapping[str, LoadedRun], rows: RowList, labels: Sequence[str]) -> dict[str, Embedded]:
+    """By the name of the weights; images are decoded and reports encoded once."""
+    run = runs["trained"]
+    arguments = (StoredModels.of(runs), RowReader.of(run.shards, "image_id", "image", "report"))
+    blocks = list(pooled(work_items(rows), _Embedder, arguments, run.config.train.use_gpu))
+    order = np.argsort(np.concatenate([block["position"] for block in blocks]))
+
+    def in_order(key: str) -> Floats:
+        return np.concatenate([block[key] for block in blocks])[order].astype(np.float64)
+
+    return {
+        name: Embedded(
+            images_KE=in_order(f"images {name}"),
+            reports_KE=in_order(f"reports {name}"),
+            prompts_L2E=embed_prompts(loaded.objective, run.config, run.shards, labels),
+        )
+        for name, loaded in runs.items()
+    }
+
+
+class _Embedder:
+    """Actor: images and reports of a work item to their embeddings under each of the weights."""
+
+    def __init__(self, stored: StoredModels, reader: RowReader) -> None:
+        self._models, self._reader = stored.open(), reader
+
+    @torch.no_grad()
+    def __call__(self, block: Columns) -> Columns:
+        item = item_of(block)
+        models = self._models
+        columns, _ = centre_columns(self._reader(item), models.crop, models.reports)
+        batch = to_batch(columns, models.crop.views, models.device)
+        out: Columns = {"position": np.asarray(item["positions"], dtype=np.int64)}
+        for name, model in models.objectives.items():
+            images_BE = model.image_projection(model.encoder(whole_images(batch)).global_BD)
+            out[f"images {name}"] = images_BE.float().cpu().numpy()
+            out[f"reports {name}"] = report_embeddings(model, batch.columns).float().cpu().numpy()
+        return out
+
+
+def report_embeddings(objective: Any, columns: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[B, E] unit vectors of encoded reports."""
+    features = objective.text(columns[types.TOKEN_IDS], columns[types.TOKEN_IS_PAD], columns[types.WORD_OF_TOKEN])
+    vectors: torch.Tensor = objective.report_projection(features.global_BD)
+    return vectors
+
+
+@torch.no_grad()
+def embed_prompts(objective: Any, config: RunConfig, shards: ShardSet, labels: Sequence[str]) -> Floats:
+    """[label, 2, E]: the mean of the sentences that tell a label's finding, and of those that deny it."""
+    encoder = ReportEncoder(open_tokenizer(config, shards), config.text.num_tokens)
+    words = [template.format(said(label)) for label in labels for kind in (PRESENT, ABSENT) for template in kind]
+    if not words:
+        return np.zeros((0, 2, 1))
+    rows: TextRows = text_rows(encoder, words, words)
+    device = next(objective.parameters()).device
+    columns = {name: torch.from_numpy(np.ascontiguousarray(column)).to(device) for name, column in rows.columns.items()}
+    vectors = report_embeddings(objective, columns).double().cpu().numpy()
+    means = vectors.reshape(len(labels), 2, len(PRESENT), -1).mean(axis=2)
+    return np.asarray(means / np.maximum(np.linalg.norm(means, axis=2, keepdims=True), 1e-12))
+
+
+def said(label: str) -> str:
+    """A label's name as words of a sentence."""
+    return label.replace("_", " ").strip().lower()
+
+
+# --- Metrics -------------------------------------------------------------------------------------------------------
+
+
+def _directions(
+    embedded: Mapping[str, Embedded], rows: RowList, reports: Sequence[str], num_bootstrap: int, seed: int
+) -> dict[str, Any]:
+    text_K = np.unique([" ".join(report.split()) for report in reports], return_inverse=True)[1]
+    right_K = np.bincount(text_K)[text_K]
+    out = {}
+    for direction in ("image_to_report", "report_to_image"):
+        metrics = {}
+        for name, vectors in embedded.items():
+            pair = (vectors.images_KE, vectors.reports_KE)
+            ranks_K = best_ranks(*(pair if direction == "image_to_report" else pair[::-1]), text_K)
+            metrics[name] = _rank_metrics(ranks_K, rows.patient_ids, num_bootstrap, seed)
+        out[direction] = {**compared(metrics), "chance": chance(right_K, len(rows))}
+    return out
+
+
+def best_ranks(queries_KE: Floats, targets_KE: Floats, text_K: NDArray[np.int64]) -> Floats:
+    """[K] rank, from 1, of the best target with the query's own text; wrong targets that score alike count half."""
+    ranks = np.empty(len(queries_KE))
+    for first in range(0, len(queries_KE), _CHUNK):
+        scores_QK = np.round(queries_KE[first : first + _CHUNK] @ targets_KE.T, 6)
+        is_right_QK = text_K[first : first + _CHUNK, None] == text_K[None]
+        best_Q1 = np.where(is_right_QK, scores_QK, -np.inf).max(axis=1, keepdims=True)
+        above_Q = ((scores_QK > best_Q1) & ~is_right_QK).sum(axis=1)
+        alike_Q = ((scores_QK == best_Q1) & ~is_right_QK).sum(axis=1)
+        ranks[first : first + _CHUNK] = 1 + above_Q + 0.5 * alike_Q
+    return ranks
+
+
+def _rank_metrics(ranks_K: Floats, patients: Sequence[str], num_bootstrap: int, seed: int) -> dict[str, Estimate]:
+    found = {
+        f"recall_at_{k}": bootstrap(partial(mean, (ranks_K <= k).astype(np.float64)), patients, num_bootstrap, seed)
+        for k in KS
+    }
+    return {**found, "median_rank": bootstrap(partial(weighted_median, ranks_K), patients, num_bootstrap, seed)}
+
+
+def weighted_median(values_K: Floats, weights_RK: Floats) -> Floats:
+    """[R] the smallest value with half of the weight at or below it; NaN where a draw is empty."""
+    order = np.argsort(values_K, kind="stable")
+    below_RK = np.cumsum(weights_RK[:, order], axis=1)
+    total_R = below_RK[:, -1]
+    at_R = (below_RK < 0.5 * total_R[:, None]).sum(axis=1)
+    return np.where(total_R > 0, values_K[order][np.minimum(at_R, len(values_K) - 1)], np.nan)
+
+
+def chance(right_K: NDArray[np.int64], num: int) -> dict[str, float]:
+    """What a random order of `num` targets gives queries of which each has `right_K` right ones."""
+    found = {}
+    for k in KS:
+        # 1 - C(num - right, k) / C(num, k); nothing is missed where fewer than k are wrong
+        wrong = (num - right_K).astype(np.float64)
+        missed = gammaln(wrong + 1) - gammaln(np.maximum(wrong - k, 0) + 1) - gammaln(num + 1) + gammaln(num - k + 1)
+        found[f"recall_at_{k}"] = float(np.where(wrong >= k, 1 - np.exp(missed), 1.0).mean()) if num > k else 1.0
+    return {**found, "median_rank": float(np.median((num + 1) / (right_K + 1)))}
+
+
+def _zero_shot(
+    embedded: Mapping[str, Embedded], tasks: Sequence[Task], rows: RowList, num_bootstrap: int, seed: int
+) -> dict[str, Any]:
+    """`labels` and their `mean`, from joint draws of patients."""
+    among = sorted(set(rows.patient_ids))
+    labels, found = {}, []
+    for i, task in enumerate(tasks):
+        patients = [rows.patient_ids[k] for k in task.rows_K]
+        metrics = {}
+        for name, vectors in embedded.items():
+            present_E, absent_E = vectors.prompts_L2E[i]
+            scores_K = vectors.images_KE[task.rows_K] @ (present_E - absent_E)
+            scores_K2 = np.stack([-scores_K, scores_K], axis=1)
+            metrics[name] = estimates(scores_K2, task.y_K, patients, num_bootstrap, seed, among)
+        found.append(metrics)
+        labels[task.label] = {
+            "counts": task.counts(),
+            "num_images": len(task.rows_K),
+            "num_patients": len(set(patients)),
+            **compared(metrics),
+        }
+    means = {
+        name: {metric: average([metrics[name][metric] for metrics in found]) for metric in METRICS} for name in embedded
+    }
+    return {"labels": labels, "mean": compared(means) if found else None}

@@ -1,0 +1,330 @@
+"""Segmentation by a linear head on frozen patch tokens: Dice of lesions with pixel truth, beside raw gray patches.
+
+The head is a ridge regression of the share of a patch that the lesion covers; its map is enlarged bilinearly and cut at
+a threshold. Penalty and threshold are chosen on patients of the training split that the head is not fitted on; judged
+are the held-out images (val and test).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from medim_ray.data.shards import ShardSet
+from medim_ray.draws import Draws
+from medim_ray.probes.bootstrap import Estimate, Floats, bootstrap, mean
+from medim_ray.probes.features import Source, annotations_of, encoded_blocks, pixels_of
+from medim_ray.probes.results import compared
+from medim_ray.probes.rows import RowList, has_truth, list_rows
+from medim_ray.probes.truth import TARGETS, dice, enlarged, patch_shares, target_masks
+
+HELD_OUT = ("val", "test")
+MAX_IMAGES = 2000  # of the training split that the head sees
+MAX_CHOOSING = 64  # images that penalty and threshold are chosen on
+_NUM_PATCHES = 20_000  # that the head is fitted on
+_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # times the number of patches, on standardised tokens
+_NUM_THRESHOLDS = 24
+_TRUTH = (("truth",), target_masks)  # what encoded_blocks reads and makes beside the crops
+_BATCH = 32
+_WHOLE = "whole image"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """A linear head of one encoder for one target: share of a patch = (token - mean_D) @ weights_D + offset."""
+
+    weights_D: Floats
+    mean_D: Floats
+    offset: float
+    threshold: float
+
+    def __call__(self, tokens_BND: NDArray[np.floating[Any]]) -> Floats:
+        """[B, N] maps."""
+        found: Floats = (np.asarray(tokens_BND, dtype=np.float64) - self.mean_D) @ self.weights_D + self.offset
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentRows:
+    """The images of the probe: learned from and judged; chosen: ids of those of the former that a head is chosen on.
+
+    note: why there are none, or what was left out.
+    """
+
+    learned: RowList
+    chosen: frozenset[str]
+    judged: RowList
+    note: str
+
+
+def segment(
+    shards: ShardSet, sources: Mapping[str, Source], num_bootstrap: int, seed: int, use_gpu: bool = False
+) -> dict[str, Any]:
+    """`segmentation` of result.json. Needs a running Ray.
+
+    Where there is nothing to judge, `note` says why and `targets` is empty.
+    """
+    rows = segment_rows(shards, seed)
+    out: dict[str, Any] = {"note": rows.note, "num_images": 0, "num_patients": 0, "targets": {}}
+    if not len(rows.judged):
+        return out
+    heads, problems = _fit_heads(shards, sources, rows, seed, use_gpu)
+    found: dict[str, NDArray[Any]] = {}
+    for block in encoded_blocks(shards, rows.judged, sources, _JudgeActor, (heads,), use_gpu, *_TRUTH):
+        for key, values in block.items():
+            found.setdefault(key, np.zeros(len(rows.judged), dtype=values.dtype))[block["position"]] = values
+    judge = partial(_judged, patients=rows.judged.patient_ids, num_bootstrap=num_bootstrap, seed=seed)
+    out |= {"num_images": len(rows.judged), "num_patients": len(set(rows.judged.patient_ids))}
+    for target in TARGETS:
+        empty_K = found[f"empty {target}"]
+        problem = problems.get(target) or ("no held-out image shows it" if empty_K.all() else "")
+        judged = {"encoders": {}} if problem else {
+            **compared({name: judge(found[f"{name} {target}"], empty_K) for name in sources}),
+            "whole_image": judge(found[f"{_WHOLE} {target}"], empty_K)["dice"].to_json(),
+            "thresholds": {name: heads[name][target].threshold for name in sources},
+        }  # fmt: skip
+        num_empty = int(empty_K.sum())
+        facts = {"note": problem, "num_with": len(empty_K) - num_empty, "num_without": num_empty}
+        out["targets"][target] = {**facts, **judged}
+    return out
+
+
+def _judged(
+    dice_K: Floats, empty_K: NDArray[np.bool_], patients: Sequence[str], num_bootstrap: int, seed: int
+) -> dict[str, Estimate]:
+    """dice: over images with the lesion; dice_with_empty: over all, an empty map of an image without it counts 1."""
+    among = sorted(set(patients))
+    with_K = np.flatnonzero(~empty_K).tolist()
+    own = [patients[i] for i in with_K]
+    return {
+        "dice": bootstrap(partial(mean, dice_K[with_K]), own, num_bootstrap, seed, among),
+        "dice_with_empty": bootstrap(partial(mean, dice_K), patients, num_bootstrap, seed, among),
+    }
+
+
+# --- Rows ------------------------------------------------------------------------------------------------
+
+
+def segment_rows(shards: ShardSet, seed: int) -> SegmentRows:
+    """Images of the sources that have pixel truth; there, an image without lesions is one that has none.
+
+    A fifth of the patients of train, at most MAX_CHOOSING images, is chosen on.
+    """
+    every = list_rows(shards)
+    known = has_truth(shards)
+    sources = {every.sources[i] for i in np.flatnonzero(known)}
+    at = [i for i, source in enumerate(every.sources) if source in sources]
+    train = [i for i in at if every.splits[i] == "train"]
+    order = Draws.of(seed, np.zeros(len(train), dtype=np.int64), [every.patient_ids[i] for i in train])
+    of_patient = order.uniform("probe/segment", 1)[:, 0] if train else np.zeros(0)
+    chosen = [i for i, draw in zip(train, of_patient, strict=True) if draw < 0.2]
+    fitted = [i for i, draw in zip(train, of_patient, strict=True) if draw >= 0.2]
+    judged = [i for i in at if every.splits[i] in HELD_OUT]
+    note = ""
+    if not at:
+        note = "no ground truth in these shards"
+    elif not judged or not chosen or not fitted:
+        note = "too few images with ground truth in the splits train, val and test"
+        judged = []
+    elif len(fitted) > MAX_IMAGES:
+        note = f"the head is fitted on {MAX_IMAGES} of {len(fitted)} training images"
+    chosen = _spread(chosen, MAX_CHOOSING)
+    return SegmentRows(
+        learned=every.take(sorted([*_spread(fitted, MAX_IMAGES), *chosen])),
+        chosen=frozenset(every.image_ids[i] for i in chosen),
+        judged=every.take(judged),
+        note=note,
+    )
+
+
+def _spread(at: Sequence[int], most: int) -> list[int]:
+    """At most `most` of them, evenly spread over the shards."""
+    if len(at) <= most:
+        return list(at)
+    return [at[i] for i in np.linspace(0, len(at) - 1, most).round().astype(int)]
+
+
+# --- Fitting -------------------------------------------------------------------------------------------------------
+
+
+def _fit_heads(
+    shards: ShardSet, sources: Mapping[str, Source], rows: SegmentRows, seed: int, use_gpu: bool
+) -> tuple[dict[str, dict[str, Head]], dict[str, str]]:
+    """encoder -> target -> head, and target -> why it has none."""
+    learned = _learned(shards, sources, rows, seed, use_gpu)
+    remote = ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")(fit_head)  # as in command.py
+    pending = {}
+    problems: dict[str, str] = {}
+    for name, learn in learned.items():
+        ref = ray.put(learn)
+        for t, target in enumerate(TARGETS):
+            if not learn.shares_PT[:, t].any():
+                problems[target] = "no training image shows it"
+            elif not any(masks[t].any() for _, masks in learn.chosen):
+                problems[target] = "no training image that the threshold is chosen on shows it"
+            else:
+                pending[name, target] = remote.remote(ref, t)
+    heads: dict[str, dict[str, Head]] = {name: {} for name in sources}
+    for (name, target), head in zip(pending, ray.get(list(pending.values())), strict=True):
+        heads[name][target] = head
+    return heads, problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learn:
+    """What the heads of one encoder learn from: patches [P, D] with the share of each target, and for the choice of
+    penalty and threshold whole images, tokens [N, D] and masks [targets, H, W]."""
+
+    tokens_PD: NDArray[Any]
+    shares_PT: NDArray[Any]
+    chosen: Sequence[tuple[NDArray[Any], NDArray[Any]]]
+
+
+def _learned(
+    shards: ShardSet, sources: Mapping[str, Source], rows: SegmentRows, seed: int, use_gpu: bool
+) -> dict[str, Learn]:
+    """By encoder, in the order of the shards, so that a fit is a function of the images."""
+    chosen = rows.chosen
+    num_a_row = max(4, _NUM_PATCHES // (len(rows.learned) - len(chosen)))
+    arguments = (num_a_row, seed, chosen)
+    blocks = list(encoded_blocks(shards, rows.learned, sources, _LearnActor, arguments, use_gpu, *_TRUTH))
+    images = [
+        {key: values[i] for key, values in block.items()} for block in blocks for i in range(len(block["position"]))
+    ]
+    images.sort(key=lambda image: int(image["position"]))
+    fitted = [image for image in images if image["image_id"] not in chosen]
+    return {
+        name: Learn(
+            tokens_PD=np.concatenate([image[f"tokens {name}"] for image in fitted]),
+            shares_PT=np.concatenate([image[f"shares {name}"] for image in fitted]),
+            chosen=[
+                (image[f"tokens {name}"], image[f"masks {name}"]) for image in images if image["image_id"] in chosen
+            ],
+        )
+        for name in sources
+    }
+
+
+def fit_head(learn: Learn, target: int) -> Head:
+    """The head whose penalty and threshold give the best mean Dice over the chosen images with the lesion."""
+    tokens_PD, share_P = learn.tokens_PD.astype(np.float64), learn.shares_PT[:, target].astype(np.float64)
+    mean_D, spread_D = tokens_PD.mean(axis=0), tokens_PD.std(axis=0)
+    scale_D = np.where(spread_D > 1e-9, spread_D, 1.0)
+    standard_PD = (tokens_PD - mean_D) / scale_D
+    gram_DD = standard_PD.T @ standard_PD
+    product_D = standard_PD.T @ (share_P - share_P.mean())
+    best: tuple[float, Head] | None = None
+    for penalty in _PENALTIES[::-1]:  # of equals the strongest
+        weights_D = np.linalg.solve(gram_DD + penalty * len(share_P) * np.eye(len(gram_DD)), product_D) / scale_D
+        head = Head(weights_D=weights_D, mean_D=mean_D, offset=float(share_P.mean()), threshold=0.0)
+        threshold, value = _best_threshold(head, learn, target)
+        if best is None or value > best[0]:
+            best = value, Head(weights_D=weights_D, mean_D=mean_D, offset=head.offset, threshold=threshold)
+    assert best is not None
+    return best[1]
+
+
+def _best_threshold(head: Head, learn: Learn, target: int) -> tuple[float, float]:
+    """The threshold with the best mean Dice over the chosen images with the lesion, and that Dice."""
+    pairs = [
+        (enlarged(head(tokens_ND), masks.shape[-1]), masks[target])
+        for tokens_ND, masks in learn.chosen
+        if masks[target].any()
+    ]
+    values = np.concatenate([found[mask] for found, mask in pairs])
+    tried = np.unique(np.quantile(values, np.linspace(0.02, 0.98, _NUM_THRESHOLDS)))
+    means = [float(np.mean([dice(found >= cut_at, mask) for found, mask in pairs])) for cut_at in tried]
+    return float(tried[int(np.argmax(means))]), max(means)
+
+
+# --- Actors --------------------------------------------------------------------------------------------------------
+
+
+class _Tokens:
+    """One process of the pool: tokens and target masks of a block, for each encoder."""
+
+    def __init__(self, sources: Mapping[str, Source], device: str) -> None:
+        self._sources = sources
+        self._encoders = {name: source.make(device) for name, source in sources.items()}
+
+    def _of(self, name: str, batch: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """[B, N, D] tokens and [B, targets, H, W] masks."""
+        source = self._sources[name]
+        pixels = pixels_of(batch, source)
+        starts = range(0, len(pixels), _BATCH)
+        tokens = np.concatenate([self._encoders[name].patches(pixels[start : start + _BATCH]) for start in starts])
+        return tokens, annotations_of(batch, source)
+
+
+class _LearnActor(_Tokens):
+    """Images that heads learn from. Of one that is chosen on: all patches and the masks; of others a few patches."""
+
+    def __init__(
+        self, sources: Mapping[str, Source], device: str, num_a_row: int, seed: int, chosen: frozenset[str]
+    ) -> None:
+        super().__init__(sources, device)
+        self._num, self._seed, self._chosen = num_a_row, seed, chosen
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        image_ids = [str(image_id) for image_id in batch["image_id"]]
+        out: dict[str, NDArray[Any]] = {"position": batch["position"], "image_id": batch["image_id"]}
+        draws = Draws.of(self._seed, np.zeros(len(image_ids), dtype=np.int64), image_ids)
+        for name in self._sources:
+            tokens_BND, masks = self._of(name, batch)
+            order_BN = np.argsort(draws.uniform("probe/patches", tokens_BND.shape[1]), axis=1)
+            columns: dict[str, list[Any]] = {"tokens": [], "shares": [], "masks": []}
+            for image_id, tokens_ND, of_image, order_N in zip(image_ids, tokens_BND, masks, order_BN, strict=True):
+                shares_NT = np.stack([patch_shares(mask, len(tokens_ND)) for mask in of_image], axis=1)
+                is_chosen = image_id in self._chosen
+                picked = order_N if is_chosen else _pick(shares_NT.max(axis=1), order_N, self._num)
+                picked = np.sort(picked)
+                columns["tokens"].append(tokens_ND[picked].astype(np.float16))
+                columns["shares"].append(shares_NT[picked].astype(np.float32))
+                columns["masks"].append(of_image if is_chosen else of_image[:, :0, :0])
+            out |= {f"{key} {name}": _ragged(values) for key, values in columns.items()}
+        return out
+
+
+def _ragged(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """One column of arrays that differ in size."""
+    column = np.empty(len(values), dtype=object)
+    for i, value in enumerate(values):  # at once, NumPy would stack arrays of one size
+        column[i] = value
+    return column
+
+
+def _pick(share_N: Floats, order_N: NDArray[np.int64], num: int) -> NDArray[np.int64]:
+    """`num` patches in a drawn order, at most half of them of lesions unless there are too few others."""
+    num = min(num, len(order_N))
+    lesion, other = order_N[share_N[order_N] > 0], order_N[share_N[order_N] == 0]
+    num_lesion = max(min(num // 2, len(lesion)), num - len(other))
+    return np.concatenate([lesion[:num_lesion], other[: num - num_lesion]])
+
+
+class _JudgeActor(_Tokens):
+    """Dice of every head on each image, and of the whole crop."""
+
+    def __init__(self, sources: Mapping[str, Source], device: str, heads: Mapping[str, Mapping[str, Head]]) -> None:
+        super().__init__(sources, device)
+        self._heads = heads
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        out: dict[str, NDArray[Any]] = {"position": batch["position"]}
+        for i, name in enumerate(self._sources):
+            tokens_BND, masks = self._of(name, batch)
+            for t, target in enumerate(TARGETS):
+                own = masks[:, t]
+                if i == 0:  # the crop of the run itself
+                    out[f"empty {target}"] = np.array([not mask.any() for mask in own])
+                    out[f"{_WHOLE} {target}"] = np.array([dice(np.ones_like(mask), mask) for mask in own])
+                if target in self._heads[name]:
+                    head = self._heads[name][target]
+                    found = [enlarged(map_N, own.shape[-1]) >= head.threshold for map_N in head(tokens_BND)]
+                    out[f"{name} {target}"] = np.array([dice(*pair) for pair in zip(found, own, strict=True)])
+        return out

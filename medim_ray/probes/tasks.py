@@ -1,0 +1,106 @@
+"""What a probe is asked: one label of the shards as classes or as a number. Knows neither features nor folds."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medim_ray.probes.bootstrap import Floats
+
+AGE_GROUP = "age_group"  # made of the label `age` where the shards have no label of this name
+_AGES = (("under 40", 40.0), ("40 to 64", 65.0), ("65 and over", float("inf")))
+_MAX_CLASSES = 10
+_VIEW = {"PA": "PA", "AP": "AP", "AP Supine": "AP"}  # projection; lateral and others are not part of the task
+_VIEW_CLASSES = ("PA", "AP")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One label as classes. Of two classes the second is the positive one.
+
+    rows_K: the labelled images, as positions in the sequence the task was made from; y_K: their class.
+    """
+
+    label: str
+    classes: tuple[str, ...]
+    rows_K: NDArray[np.int64]
+    y_K: NDArray[np.int64]
+
+    def counts(self) -> dict[str, int]:
+        """Images of each class."""
+        return {name: int((self.y_K == i).sum()) for i, name in enumerate(self.classes)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumberTask:
+    """One label as a number: values_K of the labelled images rows_K (positions as in Task)."""
+
+    label: str
+    rows_K: NDArray[np.int64]
+    values_K: Floats
+
+
+def make_task(label: str, labels: Sequence[Mapping[str, str]], where: str) -> Task | NumberTask:
+    """The classes of `label` over the images of a shard set named `where`, whose known labels are `labels`.
+
+    `view` is PA against AP (AP and AP Supine together), `age_group` comes from `age`; a label of numbers with more than
+    ten values is a number. ValueError: no image has the label, or it has one value only.
+    """
+    found = [row.get(label, "") for row in labels]
+    if label == AGE_GROUP and not any(found):
+        found = [_age_group(row.get("age", "")) for row in labels]
+    if not any(found):
+        others = sorted({name for row in labels for name in row})
+        near = difflib.get_close_matches(label, others, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose among {', '.join(others) or 'none'}"
+        raise ValueError(f"probe.labels: no image of {where} has a label {label!r}; {hint}")
+    known = [_VIEW.get(value, "") if label == "view" else value for value in found]
+    rows = np.array([i for i, value in enumerate(known) if value], dtype=np.int64)
+    names = sorted({value for value in known if value})
+    if _is_measure(names):
+        return NumberTask(label=label, rows_K=rows, values_K=np.array([float(known[i]) for i in rows]))
+    if len(names) < 2:
+        read = " (PA, AP and AP Supine are read)" if label == "view" else ""
+        raise ValueError(
+            f"probe.labels: {label!r} has only the value {', '.join(map(repr, names)) or 'unknown'} in {where}{read}: "
+            "a probe needs two classes; leave this label out or prepare more images"
+        )
+    order = {"view": _VIEW_CLASSES, AGE_GROUP: tuple(name for name, _ in _AGES if name in names)}
+    classes = order.get(label) or tuple(sorted(names, key=_by_number))
+    y = np.array([classes.index(known[i]) for i in rows], dtype=np.int64)
+    return Task(label=label, classes=classes, rows_K=rows, y_K=y)
+
+
+def default_labels(counts: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:
+    """`view`, every 0/1 label and every label of numbers, from the label counts of a manifest."""
+    return tuple(
+        sorted(
+            name
+            for name, values in counts.items()
+            if name == "view" or set(values) <= {"0", "1"} or _is_measure(list(values))
+        )
+    )
+
+
+def _is_measure(names: Sequence[str]) -> bool:
+    return len(names) > _MAX_CLASSES and all(_is_number(name) for name in names)
+
+
+def _age_group(age: str) -> str:
+    return next(name for name, end in _AGES if float(age) < end) if _is_number(age) else ""
+
+
+def _is_number(value: str) -> bool:
+    try:
+        return bool(np.isfinite(float(value)))
+    except ValueError:
+        return False
+
+
+def _by_number(value: str) -> tuple[float, str]:
+    """Numbers in their order, words after each other in theirs."""
+    return (float(value) if _is_number(value) else 0.0, value)

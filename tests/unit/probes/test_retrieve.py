@@ -1,0 +1,59 @@
+"""Ranks with ties and repeated reports, their chance, and a median under weights: against plain counting."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medim_ray.probes.retrieve import best_ranks, chance, said, weighted_median
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), num=st.integers(2, 40), num_texts=st.integers(1, 40))
+def test_rank_is_that_of_the_best_report_of_the_same_words(seed: int, num: int, num_texts: int) -> None:
+    rng = np.random.default_rng(seed)
+    queries, targets = rng.normal(size=(2, num, 5))
+    text = rng.integers(0, num_texts, num)
+    scores = queries @ targets.T
+    expected = []
+    for i in range(num):
+        best = max(scores[i, j] for j in range(num) if text[j] == text[i])
+        expected.append(1 + sum(scores[i, j] > best for j in range(num) if text[j] != text[i]))
+    np.testing.assert_allclose(best_ranks(queries, targets, text), expected, atol=0.5)
+
+
+def test_perfect_pairs_come_first_and_a_collapsed_model_is_at_chance() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(300, 64))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    text = np.arange(300)
+    assert (best_ranks(vectors, vectors, text) == 1).all()
+    constant = np.tile(vectors[:1], (300, 1))
+    ranks = best_ranks(constant, constant, text)
+    assert (ranks == 150.5).all() and np.median(ranks) == chance(np.ones(300, dtype=np.int64), 300)["median_rank"]
+
+
+@pytest.mark.parametrize(("num", "num_texts"), [(50, 50), (60, 12), (8, 8)])
+def test_chance_is_what_random_orders_give(num: int, num_texts: int) -> None:
+    rng = np.random.default_rng(1)
+    text = rng.integers(0, num_texts, num)
+    pairs = rng.normal(size=(400, 2, num, 40))
+    ranks = np.concatenate([best_ranks(queries, targets, text) for queries, targets in pairs])
+    expected = chance(np.bincount(text)[text], num)
+    for k in (1, 5, 10):
+        assert (ranks <= k).mean() == pytest.approx(expected[f"recall_at_{k}"], abs=0.02)
+
+
+def test_a_median_under_weights_is_that_of_repeated_values_and_no_image_is_undefined() -> None:
+    rng = np.random.default_rng(2)
+    values, weights = rng.integers(1, 30, 21).astype(float), rng.integers(0, 4, (20, 21)).astype(float)
+    weights[:, 0] += weights.sum(axis=1) % 2 == 0  # an odd number: the median is one of the values
+    expected = [np.median(np.repeat(values, row.astype(int))) for row in weights]
+    np.testing.assert_array_equal(weighted_median(values, weights), expected)
+    assert np.isnan(weighted_median(values, np.zeros((1, 21)))[0])
+
+
+def test_labels_are_said_as_words() -> None:
+    assert said("Pleural_Effusion") == "pleural effusion"
