@@ -54,7 +54,7 @@ class ClusterConfig:
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
         for key, unit in (("intra_node", "GB/s of one GPU"), ("inter_node", "GB/s of a node"), ("storage", "GB/s")):
-            _positive(key, getattr(self, key), f"finite; give {unit} above 0, or one of: {_names(key)}")
+            _positive(key, getattr(self, key), f"give {unit} above 0, or one of: {_names(key)}")
         if self.price_per_gpu_hour is None:
             raise ValueError(
                 "price_per_gpu_hour is missing: give US dollars (0 for a machine of your own), or one of: "
@@ -84,8 +84,9 @@ class ClusterConfig:
 
 
 def _positive(key: str, value: Given, fix: str) -> None:
-    if not isinstance(value, str) and not (value > 0 and (value < math.inf or key == "mtbf_gpu_hours")):
-        raise ValueError(f"{key}={value}: must be above 0; {fix}")
+    forever = key == "mtbf_gpu_hours"
+    if not isinstance(value, str) and not (value > 0 and (value < math.inf or forever)):
+        raise ValueError(f"{key}={value}: must be above 0{'' if forever else ' and finite'}; {fix}")
 
 
 def _names(table: str) -> str:

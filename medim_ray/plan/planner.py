@@ -162,8 +162,12 @@ def find_bottleneck(cluster: Cluster, setting: Setting, step: StepTime) -> Bottl
             lift=f"{cluster.storage * step.storage / step.train / 1e9:.1f} GB/s of reads "
             f"(now {cluster.storage / 1e9:.1f}), or the shards on local disks",
         )
-    moved = step.traffic + step.optimizer + step.dispatch
-    parts = {"compute": step.compute, "memory bandwidth": moved, "communication": step.exposed}
+    parts = {
+        "compute": step.compute,
+        "memory bandwidth": step.traffic + step.optimizer,
+        "communication": step.exposed,
+        "dispatch": step.dispatch,
+    }
     kind = max(parts, key=lambda name: parts[name])
     percent = f"{100 * parts[kind] / step.train:.0f} % of a step"
     if kind == "compute":
@@ -177,6 +181,12 @@ def find_bottleneck(cluster: Cluster, setting: Setting, step: StepTime) -> Bottl
             kind=kind,
             words=f"communication: ZeRO {setting.stage} over the link {link} takes {percent}",
             lift=f"a faster link {link}, a lower train.zero, a larger train.micro_batch with fewer workers",
+        )
+    if kind == "dispatch":
+        return Bottleneck(
+            kind=kind,
+            words=f"dispatch: Python between the operations and ZeRO's hooks take {percent}",
+            lift="a larger train.micro_batch, a lower train.zero; the model is small for the work around it",
         )
     return Bottleneck(
         kind=kind,

@@ -16,7 +16,7 @@ from medim_ray.plan.constants import Constant
 from medim_ray.plan.facts import Check
 from medim_ray.plan.planner import Plan, curve
 
-_SHOWN_ROWS = 40
+_SHOWN_ROWS, _SHOWN_UNFIT = 30, 6
 
 
 def render(plan: Plan, check: Check | None, comparison: Comparison | None) -> Iterator[RenderableType]:
@@ -112,14 +112,14 @@ def _cores(plan: Plan) -> int:
 
 
 def memory_table(plan: Plan) -> Table:
-    """Gigabytes of one GPU by stage; "most": images that fit; "recomp.": with activation checkpointing."""
+    """Gigabytes of one GPU by stage; "most": images that fit; "ckpt": with activation checkpointing."""
     micro = plan.setting.micro_batch
     table = _table(
         f"Memory of one GPU in GB at {micro} images; {plan.cluster.memory_bytes / 1e9:.1f} GB can be used (!: more)",
-        caption="most: images that fit; recomp.: with activation checkpointing, and the images that then fit",
+        caption="most: images that fit; ckpt: the total with activation checkpointing, and the images that then fit",
     )
     heads = ["ZeRO", "params", "grads", "optim.", "teacher", "other", "activ.", "total", "most"]
-    for head in [*heads, "recomp.", "most"]:
+    for head in [*heads, "ckpt", "most"]:
         table.add_column(head, justify="right")
     for stage in sorted({stage for stage, _ in plan.memory}):
         plain, again = plan.memory[stage, False], plan.memory[stage, True]
@@ -165,12 +165,19 @@ def curve_table(plan: Plan) -> Table:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Layouts by time; those that fit come first."""
-    ranked = sorted(comparison.rows, key=lambda row: (not row.fits, row.hours, row.stage))
-    table = _table(f"Layouts that fit first, by time ({min(len(ranked), _SHOWN_ROWS)} of {len(ranked)})")
-    for head in ("GPUs", "ZeRO", "images", "accum.", "recomp.", "GB", "fits", "hours", "USD", ""):
+    """Layouts by time: the fastest that fit, the cheapest wherever it stands, and some that do not fit."""
+    ranked = sorted(comparison.rows, key=lambda row: (row.hours, row.stage))
+    fitting = [row for row in ranked if row.fits]
+    shown = fitting[:_SHOWN_ROWS]
+    if comparison.cheapest is not None and not any(row is comparison.cheapest for row in shown):
+        shown.append(comparison.cheapest)
+    shown += [row for row in ranked if not row.fits][:_SHOWN_UNFIT]
+    table = _table(
+        f"Layouts by time, those that fit first ({len(shown)} of {len(ranked)}, {len(fitting)} fit; --json has all)"
+    )
+    for head in ("GPUs", "ZeRO", "images", "accum.", "ckpt", "GB", "fits", "hours", "USD", ""):
         table.add_column(head, justify="right")
-    for row in ranked[:_SHOWN_ROWS]:
+    for row in shown:
         marks = [name for name in ("fastest", "cheapest") if row is getattr(comparison, name)]
         table.add_row(
             str(row.num_gpus),

@@ -59,6 +59,23 @@ def test_few_cores_make_decoding_the_bottleneck(capsys: pytest.CaptureFixture[st
     assert tree["decode_cores"] > 1
 
 
+def test_a_small_model_on_a_core_waits_for_python(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, cluster = ROOT / "configs" / "debug" / "mae-vit_tiny-2w-z1.yaml", CLUSTERS / "this_machine.yaml"
+    assert run_plan(recipe, [f"cluster={cluster}", "cluster.peak_tflops=0.08", "train.zero=3"], as_json=True) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["bottleneck_kind"] == "dispatch"
+    assert "micro_batch" in tree["lift"]
+
+
+def test_a_resnet_is_planned_where_the_objective_takes_one(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = ROOT / "configs" / "demo-medim-vit_tiny-2w-z1.yaml"
+    options = [CLUSTER, "train.num_workers=2", "encoder.name=resnet18", "encoder.depth=null", "encoder.image_size=128"]
+    assert run_plan(recipe, options, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["flops_per_image"] > 1e9
+    with pytest.raises(ValueError, match=r"encoder\.name=resnet50: objective rad_dino needs a ViT"):
+        run_plan(RAD_DINO, [CLUSTER, "encoder.name=resnet50", "encoder.image_size=512", "encoder.drop_path=0"])
+
+
 def test_spot_nodes_stragglers_and_waiting_cost_goodput(capsys: pytest.CaptureFixture[str]) -> None:
     calm = as_json(capsys)["goodput"]
     spot = ("cluster.preemptions_per_node_day=4", "cluster.restart_s=300")
