@@ -23,7 +23,7 @@ _SECRET_VALUE = re.compile(
 )
 _REFERENCE = re.compile(r"env|file:/.+|secret:[a-z0-9][-a-z0-9.]*/[-._a-zA-Z0-9]+")
 # Options of the commands that name storage: where nodes have no common working folder they must be absolute.
-STORAGE_OPTIONS = ("out", "run", "run.dir", "data.shards", "source.path", "track.aim_repo")
+STORAGE_OPTIONS = ("out", "run", "shards", "run.dir", "data.shards", "source.path", "track.aim_repo")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,7 +124,7 @@ def test_a_command_that_medim_ray_does_not_have_is_refused_before_it_is_sent(wor
 def test_every_shipped_size_is_there_and_its_command_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     stems = {file.stem for file in JOBS}
-    for job in ("prepare", "pretrain-medim", "pretrain-rad_dino", "probe"):
+    for job in ("prepare", "pretrain-medim", "pretrain-rad_dino", "probe", "sweep-mask_ratio", "scaling"):
         assert {f"{job}-small", f"{job}-large"} <= stems
     for file in JOBS:
         check_words(load_spec(file).arguments)
