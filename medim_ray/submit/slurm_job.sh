@@ -137,8 +137,10 @@ fi
 step "${first[@]}" --nodes=1 --ntasks=1 --cpus-per-task="$cpus" --nodelist="$SLURMD_NODENAME" \
     'start_head "${sizes[@]}"' &
 steps+=($!)
+deadline=$((SECONDS + start_timeout_s))
 until (exec 3<>"/dev/tcp/$head_ip/$port") 2>/dev/null; do
     kill -0 "${steps[0]}" 2>/dev/null || fail "the head did not start, see above"
+    ((SECONDS < deadline)) || fail "the head did not answer in $start_timeout_s s (slurm.start_timeout_s)"
     sleep 0.5
 done
 if ((num_nodes - decode_nodes > 1)); then
