@@ -76,8 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     ablate.add_argument("--fields", action="store_true", help="list every option with type, default, meaning")
     add("masks", _masks, "a gallery of a run's masks: run=PATH num=16 out=masks.html")
     add("export", _export, "a run's encoder for other software: run=PATH format=timm out=DIR")
-    page = add("report", _report, "RUN/report.html: curves, masks, probes, configuration", overrides=False)
-    page.add_argument("run")
+    page = add(
+        "report", _report, "report.html of a run, a sweep or a study: curves, masks, probes, tables", overrides=False
+    )
+    page.add_argument("run", metavar="RUN|SWEEP|STUDY")
     page.add_argument("--no-text", action="store_true", help="leave the words of the reports out")
     keep = add("checkpoint", _checkpoint, "list, verify or prune the checkpoints of a run", overrides=False)
     keep.add_argument("action", choices=("list", "verify", "prune"))
@@ -287,9 +289,11 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from medim_ray.studies.page import read_study, write_study
     from medim_ray.studies.report import write_report
 
-    print(write_report(args.run, text=not args.no_text))
+    found = read_study(args.run)
+    print(write_study(*found, args.run) if found is not None else write_report(args.run, text=not args.no_text))
     return 0
 
 

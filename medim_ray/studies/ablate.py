@@ -162,7 +162,7 @@ def _with_fit(study: Study, table: Table, config: StudyConfig) -> Study:
             points.append((config.fit.x[cell.values[ARM]], _error(number) if as_error else number))
     study = replace(
         study,
-        fit_points=sorted(points, key=lambda point: point[0]),
+        fit_points=tuple(sorted(points, key=lambda point: point[0])),
         fit_names=(config.fit.x_name, f"1 - {config.metric}" if as_error else config.metric),
     )
     try:

@@ -23,14 +23,15 @@ from rich.table import Table as RichTable
 import medim_ray
 from medim_ray.data.storage import committed
 from medim_ray.studies.figures import interval_bar
-from medim_ray.studies.fit import Fit
+from medim_ray.studies.fit import Fit, fit_law
 from medim_ray.studies.gallery import templates
 from medim_ray.studies.origin import package_commit, this_machine
 from medim_ray.studies.outcome import Number
-from medim_ray.studies.results import STATES, Cell, Table, to_csv
+from medim_ray.studies.results import STATES, Cell, Run, Table, make_table, to_csv
 from medim_ray.studies.study_figures import columns_of, curves, heat_map, parallel, scaling
 
 REPORT = "report.html"
+KINDS = ("sweep", "study")
 _MAX_FIELDS = 80  # of a heat map
 _SHOWN = 6  # numbers beside the metric in a table on screen
 _PACKAGES = ("medim-ray", "ray", "torch", "deepspeed", "timm", "transformers")
@@ -100,11 +101,51 @@ def _tree(study: Study, table: Table, origin: Mapping[str, str]) -> dict[str, An
             }
             for cell in table.cells
         ],
+        "title": study.title,
         "reference": study.reference,
         "differences": study.differences,
         "fit": study.fit.to_json() if study.fit else None,
+        "fit_points": study.fit_points,
+        "fit_names": study.fit_names,
         "note": study.note,
     }
+
+
+def read_study(out: str) -> tuple[Study, Table] | None:
+    """What sweep.json or study.json in `out` says; None where neither is there."""
+    fs, root = fsspec.core.url_to_fs(out)
+    for kind in KINDS:
+        path = f"{root.rstrip('/')}/{kind}.json"
+        if fs.exists(path):
+            return _from_tree(json.loads(fs.cat_file(path)))
+    return None
+
+
+def _from_tree(tree: Mapping[str, Any]) -> tuple[Study, Table]:
+    runs = [
+        Run(**{**run, "numbers": _numbers(run["numbers"]), "gains": _numbers(run["gains"])})
+        for cell in tree["cells"]
+        for run in cell["runs"]
+    ]
+    points = [(x, Number(**number)) for x, number in tree["fit_points"]]
+    law = tree["fit"] and fit_law(tree["fit"]["law"], points, hold_out="held_out" in tree["fit"])
+    study = Study(
+        kind=tree["kind"],
+        title=tree["title"],
+        question=tree["question"],
+        config=tree["config"],
+        reference=tree["reference"],
+        differences=_numbers(tree["differences"]),
+        fit=law or None,
+        fit_points=tuple(points),
+        fit_names=(tree["fit_names"][0], tree["fit_names"][1]),
+        note=tree["note"],
+    )
+    return study, make_table(runs, tree["metric"])
+
+
+def _numbers(tree: Mapping[str, Any]) -> dict[str, Number]:
+    return {name: Number(**number) for name, number in tree.items()}
 
 
 def _trials_csv(table: Table) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 import os
 import uuid
@@ -164,6 +165,7 @@ def run_trials(job: TrialJob, search: Search, group: Group, config: RunnerConfig
             verbose=0,
         ),
     )
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what failed is told in the table, with its reason
     with contextlib.redirect_stdout(io.StringIO()):  # Tune announces itself there whatever its verbosity
         tuner.fit()
 
@@ -229,16 +231,17 @@ class _Told(tune.Callback):
             self._began(trial.config)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, "stopped", "")
+        self._end(trial, "stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         if trial.status == "ERROR":  # not one that is tried again
-            self._end(trial, "failed", str(trial.get_error() or trial.error_file or "no reason is known"))
+            self._end(trial, "failed")
 
-    def _end(self, trial: Any, state: State, error: str) -> None:
+    def _end(self, trial: Any, state: State) -> None:
         config = self._config(trial)
         record = read_record(config.run.dir)
         if record.state == "running":
+            error = record.error or "the trial's process was lost" if state == "failed" else ""
             record = replace(record, state=state, error=error)
             write_record(config.run.dir, record)
         self._ended(config, record)

@@ -22,7 +22,7 @@ WIDTH, HEIGHT = 7.2, 3.4
 
 
 def values_of(cells: Sequence[Cell], axis: str) -> list[Any]:
-    """The values of an axis: numbers ascending, names in the order of the table's file."""
+    """The values of an axis, ascending."""
     found = list(dict.fromkeys(cell.values.get(axis, "") for cell in cells))
     return sorted(found) if all(isinstance(value, int | float) for value in found) else sorted(found, key=str)
 

@@ -205,3 +205,6 @@ def trainable(tune_config: dict[str, Any], job: TrialJob) -> None:
     except ValueError as error:  # the same would happen again: Tune is not asked to retry
         write_record(config.run.dir, replace(read_record(config.run.dir), state="failed", error=str(error)))
         tune.report({"step": rungs[-1], job.metric: float("nan")})
+    except Exception as error:  # Tune tries again, or not: the reason is told either way
+        write_record(config.run.dir, replace(read_record(config.run.dir), error=str(error)))
+        raise

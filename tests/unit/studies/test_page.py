@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from medim_ray.studies.outcome import Number
-from medim_ray.studies.page import Study, figures, told, write_study
+from medim_ray.studies.page import Study, figures, read_study, told, write_study
 from medim_ray.studies.results import Run, Table, make_table
 
 STUDY = Study(kind="sweep", title="Sweep of x", question="which?", config={"out": "x"})
@@ -49,6 +49,14 @@ def test_the_four_files_agree_and_the_page_needs_no_network(tmp_path: Path) -> N
     assert "not learned" in page and "failed" in page and "&lt;no&gt; room" in page
     assert not re.search(r"(src|href)=\"(?!data:|#)", page), "nothing is fetched"
     assert page.count("<svg") - page.count('aria-hidden="true"') == 2, "heat map and curves"
+
+
+def test_a_page_is_written_again_from_its_json(tmp_path: Path) -> None:
+    table = _table("masking.ratio", "strategy", failed=True)
+    write_study(STUDY, table, str(tmp_path))
+    again = read_study(str(tmp_path))
+    assert again is not None and again == (STUDY, table)
+    assert read_study(str(tmp_path / "nothing")) is None
 
 
 def test_two_axes_make_a_heat_map_that_says_what_is_not_learned() -> None:

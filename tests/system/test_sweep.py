@@ -1,0 +1,132 @@
+"""Sweeps and studies with real Ray Tune, Ray Train and DeepSpeed: what fails, what is repeated, what a kill costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from medim_ray.studies.ablate import StudyConfig, check_study
+from medim_ray.studies.execute import execute
+from medim_ray.studies.page import read_study
+from medim_ray.studies.results import Table
+from medim_ray.studies.sweep import check_sweep, load_sweep
+from medim_ray.studies.trials import read_record
+from tests.system.runs import MAE, SMALL, assert_same_weights
+
+pytestmark = pytest.mark.system
+OVERRIDES = [*SMALL, "train.num_workers=1", "train.zero=0", "train.steps=4", "train.max_errors=1"]
+
+
+def _file(folder: Path, shards: str, **more: Any) -> Path:
+    """A sweep of the smallest MAE, by its loss: no probe."""
+    tree = {"recipe": str(MAE), "shards": shards, "out": str(folder / "out"), "overrides": OVERRIDES, "metric": "loss"}
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**tree, **more}, sort_keys=False))
+    return path
+
+
+def _run(file: Path) -> Table:
+    return execute(check_sweep(load_sweep(str(file), [])), Console(file=sys.stderr))
+
+
+def _attempts(table: Table, folder: Path) -> dict[str, int]:
+    names = [run.name for cell in table.cells for run in cell.runs]
+    return {name: read_record(str(folder / "out/runs" / name)).attempts for name in names}
+
+
+def test_a_sweep_ranks_what_ran_shows_what_failed_and_repeats_nothing(
+    ray_session: None, phantom_shards: str, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.pth").write_text("no weights")
+    starts = {"random": [], "broken": [f"encoder.init={tmp_path / 'broken.pth'}"]}
+    space = {"start": {"choices": starts}, "train.lr": [1e-6, 1e-3]}
+    file = _file(tmp_path, phantom_shards, space=space, runner={"retries": 0}, max_steps=12)
+    table = _run(file)
+    assert [(cell.values["start"], cell.rank) for cell in table.cells[:2]] == [("random", 1), ("random", 2)]
+    assert table.cells[0].values["train.lr"] == 1e-3, "what hardly learns has the larger loss"
+    (failed,) = [run for cell in table.cells for run in cell.runs if run.state == "failed"]
+    assert "use a .safetensors file" in failed.error
+    assert len(table.cells) == 3, "the fourth is over the budget of steps"
+    stored = read_study(str(tmp_path / "out"))
+    assert stored is not None and stored[1] == table
+
+    before = _attempts(table, tmp_path)
+    again = _run(_file(tmp_path, phantom_shards, space={"train.lr": [1e-6, 1e-3]}))
+    assert [cell.numbers for cell in again.cells] == [cell.numbers for cell in table.cells[:2]]
+    assert {name: before[name] for name in _attempts(again, tmp_path)} == _attempts(again, tmp_path) != {}
+
+
+@pytest.mark.chaos
+def test_optuna_with_early_stopping_goes_on_from_what_it_began(
+    ray_session: None, phantom_shards: str, tmp_path: Path
+) -> None:
+    space = {"train.lr": {"loguniform": [1e-6, 1e-2]}, "train.betas": [[0.9, 0.95], [0.9, 0.999]]}
+    settings: dict[str, Any] = {"space": space, "search": "optuna", "asha": {"first": 1, "reduction": 2}}
+    few = _run(_file(tmp_path, phantom_shards, num_trials=2, **settings))
+    attempts = _attempts(few, tmp_path)
+    assert len(attempts) == 2 and few.count("finished") + few.count("stopped") == 2
+    more = _run(_file(tmp_path, phantom_shards, num_trials=4, **settings))
+    assert {run.name for cell in few.cells for run in cell.runs} < {run.name for c in more.cells for run in c.runs}
+    assert more.count("finished") + more.count("stopped") == len(_attempts(more, tmp_path)) == 4
+    for cell in few.cells:
+        (run,) = cell.runs
+        (same,) = [r for c in more.cells for r in c.runs if r.name == run.name]
+        assert (same.step, same.numbers) == (run.step, run.numbers), "replayed, not repeated"
+
+
+@pytest.mark.chaos
+def test_a_sweep_whose_driver_is_killed_ends_as_one_that_was_not(phantom_shards: str, tmp_path: Path) -> None:
+    space = {"seed": [0, 1, 2]}
+    tables = {}
+    for name in ("straight", "killed"):
+        (tmp_path / name).mkdir()
+        file = _file(tmp_path / name, phantom_shards, space=space)
+        command = [str(Path(sys.executable).parent / "medim-ray"), "sweep", "--config", str(file)]
+        if name == "killed":
+            child = subprocess.Popen(command, start_new_session=True)
+            runs = tmp_path / name / "out/runs"
+            until = time.monotonic() + 300
+            while not any(read_record(str(run)).is_done for run in runs.glob("*")) and time.monotonic() < until:
+                time.sleep(0.2)
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            done = {run.name: read_record(str(run)) for run in runs.glob("*") if read_record(str(run)).is_done}
+            assert 0 < len(done) < 3, "killed too late to tell"
+        subprocess.run(command, check=True, timeout=600)
+        tables[name] = json.loads((tmp_path / name / "out/sweep.json").read_text())
+    for name, record in done.items():
+        assert read_record(str(runs / name)) == record, "no finished trial is touched again"
+    cells = [tree["cells"][0] for tree in tables.values()]
+    assert [run["numbers"]["loss"] for run in cells[0]["runs"]] == [run["numbers"]["loss"] for run in cells[1]["runs"]]
+    for run in cells[0]["runs"]:
+        assert_same_weights(tmp_path / "straight/out/runs" / run["name"], runs / run["name"])
+
+
+@pytest.mark.chaos
+def test_an_arm_begins_from_the_run_of_another(ray_session: None, phantom_shards: str, tmp_path: Path) -> None:
+    config = StudyConfig(
+        recipe=str(MAE),
+        shards=phantom_shards,
+        out=str(tmp_path / "out"),
+        overrides=tuple(OVERRIDES),
+        arms={"first": [], "second": ["encoder.init=run:first", "train.lr=0"]},
+        seeds=(0,),
+        metric="loss",
+        reference="first",
+    )
+    table = execute(check_study(config), Console(file=sys.stderr))
+    losses = {cell.values["arm"]: cell.numbers["loss"].value for cell in table.cells}
+    assert losses["second"] is not None and losses["first"] is not None and losses["second"] != losses["first"]
+    stored = read_study(str(tmp_path / "out"))
+    assert stored is not None
+    assert stored[0].differences["arm=second"].value == pytest.approx(losses["second"] - losses["first"])
