@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 import medim_ray
 from medim_ray.config.schema import RunConfig, TrainConfig
 from medim_ray.data.shards import ShardSet
+from medim_ray.plan.page import PAGE as PLAN_PAGE
 from medim_ray.probes.command import read_result
 from medim_ray.probes.results import SCHEMA_VERSION
 from medim_ray.probes.tables import title
@@ -209,6 +210,7 @@ def _head(run_dir: str, config: RunConfig, config_text: str, records: Sequence[M
         ("Checkpoint", f"{newest.name}, {newest.step} steps" if newest else "none committed yet"),
         *(("Software", line) for line in commented[2:]),
         *_costs(config, records),
+        *_plan(run_dir),
     ]
     return Head(
         title=f"{config.objective.name} · {config.encoder.name} at {config.encoder.image_size} px",
@@ -240,6 +242,14 @@ def _costs(config: RunConfig, records: Sequence[Mapping[str, Any]]) -> list[tupl
     if left_out:
         costs.append(("Left out", f"{left_out} steps whose numbers were not finite or spiked (bad_steps.jsonl)"))
     return costs
+
+
+def _plan(run_dir: str) -> list[tuple[str, str]]:
+    """A link to the planner's page, where `medim-ray plan --html RUN` has put one beside this page."""
+    fs, root = fsspec.core.url_to_fs(run_dir)
+    if not fs.exists(f"{root.rstrip('/')}/{PLAN_PAGE}"):
+        return []
+    return [("Plan", Markup(f'<a href="{PLAN_PAGE}">memory, time, cost and goodput on a cluster</a>'))]
 
 
 def _tiles(config: RunConfig, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
