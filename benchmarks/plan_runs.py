@@ -13,17 +13,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
-from plan_steps import CLUSTER, ROOT, machine, rows_of
 
 from medim_ray.config.loader import load
 from medim_ray.config.schema import RunConfig
@@ -32,8 +34,11 @@ from medim_ray.plan.facts import setting_of
 from medim_ray.plan.probe import measure_peak_flops
 from medim_ray.plan.step_time import step_time
 from medim_ray.plan.workload import workload
+from medim_ray.studies.origin import package_commit, this_machine
 from medim_ray.train.fit import estimate
 
+ROOT = Path(__file__).parents[1]
+CLUSTER = ROOT / "configs" / "clusters" / "this_machine.yaml"
 OUT = ROOT / "jobs" / "results" / "plan-runs.jsonl"
 DEMO, MAE = "configs/demo-medim-vit_tiny-2w-z1.yaml", "configs/debug/mae-vit_tiny-2w-z1.yaml"
 NUM_WARM = 3
@@ -113,6 +118,22 @@ def measure(file: str, overrides: Sequence[str], shards: str) -> dict[str, Any]:
     }
 
 
+def origin() -> dict[str, Any]:
+    """Where and with what a row was measured."""
+    return {
+        "machine": this_machine(),
+        "load": round(os.getloadavg()[0], 1),
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "timm", "ray")},
+        "commit": package_commit(),
+        "when": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    }
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """What was measured so far."""
+    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+
 def compare(rows: Sequence[dict[str, Any]]) -> None:
     """Prints measured over planned, row by row."""
     print("| run | measured s | plan s | ratio | wall s | data wait | measured GB | plan GB | ratio |")
@@ -147,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, (file, overrides) in ROWS.items():
         if name in done or (args.only and args.only not in name):
             continue
-        row = {"run": name, **machine(), **measure(file, overrides, str(Path(args.shards).resolve()))}
+        row = {"run": name, **origin(), **measure(file, overrides, str(Path(args.shards).resolve()))}
         with args.out.open("a") as out:
             out.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
