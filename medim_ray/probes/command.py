@@ -91,8 +91,7 @@ def run_probe(run_dir: str, config: ProbeConfig, console: Console | None = None)
         "not_available": dict(encoders.missing),
         "notes": notes,
     }
-    if tasks:
-        write_scores(run_dir, tasks, every, scores)
+    write_scores(run_dir, tasks, every, scores)
     write_result(run_dir, result)
     print_result(result, console)
     return result

@@ -173,7 +173,13 @@ def read_result(run_dir: str) -> dict[str, Any] | None:
 def write_scores(
     run_dir: str, tasks: Sequence[AnyTask], rows: RowList, scores: Mapping[str, Mapping[str, AnyScores]]
 ) -> None:
-    """RUN/probe_scores.parquet and RUN/probe_splits.parquet."""
+    """RUN/probe_scores.parquet and RUN/probe_splits.parquet; without a task those of an earlier probe are removed."""
+    if not tasks:
+        fs, root = fsspec.core.url_to_fs(run_dir)
+        for path in (f"{root.rstrip('/')}/{name}" for name in (SCORES, SPLITS)):
+            if fs.exists(path):
+                fs.rm_file(path)
+        return
     judged, placed = [], []
     for task in tasks:
         ids = [rows.image_ids[i] for i in task.rows_K]

@@ -119,3 +119,11 @@ def test_scores_hold_every_image_once_an_encoder_and_no_more_than_hashes(runs: t
     table = read_scores(runs[0]).to_pandas()
     assert len(table) == 3 * 2 * NUM and table.groupby(["label", "encoder", "image_id"]).size().max() == 1
     assert set(table.columns) == {"label", "encoder", "image_id", "patient_id", "class", "scores"}
+
+
+def test_a_probe_without_labels_leaves_no_scores_of_an_earlier_one(tmp_path: Path) -> None:
+    run = _probed(tmp_path / "run", 0.2, ("tube",))
+    write_scores(run, [], _rows(), {})
+    assert [file.name for file in Path(run).iterdir()] == ["result.json"]
+    with pytest.raises(ValueError, match=r"has no probe_scores\.parquet"):
+        read_scores(run)
