@@ -210,7 +210,7 @@ def _head(run_dir: str, config: RunConfig, config_text: str, records: Sequence[M
         ("Checkpoint", f"{newest.name}, {newest.step} steps" if newest else "none committed yet"),
         *(("Software", line) for line in commented[2:]),
         *_costs(config, records),
-        *_plan(run_dir),
+        *planned(run_dir),
     ]
     return Head(
         title=f"{config.objective.name} · {config.encoder.name} at {config.encoder.image_size} px",
@@ -244,7 +244,7 @@ def _costs(config: RunConfig, records: Sequence[Mapping[str, Any]]) -> list[tupl
     return costs
 
 
-def _plan(run_dir: str) -> list[tuple[str, str]]:
+def planned(run_dir: str) -> list[tuple[str, str]]:
     """A link to the planner's page, where `medim-ray plan --html RUN` has put one beside this page."""
     fs, root = fsspec.core.url_to_fs(run_dir)
     if not fs.exists(f"{root.rstrip('/')}/{PLAN_PAGE}"):

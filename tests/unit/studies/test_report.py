@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from medim_ray.studies.report import _duration, chart_groups, series
+from medim_ray.studies.report import _duration, chart_groups, planned, series
 
 
 def _records(num: int) -> list[dict[str, object]]:
@@ -46,6 +48,13 @@ def test_numbers_that_are_not_finite_are_gaps_and_said_in_words() -> None:
 def test_no_record_gives_a_sentence_and_no_panel() -> None:
     for group in chart_groups([]):
         assert group.note and not group.charts
+
+
+def test_a_plan_beside_the_report_is_linked(tmp_path: Path) -> None:
+    assert planned(str(tmp_path)) == []
+    (tmp_path / "plan.html").touch()
+    ((name, link),) = planned(f"{tmp_path}/")
+    assert name == "Plan" and 'href="plan.html"' in link
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3.21, "3.2 s"), (61, "1 min 01 s"), (3660, "1 h 01 min")])
