@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -36,16 +37,13 @@ def check_cluster(address: str, storage: str | None = None) -> int:
     """Prints a line for each check of the cluster at `address` (HOST:6379 or auto); exit code 1 where one fails."""
     import ray
 
-    checks: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
-        ("token", _token),
-        ("ports", lambda: _ports(address)),
-        ("join", lambda: _join(address)),
-    ]
-    failed = [name for name, check in checks if not _line(name, check)]
-    if not ray.is_initialized():
+    failed = [] if _line("token", _token) else ["token"]
+    if not (_line("ports", lambda: _ports(address)) and _line("join", lambda: _join(address))):
         return 1
     try:
-        facts = _on_every_node(_facts)
+        facts: list[dict[str, Any]] = []
+        if not _line("nodes", lambda: _ask_nodes(facts)):
+            return 1
         on_nodes: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
             ("versions", lambda: _versions(facts)),
             ("clocks", _clocks),
@@ -96,43 +94,90 @@ def _ports(address: str) -> tuple[bool, str]:
     return True, f"{where} answers"
 
 
+# A refused token is told as such by the first call; ray.init only says that it failed to connect.
+_ASK = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[2])"
+_JOIN = "import ray; ray.init(sys.argv[1], log_to_driver=False)"
+
+
 def _join(address: str) -> tuple[bool, str]:
-    """Joins, after another process has: ray.init compares versions, but tries for many minutes with a wrong token."""
+    """Joins, after another process has: ray.init compares versions, but may try for many minutes."""
     import ray
 
+    where = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+
+    def ask(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, address, where]
+        environment = {**os.environ, **variables}
+        return subprocess.run(command, capture_output=True, text=True, timeout=_JOIN_TIMEOUT_S, env=environment)
+
     try:
-        first = subprocess.run(
-            [sys.executable, "-c", "import ray, sys; ray.init(sys.argv[1], log_to_driver=False)", address],
-            capture_output=True,
-            text=True,
-            timeout=_JOIN_TIMEOUT_S,
-        )
+        if where and os.environ.get("RAY_AUTH_MODE") == "token" and ask(_ASK, RAY_AUTH_MODE="disabled").returncode == 0:
+            return False, (
+                "RAY_AUTH_MODE=token here, but the head takes all who come, and would leave our work undone: start it, "
+                "and its workers, with RAY_AUTH_MODE=token and the token"
+            )
+        first = ask(f"{_ASK if where else 'import sys'}; {_JOIN}")
     except subprocess.TimeoutExpired:
-        return False, (
-            f"no welcome in {_JOIN_TIMEOUT_S:.0f} s though the port is open: the token is another cluster's "
-            "(`ray get-auth-token` on the head), or TLS is on at one side only"
-        )
+        return False, f"no welcome in {_JOIN_TIMEOUT_S:.0f} s though the port is open: TLS may be on at one side only"
     if first.returncode:
-        said = " ".join(first.stderr.split())[-300:]
-        fix = "; use the cluster's Ray and Python here" if "ersion mismatch" in said else ""
-        return False, f"{said}{fix}"
+        return False, _why_not(first.stderr)
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     nodes = [node for node in ray.nodes() if node["Alive"]]
     return True, f"{len(nodes)} node(s), {ray.cluster_resources().get('CPU', 0):.0f} CPUs"
 
 
-def _on_every_node(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def _why_not(said: str) -> str:
+    """What stands in the way of joining, out of the traceback of a process that tried."""
+    if "InvalidAuthToken" in said:
+        return (
+            "the head asks for a token, and ours is missing or another cluster's: RAY_AUTH_MODE=token on head, workers "
+            "and clients alike, and RAY_AUTH_TOKEN_PATH a copy of what `ray get-auth-token` prints on the head"
+        )
+    if "AuthenticationError" in said:
+        return "there is no token to show, see above"
+    errors = [line for line in said.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    text = (errors or said.splitlines() or ["it ended without a word"])[-1][:300]
+    if "ersion mismatch" in said:
+        mismatch = " ".join(said[said.index("ersion mismatch") - 1 :].split())
+        return f"{mismatch[:300]}; use the cluster's Ray and Python here"
+    return f"{text}: is it a Ray head, with TLS (RAY_USE_TLS) as it is here?"
+
+
+def _ask_nodes(facts: list[dict[str, Any]]) -> tuple[bool, str]:
+    """Fills `facts`, one entry a node, the one with the driver first."""
+    import ray
+
+    pending = _on_every_node(_facts)
+    done, _ = ray.wait(pending, num_returns=len(pending), timeout=_TIMEOUT_S)
+    hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+    late = [hosts[node] for node, answer in zip(_nodes(), pending, strict=True) if answer not in done]
+    if late:
+        return False, (
+            f"{', '.join(late)} ran no task in {_TIMEOUT_S:.0f} s: started with another RAY_AUTH_MODE or token than "
+            "the head, or its ports are closed to us"
+        )
+    facts += ray.get(pending)
+    return True, f"{len(facts)} node(s) ran a task"
+
+
+def _from_every_node(function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """The function's answer from each node, the one with the driver first."""
+    import ray
+
+    answers: list[Any] = ray.get(_on_every_node(function, *arguments), timeout=_TIMEOUT_S)
+    return answers
+
+
+def _on_every_node(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Pending answers of a task on each node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     remote = ray.remote(num_cpus=0)(function)
-    pending = [
+    return [
         remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(*arguments)
         for node in _nodes()
     ]
-    answers: list[Any] = ray.get(pending, timeout=_TIMEOUT_S)
-    return answers
 
 
 def _nodes() -> list[str]:
@@ -210,8 +255,8 @@ def _accelerators(facts: list[dict[str, Any]]) -> tuple[bool, str]:
 def _storage(url: str) -> tuple[bool, str]:
     folder = f"{url.rstrip('/')}/.medim-ray-doctor-{uuid.uuid4().hex[:8]}"
     try:
-        written = _on_every_node(_write, folder)
-        missing = [problem for problem in _on_every_node(_read, folder, written) if problem]
+        written = _from_every_node(_write, folder)
+        missing = [problem for problem in _from_every_node(_read, folder, written) if problem]
     finally:
         fs, root = fsspec.core.url_to_fs(folder)
         if fs.exists(root):
@@ -250,7 +295,7 @@ def _all_reduce(has_gpus: bool) -> tuple[bool, str]:
     backend = "nccl" if has_gpus else "gloo"
     if len(nodes) == 1:
         return True, "one node: nothing to cross"
-    host, port = _on_every_node(_free_port)[0]
+    host, port = _from_every_node(_free_port)[0]
     remote = ray.remote(num_cpus=0, num_gpus=int(has_gpus))(_reduce)
     pending = [
         remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(

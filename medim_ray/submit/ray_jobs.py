@@ -33,6 +33,7 @@ from medim_ray.submit.base import (
 from medim_ray.submit.spec import JobSpec
 from medim_ray.submit.upload import pack
 
+_ASK_S = 30
 _STATES: dict[str, State] = {
     "PENDING": "pending",
     "RUNNING": "running",
@@ -59,7 +60,7 @@ class RayJobsTarget:
 
     def submit(self, job: Job, plan: Plan) -> str:
         client = connect(job.spec)
-        if not read_token(job.spec.ray.token_file):
+        if _is_open(job.spec):
             print(
                 f"note: {job.spec.ray.address} takes jobs without a token, from whoever reaches it: start its head "
                 "with RAY_AUTH_MODE=token",
@@ -149,6 +150,15 @@ def connect(spec: JobSpec) -> Any:
             f"'ray=={theirs}' here, or start the cluster with the image of this version"
         )
     return client
+
+
+def _is_open(spec: JobSpec) -> bool:
+    """Whether the cluster answers those who show no token."""
+    import requests
+
+    with _translated(spec):
+        answer = requests.get(f"{spec.ray.address.rstrip('/')}/api/jobs/", verify=spec.tls.ca or True, timeout=_ASK_S)
+    return bool(answer.ok)
 
 
 def read_token(file: str = "") -> str:

@@ -26,6 +26,8 @@ pytestmark = [pytest.mark.system, pytest.mark.chaos]
 ROOT = Path(__file__).parents[2]
 HOSTS = {"head": "10.77.0.1", "one": "10.77.0.2", "two": "10.77.0.3", "three": "10.77.0.4", "client": "10.77.0.5"}
 STEPS = 40
+# Hosts have one storage here, but not one folder for temporary files: Ray keeps a host's own address in it.
+OWN_TEMP = 'mkdir -p "$0" "$1" && mount --bind "$0" "$1" && shift && exec "$@"'
 
 
 def ip(*words: str) -> None:
@@ -48,7 +50,7 @@ class Network:
     """Namespaces mr-HOST, each with one cable eth0 to a switch in the namespace mr-switch, and what runs in them."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.temp = folder, folder / "r"
         self.token_file = folder / "token"
         self.token_file.write_text(f"{os.urandom(24).hex()}\n")
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -83,7 +85,7 @@ class Network:
     def start(self, host: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
         with (self.folder / f"{host}.log").open("ab") as log:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", f"mr-{host}", *command],
+                ["ip", "netns", "exec", f"mr-{host}", "bash", "-c", OWN_TEMP, self.folder / host, self.temp, *command],
                 env=self.environment(),
                 cwd=ROOT,
                 stdout=log,
@@ -137,7 +139,7 @@ def network() -> Iterator[Network]:
 
 
 def test_a_job_from_a_third_host_outlives_a_worker_whose_cable_is_pulled(network: Network) -> None:
-    temp = f"--temp-dir={network.folder}/r"
+    temp = f"--temp-dir={network.temp}"
     network.ray("head", "--head", "--port=6379", "--num-cpus=0", f"--dashboard-host={HOSTS['head']}", temp)
     network.wait_for("head", "Ray runtime started")
     join = [f"--address={HOSTS['head']}:6379", "--num-cpus=3"]

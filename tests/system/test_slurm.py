@@ -152,15 +152,17 @@ def test_two_jobs_at_once_have_a_cluster_each(
     slurm: Path, here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_CONF", str(slurm))
+    of_the_cluster = f"command=[doctor, --cluster, auto, --storage, {tmp_path}]"
+    for name, more in (("one", "tags.size=small"), ("two", of_the_cluster)):
+        assert main([*DOCTOR, here, f"name={name}", more, "--detach"]) == 0
     for name in ("one", "two"):
-        assert main([*DOCTOR, here, f"name={name}", "--detach"]) == 0
-    logs = []
-    for name in ("one", "two"):
-        assert main(["jobs", "logs", name, "--follow"]) == 0
-        logs.append(log_of(name, tmp_path))
-    addresses = {word for log in logs for word in log.split() if word.count(":") == 1 and word.endswith(",")}
-    assert all("2 node(s)" in log for log in logs), "each sees its own two nodes, not four"
-    assert len(addresses) >= 2
+        assert main(["jobs", "logs", name, "--follow"]) == 0, log_of(name, tmp_path)
+    one, two = log_of("one", tmp_path), log_of("two", tmp_path)
+    assert "2 node(s), a task ran" in one and "join: 2 node(s)" in two, "each sees its own two nodes, not four"
+    (at,) = re.findall(r"cluster at (\S+),", one)
+    assert at not in two
+    assert "each of 2 node(s) wrote a file and read all of them" in two
+    assert re.search(r"ok   all-reduce: gloo, 2 nodes, \d+ MB/s", two)
 
 
 @pytest.mark.chaos

@@ -68,8 +68,8 @@ def test_what_was_planted_is_nowhere(
         + "/key'}"
     )
     common = [f"storage.root={root}", references]
-    source = [f"source.path={table}", "shards.row_group_rows=8", f"out={root}/shards/phantom"]
-    prepare = f"command=[prepare, --config, configs/sources/csv.yaml, {', '.join(source)}]"
+    source = [f"source.path={table}", "'source.label_columns=[]'", "shards.row_group_rows=8"]
+    prepare = f"command=[prepare, --config, configs/sources/csv.yaml, {', '.join(source)}, out={root}/shards/phantom]"
     assert main(["submit", "jobs/prepare-small.yaml", prepare, *common]) == 0
     assert main(["submit", "jobs/pretrain-medim-small.yaml", "args=[train.steps=4, track.aim=true]", *common]) == 0
     assert main(["report", f"{root}/runs/pretrain-medim-small", "--no-text"]) == 0
