@@ -103,6 +103,8 @@ def _join(address: str) -> tuple[bool, str]:
     """Joins, after another process has: ray.init compares versions, but may try for many minutes."""
     import ray
 
+    if os.environ.get("RAY_AUTH_MODE") == "token" and not read_token():
+        return False, "there is no token to show, see above"
     where = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
 
     def ask(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -133,8 +135,6 @@ def _why_not(said: str) -> str:
             "the head asks for a token, and ours is missing or another cluster's: RAY_AUTH_MODE=token on head, workers "
             "and clients alike, and RAY_AUTH_TOKEN_PATH a copy of what `ray get-auth-token` prints on the head"
         )
-    if "AuthenticationError" in said:
-        return "there is no token to show, see above"
     errors = [line for line in said.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
     text = (errors or said.splitlines() or ["it ended without a word"])[-1][:300]
     if "ersion mismatch" in said:

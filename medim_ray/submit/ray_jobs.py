@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ class RayJobsTarget:
             archive = Path(folder) / "working_dir.zip"
             _pack(job.spec, archive)
             arguments["runtime_env"]["working_dir"] = str(archive)
+            if Path(job.spec.environment.wheel).is_file():
+                arguments["runtime_env"]["py_modules"] = _unpacked(job.spec.environment.wheel, Path(folder) / "wheel")
             with _translated(job.spec):
                 try:
                     return str(client.submit_job(**arguments))
@@ -114,7 +117,7 @@ class RayJobsTarget:
 
 
 def request(job: Job) -> dict[str, Any]:
-    """The arguments of submit_job; `working_dir` is replaced by its archive when it is sent."""
+    """The arguments of submit_job; `working_dir` and a wheel are replaced by what is in them when it is sent."""
     spec = job.spec
     environment: dict[str, Any] = {"working_dir": str(_folder(spec))}
     if spec.environment.variables:
@@ -132,6 +135,13 @@ def request(job: Job) -> dict[str, Any]:
     if spec.ray.entrypoint_resources:
         arguments["entrypoint_resources"] = dict(spec.ray.entrypoint_resources)
     return arguments
+
+
+def _unpacked(wheel: str, folder: Path) -> list[str]:
+    """The packages of a wheel. Ray would install the wheel itself, with all that it depends on, on every node."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return [str(path) for path in sorted(folder.iterdir()) if path.suffix != ".dist-info"]
 
 
 def connect(spec: JobSpec) -> Any:

@@ -23,6 +23,7 @@ from tests.system.ray_head import Head, Wire, free_ports, running_head
 pytestmark = pytest.mark.system
 ROOT = Path(__file__).parents[2]
 PLANTED = "planted-90bd1e44"
+NUM_ROWS = 300_000  # half a minute of tagging, or more
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +154,10 @@ def test_stop_resubmit_and_secrets_on_a_cluster(
 @pytest.mark.chaos
 def test_a_job_outlives_the_connection_and_whoever_sent_it(head: Head, here: list[str], tmp_path: Path) -> None:
     wire = Wire(int(head.jobs.rpartition(":")[2]))
-    os.mkfifo(tmp_path / "pipe")  # the job ends when we write to it
+    rows = "".join(f"{i},Small left pleural effusion. No pneumothorax.,None\n" for i in range(NUM_ROWS))
+    (tmp_path / "many.csv").write_text(f"uid,findings,impression\n{rows}")
     file = tmp_path / "long.yaml"
-    command = ["tag", str(tmp_path / "pipe"), "--out", str(tmp_path / "tags.csv")]
+    command = ["tag", str(tmp_path / "many.csv"), "--out", str(tmp_path / "tags.csv")]
     file.write_text(json.dumps({"name": "outlives", "command": command}))
     start = [sys.executable, "-m", "medim_ray.cli"]
     words = [*start, "submit", str(file), f"ray.address=http://127.0.0.1:{wire.port}", *here]
@@ -179,9 +181,8 @@ def test_a_job_outlives_the_connection_and_whoever_sent_it(head: Head, here: lis
     first.kill()
     first.wait()
     follow = subprocess.Popen([*start, "jobs", "logs", "outlives", "--follow"], env=environment, cwd=ROOT, stdout=said)
-    (tmp_path / "pipe").write_text("uid,findings,impression\n1,Small left pleural effusion.,None\n")
-    assert follow.wait(60) == 0
-    assert (tmp_path / "said").read_text().count("1 reports") == 1
+    assert follow.wait(300) == 0
+    assert (tmp_path / "said").read_text().count(f"{NUM_ROWS} reports") == 1
     jobs = requests.get(f"{head.jobs}/api/jobs/", headers=head.headers, timeout=10).json()
     assert sum(job["metadata"]["name"] == "outlives" for job in jobs) == 1
     said.close()
