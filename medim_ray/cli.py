@@ -188,7 +188,11 @@ def _pretrain(args: argparse.Namespace) -> int:
     from medim_ray.config.schema import RunConfig
     from medim_ray.train.launch import launch, summary
 
-    result = launch(load(RunConfig, args.config, args.overrides))
+    config = load(RunConfig, args.config, args.overrides)
+    validate = None
+    if config.validate.labels:
+        from medim_ray.probes.validate import validate
+    result = launch(config, validate=validate)
     print(summary(result))
     # Slurm's warning asks for another turn (EX_TEMPFAIL, to be queued again); the others end as signals do.
     return 0 if not result.signal else os.EX_TEMPFAIL if result.signal == signal.SIGUSR1 else 128 + result.signal

@@ -183,6 +183,26 @@ class TrackConfig:
     aim_repo: str = option("", "Aim repository (folder or aim://host:port); empty: next to the run folder, in .aim")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """Probes of each committed checkpoint while the run goes on, as Ray tasks of their own."""
+
+    labels: tuple[str, ...] = option((), "label columns that are probed; empty: no validation")
+    num_images: int = option(2000, "images that are probed, the first of the shards by a hash of their ids")
+    best_by: str = option("mean", "label (or mean: over all of them) whose AUROC chooses the checkpoint that is kept")
+    num_cpus: float = option(1.0, "logical CPUs of a validation task; it waits until they are free")
+
+    def __post_init__(self) -> None:
+        if self.num_images < 20:
+            raise ValueError(f"validate.num_images={self.num_images}: at least 20, to learn from and to judge by")
+        if not self.num_cpus > 0:
+            raise ValueError(f"validate.num_cpus={self.num_cpus}: must be above 0")
+        if self.labels and self.best_by not in ("mean", *self.labels):
+            raise ValueError(
+                f"validate.best_by={self.best_by!r}: must be mean or one of validate.labels={list(self.labels)}"
+            )
+
+
 PROBE_TASKS = ("labels", "localise", "retrieve", "segment")
 
 
@@ -247,6 +267,7 @@ class RunConfig:
     masking: Any = component(MASKINGS, "uniform", "what is hidden from the encoder or from its features")
     objective: Any = component(OBJECTIVES, "mae", "the loss")
     train: TrainConfig = field(default_factory=TrainConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig, metadata={"hashed": False, "fixed": False})
     run: RunGroup = field(default_factory=RunGroup, metadata={"hashed": False, "fixed": False})
     track: TrackConfig = field(default_factory=TrackConfig, metadata={"hashed": False, "fixed": False})
 

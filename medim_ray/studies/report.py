@@ -32,6 +32,7 @@ from medim_ray.train.fit import estimate
 from medim_ray.train.metrics import METRICS, read_metrics
 from medim_ray.train.runs import CONFIG, load_run, open_config
 from medim_ray.train.store import CheckpointStore
+from medim_ray.train.validation import read_validation
 
 REPORT = "report.html"
 _NUM_IMAGES = 8
@@ -100,7 +101,7 @@ def write_report(run_dir: str, num_images: int = _NUM_IMAGES, text: bool = True)
             prevalence=_prevalence(result),
             protocols=sorted({task["protocol"] for task in result["labels"].values()}) if result else [],
             bar=interval_bar,
-            groups=chart_groups(records),
+            groups=[*chart_groups(records), *_validation(read_validation(run_dir))],
             gallery=gallery,
             gallery_note=gallery_note,
             config_text=config_text,
@@ -147,6 +148,17 @@ def chart_groups(records: Sequence[Mapping[str, Any]]) -> list[ChartGroup]:
         ChartGroup(title="Throughput", note=note, charts=_drawn(speed)),
         ChartGroup(title="Optimiser", note=note, charts=_drawn(optimiser)),
     ]
+
+
+def _validation(rows: Sequence[Mapping[str, Any]]) -> list[ChartGroup]:
+    """AUROC of the checkpoints that were validated during the run, where there are any."""
+    names = list(
+        dict.fromkeys(name for row in rows for name in row if isinstance(row[name], float) and name != "seconds")
+    )
+    charts = [_chart(rows, name, f"AUROC, {name}", None, "last {:.3f}") for name in names]
+    failed = sum("error" in row for row in rows)
+    note = f"{failed} checkpoints were not validated: validation.jsonl says why." if failed else ""
+    return [ChartGroup(title="Validation during the run", note=note, charts=_drawn(charts))] if rows else []
 
 
 def _drawn(charts: Sequence[Chart | None]) -> list[Chart]:

@@ -16,6 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _LOG = logging.getLogger(__name__)
+VALIDATION = "validation/"  # names of numbers of an earlier checkpoint in a record of metrics.jsonl
 _MAX_PENDING = 64
 _RUN_FILE = "aim_run"
 
@@ -29,6 +30,7 @@ class Tracker:
         self._run: Any = None
         self._last_step = -1
         self._stop = False
+        self._news: dict[str, Any] = {}
         if aim_repo:
             try:
                 self._open(aim_repo, run_dir, params)
@@ -56,17 +58,29 @@ class Tracker:
         self._last_step = self._run.get("last_step", -1)  # steps that are done again are not shown twice
         fs.pipe_file(file, f"{self._run.hash}\n".encode())
 
-    def log(self, record: dict[str, Any], dropped: int) -> bool:
-        """A record of metrics.jsonl, and how many the sender has dropped so far; whether the run is asked to stop."""
+    def log(self, record: dict[str, Any], dropped: int) -> tuple[bool, dict[str, Any]]:
+        """A record of metrics.jsonl, and how many the sender has dropped so far; whether the run is asked to stop, and
+        what was validated since the last call."""
         self._latest, self._dropped = record, dropped
         if self._run is not None and record["step"] > self._last_step:
             self._track(record)
-        return self._stop
+        news, self._news = self._news, {}
+        return self._stop, news
+
+    def validated(self, step: int, numbers: dict[str, float]) -> None:
+        """Numbers of the checkpoint after `step` steps: to Aim, and on to the next record of metrics.jsonl."""
+        named = {f"{VALIDATION}{name}": value for name, value in numbers.items()}
+        self._news = {f"{VALIDATION}step": step, **named}
+        if self._run is not None:
+            for name, value in named.items():
+                with contextlib.suppress(Exception):
+                    self._run.track(value, name=name, step=step)
 
     def _track(self, record: dict[str, Any]) -> None:
         self._last_step = self._run["last_step"] = record["step"]
         for name, value in record.items():
-            if isinstance(value, int | float) and name not in ("step", "epoch"):
+            shown = name not in ("step", "epoch") and not name.startswith(VALIDATION)
+            if isinstance(value, int | float) and shown:
                 with contextlib.suppress(Exception):
                     self._run.track(value, name=name, step=record["step"], epoch=record["epoch"])
 
@@ -101,17 +115,24 @@ class TrackerClient:
         self._pending: list[Any] = []
         self._dropped = 0
         self._stop = False
+        self._news: dict[str, Any] = {}
 
     def stop_requested(self) -> bool:
         """Whether an answer so far said that the run is to stop."""
         return self._stop
+
+    def news(self) -> dict[str, Any]:
+        """What was validated since the last call, for the record of this step."""
+        news, self._news = self._news, {}
+        return news
 
     def log(self, record: dict[str, Any]) -> None:
         """Fire and forget."""
         if self._pending:
             answered, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
             with contextlib.suppress(ray.exceptions.RayError):  # the actor is a view: it may die and be started again
-                self._stop = self._stop or any(ray.get(answered))
+                for stop, news in ray.get(answered):
+                    self._stop, self._news = self._stop or stop, self._news | news
         if len(self._pending) >= _MAX_PENDING:
             self._dropped += 1
             return

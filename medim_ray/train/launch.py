@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import threading
@@ -45,6 +46,7 @@ from medim_ray.train.progress import progress
 from medim_ray.train.runs import read_config, write_config
 from medim_ray.train.store import Checkpoint, CheckpointStore
 from medim_ray.train.stream import StreamFactory, reader_factory, run_worker
+from medim_ray.train.validation import Validate, validation
 
 LEASE = ".lease"  # in the run folder, while a job trains there
 _START_S = 30.0  # seconds after a stop signal in which workers that are starting may make their first step
@@ -62,9 +64,10 @@ class RunResult:
     signal: int = 0
 
 
-def launch(config: RunConfig, console: Console | None = None) -> RunResult:
+def launch(config: RunConfig, console: Console | None = None, validate: Validate | None = None) -> RunResult:
     """Trains to the end of the run or to `train.stop_after`, from wherever its newest checkpoint is; SIGTERM, SIGINT
-    and SIGUSR1 make it commit a checkpoint and return.
+    and SIGUSR1 make it commit a checkpoint and return. validate: probes a committed checkpoint, where
+    `validate.labels` names what (train/validation.py).
 
     ValueError for what the user can mend; RuntimeError, with the workers' error, where training failed.
     """
@@ -78,14 +81,14 @@ def launch(config: RunConfig, console: Console | None = None) -> RunResult:
             raise ValueError(f"run.dir={config.run.dir} is a file: give a folder, it is made where it is not there")
         try:
             with Lease(fs, f"{root.rstrip('/')}/{LEASE}", what=f"run.dir={config.run.dir}"):
-                return _launch(config, shards, console)
+                return _launch(config, shards, console, validate)
         finally:
             if is_local(fs):  # what was refused before it began leaves nothing behind
                 with contextlib.suppress(OSError):
                     Path(root).rmdir()
 
 
-def _launch(config: RunConfig, shards: ShardSet, console: Console) -> RunResult:
+def _launch(config: RunConfig, shards: ShardSet, console: Console, validate: Validate | None) -> RunResult:
     newest = _newest(config, shards, lambda text: console.print(f"[yellow]{text}"))
     done = newest.step if newest is not None else 0
     if done >= config.train.last_step:
@@ -103,7 +106,7 @@ def _launch(config: RunConfig, shards: ShardSet, console: Console) -> RunResult:
             _look_at_resources(config, console)
             make_reader = reader.result()
             config = _with_stage(config, plan, console)
-            signal_number = _attempts(config, shards, make_reader, done, console)
+            signal_number = _attempts(config, shards, make_reader, done, console, validate)
     step = _committed(config)
     if step < config.train.last_step and not signal_number:
         raise RuntimeError(
@@ -163,7 +166,14 @@ def _committed(config: RunConfig) -> int:
     return newest.step if newest is not None else 0
 
 
-def _attempts(config: RunConfig, shards: ShardSet, reader: ReaderFactory, done: int, console: Console) -> int:
+def _attempts(
+    config: RunConfig,
+    shards: ShardSet,
+    reader: ReaderFactory,
+    done: int,
+    console: Console,
+    validate: Validate | None,
+) -> int:
     """Groups of workers, one after the other, until the run is where it should be; the signal that ended it before.
 
     RuntimeError where a budget is spent (attempts.py).
@@ -173,7 +183,11 @@ def _attempts(config: RunConfig, shards: ShardSet, reader: ReaderFactory, done: 
     tracker = start_tracker(_aim_repo(config) if config.track.aim else "", config.run.dir, tree)
     budgets = Budgets(config.train)
     try:
-        with progress(config.train.last_step, done, tracker, console), stop_signals() as received:
+        with (
+            progress(config.train.last_step, done, tracker, console),
+            stop_signals() as received,
+            validation(config, validate, tracker, received, console),
+        ):
             while True:
                 try:
                     failure = of_outcome(_fit(_trainer(config, shards, reader, tracker), tracker, received))
@@ -293,8 +307,9 @@ def _changed(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def _cpus(config: RunConfig) -> int:
-    """Logical CPUs for a Ray that is started here: the workers, the decoding actors, the trial of a sweep."""
-    return max(os.cpu_count() or 1, int(config.train.max_workers * config.train.cpus_per_worker) + 1)
+    """Logical CPUs for a Ray that is started here: the workers, the decoding actors, a validation."""
+    beside = 1 + (math.ceil(config.validate.num_cpus) if config.validate.labels else 0)
+    return max(os.cpu_count() or 1, math.ceil(config.train.max_workers * config.train.cpus_per_worker) + beside)
 
 
 @contextlib.contextmanager

@@ -60,10 +60,12 @@ def open_config(run_dir: str) -> RunConfig:
     return config
 
 
-def load_run(run_dir: str, trained: bool = True) -> LoadedRun:
-    """The objective with the weights of the newest valid checkpoint, or with those the run began with.
+def load_run(run_dir: str, trained: bool = True, checkpoint: str = "") -> LoadedRun:
+    """The objective with the weights of the newest valid checkpoint (or of the one named, which is not verified), or
+    with those the run began with.
 
-    ValueError where there is no run or, with `trained`, no checkpoint that can be used.
+    ValueError where there is no run or, with `trained`, no checkpoint that can be used; FileNotFoundError where the one
+    named is gone.
     """
     config = open_config(run_dir)
     shards = ShardSet.open(config.data.shards)
@@ -73,7 +75,7 @@ def load_run(run_dir: str, trained: bool = True) -> LoadedRun:
     if trained:
         problems: list[str] = []
         store = CheckpointStore(run_dir)
-        newest = store.newest(problems.append)
+        newest = store.open(checkpoint) if checkpoint else store.newest(problems.append)
         if newest is None:
             why = "; ".join(problems) or "none was committed"
             raise ValueError(f"{run_dir} has no checkpoint that can be used: {why}. Run `medim-ray pretrain` on it")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,8 @@ class CheckpointStore:
         manifest = json.loads(self._fs.cat_file(f"{self.root}/{name}/{MANIFEST}"))
         return Checkpoint(name, manifest["step"], manifest)
 
-    def prune(self, keep_last: int, current: str) -> None:
-        """Keeps `current`, which was just committed, and the `keep_last` - 1 committed ones before it.
+    def prune(self, keep_last: int, current: str, also: Collection[str] = ()) -> None:
+        """Keeps `current`, which was just committed, the `keep_last` - 1 committed ones before it, and `also`.
 
         Later steps belong to a time line that was rolled back (a damaged newest checkpoint was passed over): they go,
         and so does whatever was never committed.
@@ -103,7 +103,7 @@ class CheckpointStore:
         names = self.names()
         before = names[names.index(current) + 1 :]
         usable = [name for name in before if self.is_committed(name)]
-        for name in set(names) - {current, *usable[: keep_last - 1]}:
+        for name in set(names) - {current, *usable[: keep_last - 1], *also}:
             with contextlib.suppress(FileNotFoundError):
                 self._fs.rm(f"{self.root}/{name}", recursive=True)
 

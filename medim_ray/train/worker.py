@@ -31,6 +31,7 @@ from medim_ray.train.health import BadStep, NumberGuard, omitted_steps, write_ba
 from medim_ray.train.loop import Trainer, train
 from medim_ray.train.metrics import MetricsFile
 from medim_ray.train.store import CheckpointStore
+from medim_ray.train.validation import read_best
 from medim_ray.train.zero import build_engine
 
 _LOG = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class RunRecorder:
         self.tracker = TrackerClient(tracker) if is_first and tracker is not None else None
 
     def log(self, record: dict[str, Any]) -> None:
+        if self.tracker is not None:
+            record = record | self.tracker.news()
         if self._file is not None:
             self._file.write(record)
         if self.tracker is not None:
@@ -71,7 +74,8 @@ class RunCheckpoints:
         self._recorder.sync()
         name = checkpoint.save(self._store, self._engine, step, self._facts)
         if dist.get_rank() == 0:
-            self._store.prune(self._config.train.keep_last, name)
+            best = read_best(self._config.run.dir)
+            self._store.prune(self._config.train.keep_last, name, also=[best] if best else [])
         ray.train.report({"step": step, "checkpoint": name})
 
 

@@ -1,0 +1,71 @@
+"""The validation of one committed checkpoint, in one Ray task: linear probes of its frozen encoder, AUROC by label.
+
+A small sibling of `medim-ray probe` for use during training (train/validation.py): the first images by a hash of their
+ids, one process, no intervals, no other encoder.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from medim_ray.config.schema import ValidateConfig
+from medim_ray.data.reader import VIEW
+from medim_ray.draws import name_key
+from medim_ray.probes.classify import probe
+from medim_ray.probes.protocol import check_protocol
+from medim_ray.probes.rows import RowList, RowReader, centre_columns, list_rows, work_items
+from medim_ray.probes.tasks import Task, make_task
+from medim_ray.train.build import build_crop
+from medim_ray.train.runs import LoadedRun, load_run
+
+_NUM_FOLDS = 3
+_BATCH = 32
+
+
+def validate(run_dir: str, checkpoint: str, config: ValidateConfig) -> dict[str, float]:
+    """AUROC of each label of `config`, and `mean` over them.
+
+    FileNotFoundError: the checkpoint was pruned. ValueError: a label that can't be probed.
+    """
+    torch.set_num_threads(max(1, int(config.num_cpus)))
+    cv2.setNumThreads(1)
+    run = load_run(run_dir, checkpoint=checkpoint)
+    every = list_rows(run.shards)
+    order = sorted(range(len(every)), key=lambda i: name_key(every.image_ids[i]))
+    rows = every.take(sorted(order[: config.num_images]))
+    features_KD = _features(run, rows)
+    found: dict[str, float] = {}
+    for label in config.labels:
+        task = make_task(label, rows.labels, run.shards.url)
+        if not isinstance(task, Task):
+            raise ValueError(f"validate.labels: {label!r} is a number; validation ranks classes, take another label")
+        patients, splits = ([names[i] for i in task.rows_K] for names in (rows.patient_ids, rows.splits))
+        check_protocol(task, patients, splits, _NUM_FOLDS)
+        scores = probe(task, features_KD[task.rows_K], patients, splits, num_folds=_NUM_FOLDS, num_bootstrap=1, seed=0)
+        found[label] = scores.auroc.value
+    return {**found, "mean": float(np.mean(list(found.values())))}
+
+
+@torch.no_grad()
+def _features(run: LoadedRun, rows: RowList) -> NDArray[np.float32]:
+    """[K, 2 D]: global vector and mean of the patches, of centre crops, as `medim-ray probe` takes them."""
+    crop, encoder = build_crop(run.config), run.objective.encoder
+    read = RowReader.of(run.shards, "image_id", "image")
+    found: NDArray[np.float32] | None = None
+    for item in work_items(rows):
+        columns, _ = centre_columns(read(item), crop, None)
+        pixels_BHW = columns[f"{VIEW}{crop.views[0].name}"][:, 0]
+        parts = []
+        for start in range(0, len(pixels_BHW), _BATCH):
+            images_B1HW = torch.from_numpy(pixels_BHW[start : start + _BATCH])[:, None].float() / 255.0
+            out = encoder(images_B1HW)
+            parts.append(torch.cat([out.global_BD, out.patches_BND.mean(dim=1)], dim=1).numpy())
+        values = np.concatenate(parts)
+        if found is None:
+            found = np.empty((len(rows), values.shape[1]), dtype=np.float32)
+        found[item["positions"]] = values
+    assert found is not None, "a shard set without rows can't be trained on"
+    return found

@@ -1,0 +1,149 @@
+"""Committed checkpoints are validated while the run goes on, one at a time, by Ray tasks; the best one is kept.
+
+    RUN/validation.jsonl   a line a checkpoint: step, AUROC of each label and their mean, seconds; or why there is none
+    RUN/best.json          the checkpoint with the best `validate.best_by` so far; it is not pruned
+What a validation is comes from outside (probes/validate.py); whatever fails in it is told and ends nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import fsspec
+import ray
+from rich.console import Console
+
+from medim_ray.config.schema import RunConfig, ValidateConfig
+from medim_ray.data.storage import committed
+from medim_ray.train.store import CheckpointStore
+
+VALIDATION_FILE = "validation.jsonl"
+BEST = "best.json"
+_LOOK_S = 0.5
+
+
+class Validate(Protocol):
+    """Runs in a Ray task: name -> number, of one committed checkpoint. FileNotFoundError where it was pruned."""
+
+    def __call__(self, run_dir: str, checkpoint: str, config: ValidateConfig) -> dict[str, float]: ...
+
+
+@contextlib.contextmanager
+def validation(
+    config: RunConfig, validate: Validate | None, tracker: Any, stopped: list[int], console: Console
+) -> Iterator[None]:
+    """Validates the checkpoints that are committed inside; at the end it waits for the last ones, unless the run ends
+    with an error or `stopped` (the signals received) is not empty."""
+    if validate is None or not config.validate.labels:
+        yield
+        return
+    watcher = _Watcher(config, validate, tracker, console)
+    thread = threading.Thread(target=watcher.run, daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        watcher.end(wait=False)
+        raise
+    else:
+        watcher.end(wait=not stopped)
+    finally:
+        thread.join()
+
+
+class _Watcher:
+    """The thread: sees new checkpoints, sends a task, writes down what it returns."""
+
+    def __init__(self, config: RunConfig, validate: Validate, tracker: Any, console: Console) -> None:
+        self._config, self._tracker, self._console = config, tracker, console
+        self._store = CheckpointStore(config.run.dir)
+        self._rows = read_validation(config.run.dir)
+        # Not in a placement group that this process may be in: a trial of a sweep has room for itself alone.
+        options = {"num_cpus": config.validate.num_cpus, "scheduling_strategy": "DEFAULT", "max_retries": 0}
+        self._task = ray.remote(**options)(validate)
+        self._end = threading.Event()
+        self._wait = True
+
+    def end(self, wait: bool) -> None:
+        """No checkpoint will come any more; with `wait` those that are there are still validated."""
+        self._wait = wait
+        self._end.set()
+
+    def run(self) -> None:
+        while True:
+            ending = self._end.is_set()
+            name = self._next() if self._wait or not ending else None
+            if name is not None:
+                self._validate(name)
+            elif ending:
+                return
+            else:
+                self._end.wait(_LOOK_S)
+
+    def _next(self) -> str | None:
+        """The oldest committed checkpoint that has no line yet."""
+        known = {row["checkpoint"] for row in self._rows}
+        names = [name for name in self._store.names() if name not in known and self._store.is_committed(name)]
+        return names[-1] if names else None
+
+    def _validate(self, name: str) -> None:
+        began = time.monotonic()
+        row: dict[str, Any] = {"checkpoint": name, "step": int(name.split("-")[1])}
+        pending = self._task.remote(self._config.run.dir, name, self._config.validate)
+        while not ray.wait([pending], timeout=_LOOK_S)[0]:
+            if self._end.is_set() and not self._wait:
+                ray.cancel(pending, force=True)
+                return
+        try:
+            row |= ray.get(pending)
+        except Exception as error:  # a validation is a view of the run: whatever fails in it must not end the run
+            cause = getattr(error, "cause", None) or error
+            pruned = isinstance(cause, FileNotFoundError)
+            row["error"] = (
+                "it was pruned before: raise train.keep_last or train.checkpoint_every" if pruned else str(cause)
+            ).splitlines()[0]
+            self._console.print(f"[yellow]{name} was not validated: {row['error']}", highlight=False)
+        row["seconds"] = round(time.monotonic() - began, 2)
+        self._rows.append(row)
+        self._write()
+        numbers = {key: value for key, value in row.items() if isinstance(value, float) and key != "seconds"}
+        if numbers:
+            self._tracker.validated.remote(row["step"], numbers)
+
+    def _write(self) -> None:
+        key = self._config.validate.best_by
+        files = {VALIDATION_FILE: "".join(f"{json.dumps(row)}\n" for row in self._rows)}
+        judged = [row for row in self._rows if key in row]
+        if judged:
+            best = max(judged, key=lambda row: float(row[key]))
+            chosen = {"checkpoint": best["checkpoint"], "step": best["step"], "by": key, "value": best[key]}
+            files[BEST] = json.dumps(chosen) + "\n"
+        fs, root = fsspec.core.url_to_fs(self._config.run.dir)
+        for name, text in files.items():
+            with committed(fs, f"{root.rstrip('/')}/{name}", scratch=root) as file:
+                file.write(text.encode())
+
+
+def read_validation(run_dir: str) -> list[dict[str, Any]]:
+    """The lines of RUN/validation.jsonl."""
+    return [json.loads(line) for line in _read(run_dir, VALIDATION_FILE).splitlines()]
+
+
+def read_best(run_dir: str) -> str:
+    """The name of the best checkpoint so far; '' where none was validated."""
+    text = _read(run_dir, BEST)
+    return str(json.loads(text)["checkpoint"]) if text else ""
+
+
+def _read(run_dir: str, name: str) -> str:
+    fs, root = fsspec.core.url_to_fs(run_dir)
+    fs.invalidate_cache()
+    try:
+        return str(fs.cat_file(f"{root.rstrip('/')}/{name}").decode())
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,50 @@
+"""Checkpoints validated while the run goes on: what is written, that the best is kept, that a failure ends nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from medim_ray.probes.validate import validate
+from medim_ray.train.launch import launch
+from medim_ray.train.metrics import read_metrics
+from medim_ray.train.store import CheckpointStore
+from medim_ray.train.validation import BEST, read_best, read_validation
+from tests.system.runs import MAE, config_of
+
+pytestmark = [pytest.mark.system, pytest.mark.usefixtures("ray_session")]
+ONE = ["train.num_workers=1", "train.zero=0", "train.keep_last=1", "validate.num_cpus=0.5"]
+
+
+def test_every_checkpoint_is_validated_and_the_best_is_kept(phantom_shards: str, tmp_path: Path) -> None:
+    options = ["train.steps=4", "train.checkpoint_every=4", "validate.labels=[view]", *ONE]
+    config = config_of(MAE, phantom_shards, tmp_path / "run", *options, "train.stop_after=2")
+    assert launch(config, Console(file=io.StringIO()), validate).step == 2
+    (first,) = read_validation(config.run.dir)
+    assert first["step"] == 2 and 0.0 <= first["view"] == first["mean"] <= 1.0
+    assert first["view"] == validate(config.run.dir, first["checkpoint"], config.validate)["view"]
+
+    # A later checkpoint beats it only by its own number: an impossible one keeps the first as the best.
+    line = {**first, "mean": 2.0, "view": 2.0}
+    (tmp_path / "run/validation.jsonl").write_text(json.dumps(line) + "\n")
+    again = config_of(MAE, phantom_shards, tmp_path / "run", *options)
+    assert launch(again, Console(file=io.StringIO()), validate).finished
+    rows = read_validation(again.run.dir)
+    assert [row["step"] for row in rows] == [2, 4] and "error" not in rows[1]
+    assert read_best(again.run.dir) == first["checkpoint"]
+    assert json.loads((tmp_path / "run" / BEST).read_text())["value"] == 2.0
+    assert first["checkpoint"] in CheckpointStore(again.run.dir).names(), "train.keep_last=1 has not pruned the best"
+
+
+def test_a_validation_that_fails_is_told_and_the_run_goes_on(phantom_shards: str, tmp_path: Path) -> None:
+    options = ["train.steps=2", "validate.labels=[vieww]", *ONE]
+    config = config_of(MAE, phantom_shards, tmp_path / "run", *options)
+    said = Console(file=io.StringIO(), width=300)
+    assert launch(config, said, validate).finished and len(read_metrics(config.run.dir)) == 2
+    (row,) = read_validation(config.run.dir)
+    assert "did you mean 'view'?" in row["error"] and row["error"] in said.file.getvalue()  # type: ignore[attr-defined]
+    assert read_best(config.run.dir) == ""
