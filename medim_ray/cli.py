@@ -189,13 +189,17 @@ def _pretrain(args: argparse.Namespace) -> int:
     from medim_ray.train.launch import launch, summary
 
     config = load(RunConfig, args.config, args.overrides)
-    validate = None
-    if config.validate.labels:
-        from medim_ray.probes.validate import validate
-    result = launch(config, validate=validate)
+    result = launch(config, validate=_validation() if config.validate.labels else None)
     print(summary(result))
     # Slurm's warning asks for another turn (EX_TEMPFAIL, to be queued again); the others end as signals do.
     return 0 if not result.signal else os.EX_TEMPFAIL if result.signal == signal.SIGUSR1 else 128 + result.signal
+
+
+def _validation() -> Any:
+    """What probes a checkpoint during a run; scikit-learn is loaded for it."""
+    from medim_ray.probes.validate import validate
+
+    return validate
 
 
 def _fields(root: type[Any]) -> int:
