@@ -353,6 +353,11 @@ def check_words(words: Sequence[str]) -> None:
         raise ValueError(f"command: {said.getvalue().strip().splitlines()[-1].removeprefix('medim-ray: ')}") from None
     if args.command in (_submit, _jobs):
         raise ValueError(f"command: `{words[0]}` is not run by a job: name the command that it would send")
+    if args.command in (_sweep, _ablate):
+        from medim_ray.studies.ablate import StudyConfig
+        from medim_ray.studies.sweep import SweepConfig
+
+        load(SweepConfig if args.command is _sweep else StudyConfig, args.config, args.overrides)
     if args.command in (_pretrain, _prepare):
         load(_root_of(args.config) if args.command is _pretrain else _prepare_root(), args.config, args.overrides)
 

@@ -1,7 +1,10 @@
 """What a run came to, as named numbers with intervals: probes and maps of result.json, speed and loss of metrics.jsonl.
 
-auroc.LABEL  auprc.LABEL  auroc.mean  auprc.mean     frozen-feature probes of the trained encoder
-map_auroc.STRATEGY  lesion_lift.STRATEGY             word-to-patch maps against lesions (.both: times the prior)
+auroc.LABEL  auprc.LABEL  accuracy.LABEL  f1.LABEL  knn_auroc.LABEL   LABEL: a label, or mean over all of them
+auroc@0.01.LABEL                                                      learned from that share (probe.fractions)
+mae.age  r2.age                                                       labels of numbers
+dice.pneumothorax  recall_at_10.image_to_report  median_rank.image_to_report  zero_shot_auroc.LABEL
+map_auroc.STRATEGY  lesion_lift.STRATEGY                              word-to-patch maps (.both: times the prior)
 loss  step_s  samples_per_s  data_wait_ratio  peak_gb
 """
 
@@ -17,7 +20,9 @@ import numpy as np
 from medim_ray.probes.command import read_result
 from medim_ray.train.metrics import read_metrics
 
-PROBES = ("auroc", "auprc")
+_OF_LABELS = ("auroc", "auprc", "accuracy", "f1", "knn_auroc", "knn_auprc", "mae", "r2")
+_BEYOND = ("dice", "recall_at_1", "recall_at_5", "recall_at_10", "median_rank", "zero_shot_auroc", "zero_shot_auprc")
+FAMILIES = (*_OF_LABELS, *_BEYOND)
 MAPS = ("map_auroc", "lesion_lift")
 RUN_NUMBERS = {
     "loss": "mean loss of the last tenth of the steps",
@@ -26,7 +31,7 @@ RUN_NUMBERS = {
     "data_wait_ratio": "median share of a step spent waiting for data",
     "peak_gb": "peak memory of a worker, GB",
 }
-LOWER_IS_BETTER = ("loss", "step_s", "data_wait_ratio", "peak_gb")
+LOWER_IS_BETTER = ("loss", "step_s", "data_wait_ratio", "peak_gb", "mae", "median_rank")
 
 
 @dataclass(frozen=True)
@@ -48,24 +53,28 @@ class Outcome:
 
 def check_metric(name: str, option: str) -> None:
     """ValueError where no run reports such a number."""
-    family, _, rest = name.partition(".")
-    if name in RUN_NUMBERS or (family in (*PROBES, *MAPS) and rest):
+    if name in RUN_NUMBERS or (_family(name) in (*FAMILIES, *MAPS) and name.partition(".")[2]):
         return
-    known = [*RUN_NUMBERS, *(f"{family}.LABEL" for family in PROBES), "auroc.mean", "auprc.mean"]
-    known += [f"{family}.STRATEGY" for family in MAPS]
+    known = [*RUN_NUMBERS, *(f"{family}.mean" for family in FAMILIES), *(f"{family}.kdm" for family in MAPS)]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? Known" if near else "known"
-    raise ValueError(f"{option}={name!r} is no number that a run reports; {hint}: {', '.join(known)}")
+    families = ", ".join(f"{family}.NAME" for family in (*FAMILIES, *MAPS))
+    raise ValueError(f"{option}={name!r} is no number that a run reports; {hint}: {', '.join(RUN_NUMBERS)}, {families}")
+
+
+def _family(name: str) -> str:
+    """`auroc` of auroc@0.01.mean."""
+    return name.partition("@")[0] if "@" in name else name.partition(".")[0]
 
 
 def needs_probe(metrics: Iterable[str]) -> bool:
     """Whether one of the metrics comes from `medim-ray probe`."""
-    return any(name.partition(".")[0] in (*PROBES, *MAPS) for name in metrics)
+    return any(_family(name) in (*FAMILIES, *MAPS) for name in metrics)
 
 
 def better_is_higher(metric: str) -> bool:
     """The direction of a metric."""
-    return metric not in LOWER_IS_BETTER
+    return _family(metric) not in LOWER_IS_BETTER
 
 
 def outcome_of(run_dir: str, probed: bool) -> Outcome:
@@ -84,11 +93,29 @@ def outcome_of(run_dir: str, probed: bool) -> Outcome:
 
 
 def _add_probes(result: Mapping[str, Any], numbers: dict[str, Number], gains: dict[str, Number]) -> None:
+    def add(facts: Mapping[str, Any] | None, name: str, prefix: str = "", at: str = "") -> None:
+        if not facts:
+            return
+        gained = facts["trained_minus_untrained"]
+        for family, number in facts["encoders"]["trained"].items():
+            if f"{prefix}{family}" in FAMILIES:
+                numbers[f"{prefix}{family}{at}.{name}"] = Number(**number)
+                gains[f"{prefix}{family}{at}.{name}"] = Number(**gained[family])
+
     for label, facts in {**result["labels"], "mean": result.get("mean")}.items():
-        if facts:
-            for family in PROBES:
-                numbers[f"{family}.{label}"] = Number(**facts["encoders"]["trained"][family])
-                gains[f"{family}.{label}"] = Number(**facts["trained_minus_untrained"][family])
+        add(facts, label)
+        add(facts and facts.get("knn"), label, "knn_")
+        for share in (facts or {}).get("fractions", ()):
+            add(share, label, at=f"@{share['fraction']:g}")
+    for label, facts in result.get("regression", {}).items():
+        add(facts, label)
+    for target, facts in result.get("segmentation", {}).get("targets", {}).items():
+        add(facts, target)
+    for direction, facts in result.get("retrieval", {}).get("directions", {}).items():
+        add(facts, direction)
+    zero_shot = result.get("zero_shot", {})
+    for label, facts in {**zero_shot.get("labels", {}), "mean": zero_shot.get("mean")}.items():
+        add(facts, label, "zero_shot_")
 
 
 def _of_metrics(records: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, Number]]:

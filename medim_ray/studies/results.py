@@ -39,7 +39,7 @@ class Run:
 class Cell:
     """Runs that differ in their seed only. numbers, gains: means over the finished runs with 95 % intervals.
 
-    learned: the metric's gain over the untrained encoder lies above 0 with its whole interval; None where the metric
+    learned: the metric beats the untrained encoder's with its whole interval; None where the metric
     has no such gain, or no run is finished. rank: from 1, None where the cell is not ranked.
     """
 
@@ -131,9 +131,16 @@ def _cell(name: str, runs: Sequence[Run], metric: str) -> Cell:
         runs=runs,
         numbers=mean_outcome([Outcome(run.numbers, run.gains) for run in done]).numbers,
         gains=gains,
-        learned=None if gain is None or gain.value is None else gain.low is not None and gain.low > 0,
+        learned=None if gain is None or gain.value is None else _is_gain(gain, metric),
         rank=None,
     )
+
+
+def _is_gain(gain: Number, metric: str) -> bool:
+    """The whole interval lies on the better side of 0."""
+    if gain.low is None or gain.high is None:
+        return False
+    return gain.low > 0 if better_is_higher(metric) else gain.high < 0
 
 
 def mean_outcome(outcomes: Sequence[Outcome]) -> Outcome:

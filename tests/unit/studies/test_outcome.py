@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,20 +25,38 @@ def test_the_numbers_of_a_run_have_names(tmp_path: Path) -> None:
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     estimate = {"value": 0.7, "low": 0.6, "high": 0.8}
-    facts = {
-        "encoders": {"trained": {"auroc": estimate, "auprc": estimate}},
-        "trained_minus_untrained": {"auroc": {"value": 0.1, "low": 0.0, "high": 0.2}, "auprc": estimate},
-    }
+    gain = {"value": 0.1, "low": 0.0, "high": 0.2}
+    linear = {"auroc": estimate, "auprc": estimate}
+    facts = {"encoders": {"trained": linear}, "trained_minus_untrained": {"auroc": gain, "auprc": estimate}}
+    facts["fractions"] = [{"fraction": 0.01, **facts}]
+    facts["knn"] = {"encoders": {"trained": linear}, "trained_minus_untrained": {"auroc": gain, "auprc": gain}}
+    other = {"encoders": {"trained": {"NAME": estimate}}, "trained_minus_untrained": {"NAME": gain}}
+
+    def named(metric: str) -> dict[str, Any]:
+        return {key: {k: {metric: v["NAME"]} if k == "trained" else v for k, v in value.items()} if key == "encoders"
+                else {metric: value["NAME"]} for key, value in other.items()}  # fmt: skip
+
     maps = {
         "trained": {"map_auroc": estimate, "lesion_lift": estimate},
         "both": {"map_auroc": estimate, "lesion_lift": estimate},
     }
-    result = {"labels": {"view": facts}, "mean": facts, "localisation": {"strategies": {"kdm": maps}}}
+    result = {
+        "labels": {"view": facts},
+        "mean": facts,
+        "regression": {"age": named("mae")},
+        "segmentation": {"targets": {"pneumothorax": named("dice")}},
+        "retrieval": {"directions": {"image_to_report": named("recall_at_10")}},
+        "zero_shot": {"labels": {"edema": named("auroc")}, "mean": None},
+        "localisation": {"strategies": {"kdm": maps}},
+    }
     (tmp_path / "result.json").write_text(json.dumps(result))
     outcome = outcome_of(str(tmp_path), probed=True)
     assert outcome.numbers["loss"].value == pytest.approx(1.5), "the last tenth of the steps"
     assert outcome.numbers["peak_gb"].value == pytest.approx(1.0, rel=1e-6)
     assert outcome.numbers["lesion_lift.kdm.both"].low == 0.6 and outcome.gains["auroc.mean"].high == 0.2
+    beyond = {"auroc@0.01.view", "knn_auroc.mean", "mae.age", "dice.pneumothorax", "recall_at_10.image_to_report"}
+    assert beyond | {"zero_shot_auroc.edema"} <= outcome.numbers.keys()
+    assert outcome.gains["dice.pneumothorax"].value == 0.1
     assert "auroc.mean" not in outcome_of(str(tmp_path), probed=False).numbers
     for name in outcome.numbers:
         check_metric(name, "metric")

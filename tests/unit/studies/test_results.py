@@ -72,3 +72,12 @@ def test_the_csv_has_a_row_a_cell_with_its_numbers() -> None:
     assert [row["masking.ratio"] for row in rows] == ["0.5", "0.25", "0.75"]
     assert float(rows[0]["auroc.mean"]) == pytest.approx(np.mean([0.65, 0.66]))
     assert rows[2]["verdict"] == "to do" and rows[2]["auroc.mean"] == "" and rows[0]["auroc.mean_gain"] == "0.1"
+
+
+def test_an_error_that_falls_is_learned() -> None:
+    gain = Number(-2.0, -3.0, -1.0)
+    runs = [
+        Run(name="r", values={"seed": 0}, state="finished", error="", seconds=1, step=1,
+            numbers={"mae.age": Number(9.0)}, gains={"mae.age": gain})
+    ]  # fmt: skip
+    assert make_table(runs, "mae.age").cells[0].learned is True
