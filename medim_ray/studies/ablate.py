@@ -6,18 +6,15 @@ An arm may begin from another arm's run (`encoder.init=run:ARM`). A scaling law 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from medim_ray.config.loader import load, to_tree
 from medim_ray.config.schema import ProbeConfig, RunConfig
 from medim_ray.data.sources.base import absolute
-from medim_ray.studies.execute import dry_lines, execute, finish
+from medim_ray.studies.execute import command
 from medim_ray.studies.fit import LAWS, fit_law
 from medim_ray.studies.outcome import Number, better_is_higher, check_metric, needs_probe
 from medim_ray.studies.page import Study
@@ -94,16 +91,6 @@ class Ablation:
     job: TrialJob
     waves: Sequence[Sequence[Trial]]
     group: Group
-
-    @property
-    def out(self) -> str:
-        """Where the files go."""
-        return self.config.out
-
-    @property
-    def runner(self) -> RunnerConfig:
-        """How the runs are spread."""
-        return self.config.runner
 
     def trials(self) -> Sequence[Trial]:
         """All runs."""
@@ -258,11 +245,5 @@ def _without_parent(config: RunConfig) -> RunConfig:
 
 
 def ablate(file: str | None, overrides: Sequence[str], dry_run: bool) -> int:
-    """The command; its exit code is that of execute.finish."""
-    experiment = check_study(load(StudyConfig, file, overrides), file)
-    console = Console(file=sys.stdout, soft_wrap=True)
-    if dry_run:
-        for line in dry_lines(experiment):
-            console.print(line, highlight=False, markup=False)
-        return 0
-    return finish(experiment, execute(experiment, console), console)
+    """The command; its exit code is that of execute.command."""
+    return command(check_study(load(StudyConfig, file, overrides), file), dry_run)

@@ -5,6 +5,7 @@ Run again, it goes on: what is done stands in the trials' records (trials.py), a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -23,17 +24,24 @@ from medim_ray.studies.trials import Record, TrialJob, read_record
 from medim_ray.train.launch import LEASE, ray_session
 
 
-class Experiment(Protocol):
-    """A checked sweep or study. out: where its files go; job: what its trials share; group: what one asks of Ray."""
+class Options(Protocol):
+    """What the configurations of sweeps and studies have in common. out: where the files go."""
 
     @property
     def out(self) -> str: ...
     @property
+    def runner(self) -> RunnerConfig: ...
+
+
+class Experiment(Protocol):
+    """A checked sweep or study. job: what its trials share; group: what one asks of Ray."""
+
+    @property
+    def config(self) -> Options: ...
+    @property
     def job(self) -> TrialJob: ...
     @property
     def group(self) -> Group: ...
-    @property
-    def runner(self) -> RunnerConfig: ...
 
     def trials(self) -> Sequence[Trial]:
         """The trials that are known by now."""
@@ -61,14 +69,14 @@ def execute(experiment: Experiment, console: Console) -> Table:
 
     ValueError for what the user can mend. A trial that fails is a row of the table; it ends nothing.
     """
-    out = absolute(experiment.out)
-    with storage_faults(f"out={experiment.out}"):
+    out = absolute(experiment.config.out)
+    with storage_faults(f"out={experiment.config.out}"):
         fs, root = fsspec.core.url_to_fs(out)
         with (
-            Lease(fs, f"{root.rstrip('/')}/{LEASE}", what=f"out={experiment.out}"),
-            ray_session(experiment.runner.ray_address, experiment.group.logical_cpus),
+            Lease(fs, f"{root.rstrip('/')}/{LEASE}", what=f"out={experiment.config.out}"),
+            ray_session(experiment.config.runner.ray_address, experiment.group.logical_cpus),
         ):
-            at_once = trials_at_once(experiment.group, experiment.runner)
+            at_once = trials_at_once(experiment.group, experiment.config.runner)
             console.print(f"{progress(experiment)}; {at_once} at once", highlight=False)
 
             def ended(config: RunConfig, record: Record) -> None:
@@ -76,15 +84,24 @@ def execute(experiment: Experiment, console: Console) -> Table:
                 _write(experiment, out)
 
             for search in experiment.searches():
-                run_trials(experiment.job, search, experiment.group, experiment.runner, experiment.began, ended)
+                run_trials(experiment.job, search, experiment.group, experiment.config.runner, experiment.began, ended)
             return _write(experiment, out)
 
 
-def finish(experiment: Experiment, table: Table, console: Console) -> int:
-    """Prints the table; exit code 0: every trial is done; 1: some failed, or a budget ended the command before them."""
+def command(experiment: Experiment, dry_run: bool) -> int:
+    """`medim-ray sweep` and `medim-ray ablate`, once the experiment is checked. dry_run: the trials are listed only.
+
+    Exit code 0: every trial is done; 1: some failed, or a budget ended the command before them.
+    """
+    console = Console(file=sys.stdout, soft_wrap=True)
+    if dry_run:
+        for line in dry_lines(experiment):
+            console.print(line, highlight=False, markup=False)
+        return 0
+    table = execute(experiment, console)
     wide = Console()
     print_table(experiment.study(table), table, wide if wide.is_terminal else Console(width=140))
-    console.print(f"{experiment.out.rstrip('/')}/{REPORT}", highlight=False)
+    console.print(f"{experiment.config.out.rstrip('/')}/{REPORT}", highlight=False)
     return int(any(cell.state not in ("finished", "stopped") for cell in table.cells))
 
 

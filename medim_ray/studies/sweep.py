@@ -6,21 +6,19 @@ The command is stateless: run again it goes on, and repeats no trial that is don
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
-from rich.console import Console
 
 from medim_ray.config.loader import load, to_tree
 from medim_ray.config.schema import ProbeConfig, RunConfig
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.sources.base import absolute
 from medim_ray.data.storage import committed, storage_faults
-from medim_ray.studies.execute import dry_lines, execute, finish
+from medim_ray.studies.execute import command
 from medim_ray.studies.outcome import check_metric, needs_probe
 from medim_ray.studies.page import Study
 from medim_ray.studies.results import Table
@@ -115,16 +113,6 @@ class Sweep:
     left_out: int
     group: Group
     begun: Begun
-
-    @property
-    def out(self) -> str:
-        """Where the files go."""
-        return self.config.out
-
-    @property
-    def runner(self) -> RunnerConfig:
-        """How the trials are spread."""
-        return self.config.runner
 
     @property
     def num_optuna(self) -> int:
@@ -245,11 +233,5 @@ def _within_budget(config: SweepConfig, trials: Sequence[Trial]) -> tuple[list[T
 
 
 def sweep(file: str | None, overrides: Sequence[str], dry_run: bool) -> int:
-    """The command; its exit code is that of execute.finish."""
-    experiment = check_sweep(load_sweep(file, overrides))
-    console = Console(file=sys.stdout, soft_wrap=True)
-    if dry_run:
-        for line in dry_lines(experiment):
-            console.print(line, highlight=False, markup=False)
-        return 0
-    return finish(experiment, execute(experiment, console), console)
+    """The command; its exit code is that of execute.command."""
+    return command(check_sweep(load_sweep(file, overrides)), dry_run)
