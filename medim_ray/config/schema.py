@@ -111,9 +111,14 @@ class TrainConfig:
         for num in self.worker_counts:
             share, rest = divmod(self.global_batch, num)
             if rest:
+                common = math.lcm(*self.worker_counts)
+                fix = f"use global_batch={_up(self.global_batch, common)}"
+                if common > _MAX_COMMON:
+                    fix = f"no usable batch divides by every count of num_workers={list(self.worker_counts)[:3]}…; "
+                    fix += f"use a narrower range, e.g. [{self.min_workers}, {self.min_workers + 1}]"
                 raise ValueError(
                     f"global_batch={self.global_batch} is not divisible by num_workers={num}: every worker takes the "
-                    f"same share; use global_batch={_up(self.global_batch, math.lcm(*self.worker_counts))}"
+                    f"same share; {fix}"
                 )
             if self.micro_batch is not None and (self.micro_batch < 1 or share % self.micro_batch):
                 raise ValueError(
@@ -296,6 +301,9 @@ class RunConfig:
             if self.train.global_batch % num == 0 and num % common == 0:
                 return num
         return common
+
+
+_MAX_COMMON = 100_000  # the least common multiple of the worker counts of a range that can be asked for
 
 
 def _up(value: int, divisor: int) -> int:

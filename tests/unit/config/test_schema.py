@@ -17,6 +17,7 @@ RECIPE = Path(__file__).parents[3] / "configs/debug/medim-vit_tiny-2w-z1.yaml"
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["train.num_workers=[8, 64]", "train.global_batch=64"], "use a narrower range, e.g. \\[8, 9\\]"),
         (["train.global_batch=9"], "global_batch=9 is not divisible by num_workers=2.*use global_batch=10"),
         (["train.micro_batch=3"], r"micro_batch=3 does not divide the 4 images of a worker"),
         (["data.granules_per_step=3"], "data.granules_per_step=3 is not divisible by train.num_workers=2"),
