@@ -56,15 +56,20 @@ def of_error(error: TrainingFailedError) -> Failure:
         if isinstance(inner, ray.exceptions.RayActorError):
             return Failure("loss", rank, "its process or node is gone")
         if "HealthCheck" in type(one).__name__:
-            return Failure("loss", rank, f"it hangs: {_last_line(one)}")
+            return Failure("loss", rank, f"it hangs: {_headline(one)}")
     for rank, one in sorted(worker_failures.items()):
-        return Failure("error", rank, _last_line(one), str(one).strip())
-    return Failure("error", None, _last_line(error), str(error).strip())
+        return Failure("error", rank, _headline(one), str(one).strip())
+    return Failure("error", None, _headline(error), str(error).strip())
 
 
-def _last_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[-1].strip() if text else type(error).__name__
+def _headline(error: Exception) -> str:
+    """The line that names the exception: the first one after the last frame of a traceback, else the last line."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    frames = [i for i, line in enumerate(lines) if line.lstrip().startswith('File "')]
+    after = [line for line in lines[frames[-1] + 1 :] if line and not line[0].isspace()] if frames else []
+    return (after or lines[-1:])[0].strip()
 
 
 @dataclass

@@ -55,7 +55,7 @@ def test_a_sweep_ranks_what_ran_shows_what_failed_and_repeats_nothing(
     assert [(cell.values["start"], cell.rank) for cell in table.cells[:2]] == [("random", 1), ("random", 2)]
     assert table.cells[0].values["train.lr"] == 1e-3, "what hardly learns has the larger loss"
     (failed,) = [run for cell in table.cells for run in cell.runs if run.state == "failed"]
-    assert "use a .safetensors file" in failed.error
+    assert "is no readable checkpoint" in failed.error
     assert len(table.cells) == 3, "the fourth is over the budget of steps"
     stored = read_study(str(tmp_path / "out"))
     assert stored is not None and stored[1] == table

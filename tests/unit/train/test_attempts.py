@@ -22,6 +22,11 @@ def test_an_exception_is_an_error_with_its_last_line() -> None:
     assert failure == Failure("error", 2, "ValueError: no such layer")
 
 
+def test_of_an_exception_of_many_lines_the_first_is_told() -> None:
+    text = 'Traceback:\n  File "x.py", line 3, in f\n    g()\nValueError: no weights\n\nSee the manual.'
+    assert of_error(WorkerGroupError("one", {0: ValueError(text)})).message == "ValueError: no weights"
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"), [("finished", None), ("stopped", None), ("preempted", "preemption"), ("bad_step", "numbers")]
 )
