@@ -40,6 +40,7 @@ def test_every_checkpoint_is_validated_and_the_best_is_kept(phantom_shards: str,
     assert first["checkpoint"] in CheckpointStore(again.run.dir).names(), "train.keep_last=1 has not pruned the best"
 
 
+@pytest.mark.chaos
 def test_a_validation_that_fails_is_told_and_the_run_goes_on(phantom_shards: str, tmp_path: Path) -> None:
     options = ["train.steps=2", "validate.labels=[vieww]", *ONE]
     config = config_of(MAE, phantom_shards, tmp_path / "run", *options)
