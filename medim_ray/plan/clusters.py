@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from medim_ray.config.loader import load
@@ -123,6 +123,11 @@ class Cluster:
         """What one device can hold, allocator slack taken off."""
         full = self.gpu.memory_bytes if self.config.memory_gb is None else self.config.memory_gb * 1e9
         return full * constants.assumption("memory_fill_ratio")
+
+    def with_at_most(self, memory_gb: float) -> Cluster:
+        """The same cluster where a run uses at most this much of a device (train.device_memory_gb)."""
+        full = self.gpu.memory_bytes / 1e9 if self.config.memory_gb is None else self.config.memory_gb
+        return replace(self, config=replace(self.config, memory_gb=memory_gb)) if memory_gb < full else self
 
     @property
     def utilisation(self) -> float:

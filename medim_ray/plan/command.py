@@ -42,7 +42,7 @@ def run_plan(
     plan = make_plan(config, cluster)
     fact = facts.fact_of(recipe_file, cluster_file) if recipe_file is not None else None
     check = facts.check(fact, config, cluster) if fact is not None and not overrides_of_run(overrides) else None
-    comparison = layouts.compare(config, cluster) if compare else None
+    comparison = layouts.compare(plan) if compare else None
     place = page.write_page(plan, html, check, comparison) if html is not None else None
     if as_json:
         print(json.dumps(_plain(as_tree(plan, check, comparison)), indent=2, allow_nan=False))

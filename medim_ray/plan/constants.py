@@ -48,7 +48,13 @@ class Code:
 
     name: str
     drop_path_skips: bool
+    checkpoints: bool
     overlap: tuple[float, float, float, float]
+
+    @property
+    def recomputation(self) -> tuple[bool, ...]:
+        """With or without activation checkpointing: what this code can do."""
+        return (False, True) if self.checkpoints else (False,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +136,12 @@ def code(name: str) -> Code:
     entry = _entry("codes", name, "cluster.code")
     overlap = tuple(float(share) for share in entry["overlap"])
     assert len(overlap) == 4
-    return Code(name=name, drop_path_skips=bool(entry["drop_path_skips"]), overlap=overlap)
+    return Code(
+        name=name,
+        drop_path_skips=bool(entry["drop_path_skips"]),
+        checkpoints=bool(entry["checkpoints"]),
+        overlap=overlap,
+    )
 
 
 def facts() -> list[Fact]:

@@ -72,7 +72,8 @@ def figures(plan: Plan) -> list[tuple[str, str]]:
             _svg(plan, _scaling),
         ),
         (
-            "Memory of one GPU by ZeRO stage, without (left) and with activation checkpointing (right).",
+            "Memory of one GPU by ZeRO stage, without (left) and with activation checkpointing (right)"
+            + ("." if plan.cluster.code.checkpoints else ", which our trainer does not offer."),
             _svg(plan, _bars),
         ),
         ("Goodput against the checkpoint interval: Daly's formula and the simulation.", _svg(plan, _goodput)),

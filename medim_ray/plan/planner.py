@@ -92,12 +92,15 @@ class Plan:
 def make_plan(config: RunConfig, cluster: Cluster) -> Plan:
     """The plan; ValueError with field and fix where the run can't be had on this cluster."""
     check_workers(config.train, cluster)
+    if config.train.device_memory_gb is not None:
+        cluster = cluster.with_at_most(config.train.device_memory_gb)
     work = workload(config, cluster.code)
     check_batch(config.train, cluster, work)
     setting, warnings = _setting(config.train, cluster, work)
     step = step_time(cluster, work, setting)
     hours = config.train.steps * step.total / 3600.0
     gpus, micro = setting.num_gpus, setting.micro_batch
+    fewest = config.train.min_workers  # where a device holds most; train/fit.py looks at the same number
     both = [(stage, checkpointed) for stage in STAGES for checkpointed in (False, True)]
     return Plan(
         config=config,
@@ -108,9 +111,10 @@ def make_plan(config: RunConfig, cluster: Cluster) -> Plan:
         hours=hours,
         bill=bill(cluster, gpus, hours),
         memory={
-            (s, c): memory_on(cluster, work, stage=s, num_gpus=gpus, micro_batch=micro, checkpointed=c) for s, c in both
+            (s, c): memory_on(cluster, work, stage=s, num_gpus=fewest, micro_batch=micro, checkpointed=c)
+            for s, c in both
         },
-        largest={(s, c): largest_micro_batch(cluster, work, stage=s, num_gpus=gpus, checkpointed=c) for s, c in both},
+        largest={(s, c): largest_micro_batch(cluster, work, stage=s, num_gpus=fewest, checkpointed=c) for s, c in both},
         bottleneck=find_bottleneck(cluster, setting, step),
         goodput=_goodput(config.train, cluster, work, setting, step),
         warnings=tuple(warnings),
@@ -121,26 +125,36 @@ def _stage(train: TrainConfig, cluster: Cluster, work: Workload) -> int:
     """The recipe's stage; for `auto` the lowest that fits, the last one where none does."""
     if train.zero != "auto":
         return train.zero
-    stage = lowest_stage(cluster, work, num_gpus=train.max_workers, micro_batch=train.local_micro_batch)
+    stage = lowest_stage(cluster, work, num_gpus=train.min_workers, micro_batch=train.local_micro_batch)
     return STAGES[-1] if stage is None else stage
 
 
 def _setting(train: TrainConfig, cluster: Cluster, work: Workload) -> tuple[Setting, list[str]]:
-    """The recipe's layout. Where it does not fit as it stands, checkpointing is planned and that is said."""
-    stage = _stage(train, cluster, work)
-    layout = {"stage": stage, "num_gpus": train.max_workers, "micro_batch": train.local_micro_batch}
+    """The recipe's layout. Where it does not fit as it stands, that is said, and checkpointing is planned if the code
+    has it."""
+    stage, micro = _stage(train, cluster, work), train.local_micro_batch
+    held = {"stage": stage, "num_gpus": train.min_workers}
     checkpointed, warnings = False, []
-    if not fits(cluster, work, checkpointed=False, **layout):
-        checkpointed = fits(cluster, work, checkpointed=True, **layout)
-        best = largest_micro_batch(cluster, work, stage=stage, num_gpus=train.max_workers, checkpointed=False)
-        others = [s for s in STAGES if fits(cluster, work, checkpointed=False, **{**layout, "stage": s})]
+    if not fits(cluster, work, micro_batch=micro, checkpointed=False, **held):
+        checkpointed = cluster.code.checkpoints and fits(cluster, work, micro_batch=micro, checkpointed=True, **held)
+        best = largest_micro_batch(cluster, work, checkpointed=False, **held)
+        others = [
+            s for s in STAGES if fits(cluster, work, micro_batch=micro, checkpointed=False, **{**held, "stage": s})
+        ]
         warnings.append(
-            f"train.micro_batch={train.local_micro_batch} does not fit at train.zero={stage}: "
+            f"train.micro_batch={micro} does not fit at train.zero={stage}: "
             + (f"train.zero={others[0]} holds it; " if others else "")
             + f"at train.zero={stage} at most train.micro_batch={best}"
             + ("; hours are those with activation checkpointing" if checkpointed else "")
         )
-    setting = Setting(accumulation=train.accumulation, checkpointed=checkpointed, precision=train.precision, **layout)
+    setting = Setting(
+        num_gpus=train.max_workers,
+        stage=stage,
+        micro_batch=micro,
+        accumulation=train.accumulation,
+        checkpointed=checkpointed,
+        precision=train.precision,
+    )
     return setting, warnings
 
 

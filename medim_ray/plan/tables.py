@@ -116,7 +116,8 @@ def memory_table(plan: Plan) -> Table:
     micro = plan.setting.micro_batch
     table = _table(
         f"Memory of one GPU in GB at {micro} images; {plan.cluster.memory_bytes / 1e9:.1f} GB can be used (!: more)",
-        caption="most: images that fit; ckpt: the total with activation checkpointing, and the images that then fit",
+        caption="most: images that fit; ckpt: the total with activation checkpointing, and the images that then fit"
+        + ("" if plan.cluster.code.checkpoints else " (not offered by our trainer: for information)"),
     )
     heads = ["ZeRO", "params", "grads", "optim.", "teacher", "other", "activ.", "total", "most"]
     for head in [*heads, "ckpt", "most"]:
@@ -169,9 +170,10 @@ def comparison_table(comparison: Comparison) -> Table:
     ranked = sorted(comparison.rows, key=lambda row: (row.hours, row.stage))
     fitting = [row for row in ranked if row.fits]
     shown = fitting[:_SHOWN_ROWS]
-    if comparison.cheapest is not None and not any(row is comparison.cheapest for row in shown):
-        shown.append(comparison.cheapest)
-    shown += [row for row in ranked if not row.fits][:_SHOWN_UNFIT]
+    named = [row for row in fitting if row is comparison.cheapest or row.recipe]
+    shown += [row for row in named if not any(row is other for other in shown)]
+    unfit = [row for row in ranked if not row.fits]
+    shown += sorted(unfit, key=lambda row: not row.recipe)[:_SHOWN_UNFIT]
     table = _table(
         f"Layouts by time, those that fit first ({len(shown)} of {len(ranked)}, {len(fitting)} fit; --json has all)"
     )
@@ -179,6 +181,7 @@ def comparison_table(comparison: Comparison) -> Table:
         table.add_column(head, justify="right")
     for row in shown:
         marks = [name for name in ("fastest", "cheapest") if row is getattr(comparison, name)]
+        marks += ["recipe"] * row.recipe
         table.add_row(
             str(row.num_gpus),
             str(row.stage),

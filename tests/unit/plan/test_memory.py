@@ -14,7 +14,10 @@ from medim_ray.config.schema import RunConfig
 from medim_ray.objectives import OBJECTIVES
 from medim_ray.plan.clusters import Cluster, resolve
 from medim_ray.plan.memory import STAGES, fits, largest_micro_batch, lowest_stage, memory
+from medim_ray.plan.planner import make_plan
 from medim_ray.plan.workload import Workload, workload
+from medim_ray.train.fit import estimate
+from tests.unit.plan.conftest import RECIPE
 from tests.unit.plan.layouts import GPUS
 
 WORK = Workload(
@@ -150,3 +153,34 @@ def test_gloo_gathers_into_a_buffer_of_its_own() -> None:
         return memory(WORK, on_cpu=on_cpu, **layout).gathered  # type: ignore[arg-type]
 
     assert gathered(2, True) == 2 * gathered(1, True) == 2 * gathered(2, False)
+
+
+def test_an_elastic_run_is_judged_at_its_fewest_workers_as_the_trainer_does(gpus: Cluster) -> None:
+    options = ["train.num_workers=[2,4]", "train.global_batch=24", "train.precision=bf16", "train.zero=3"]
+    config = load(RunConfig, None, ["encoder.name=vit_small_patch16_224", *options])
+    plan, trainer = make_plan(config, gpus), estimate(config)
+    least = memory(plan.work, stage=3, num_gpus=2, micro_batch=6, checkpointed=False)
+    assert plan.memory[3, False] == least
+    assert trainer.by_stage[3].optimizer == least.optimizer
+    assert plan.setting.num_gpus == 4
+
+
+def test_a_run_may_use_less_of_a_device_and_never_more(gpus: Cluster) -> None:
+    def room(*more: str) -> float:
+        return make_plan(
+            load(RunConfig, None, ["encoder.name=vit_small_patch16_224", *more]), gpus
+        ).cluster.memory_bytes
+
+    assert room("train.device_memory_gb=20") == room() / 4 == room("train.device_memory_gb=500") / 4
+    with pytest.raises(ValueError, match=r"larger train\.device_memory_gb"):
+        room("train.device_memory_gb=1")
+
+
+def test_a_batch_that_fits_only_with_checkpointing_does_not_fit_our_trainer() -> None:
+    """80 images at 518 px, which facebook's code recomputes and ours can not."""
+    options = ["encoder.image_size=518", "train.num_workers=1", "train.global_batch=80"]
+    config = load(RunConfig, None, [*RECIPE, *options])
+    plan = make_plan(config, resolve(dataclasses.replace(GPUS, code="dinov2")))
+    assert plan.setting.checkpointed and not plan.fits
+    with pytest.raises(ValueError, match=r"at no ZeRO stage; use train\.micro_batch=40 .* no activation checkpointing"):
+        make_plan(config, resolve(GPUS))
