@@ -23,7 +23,7 @@ class ClusterConfig:
     """configs/clusters/*.yaml. GB are 1e9 bytes; links are counted in one direction."""
 
     name: str = field(default="", metadata={"help": "a title for the table"})
-    gpu: str = field(metadata={"help": "GPU kind of constants.yaml, or cpu-core"})
+    gpu: str = field(default="", metadata={"help": "GPU kind of constants.yaml, or cpu-core; required"})
     num_nodes: int = field(metadata={"help": "nodes"})
     gpus_per_node: int = field(metadata={"help": "GPUs of a node (cores used as devices, for gpu: cpu-core)"})
     cores_per_node: int = field(metadata={"help": "CPU cores of a node that may decode images"})
@@ -50,43 +50,63 @@ class ClusterConfig:
     save_s: float | None = field(default=None, metadata={"help": "stop for a checkpoint; null: from its size"})
 
     def __post_init__(self) -> None:
-        for key in ("num_nodes", "gpus_per_node", "cores_per_node"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
-        for key, unit in (("intra_node", "GB/s of one GPU"), ("inter_node", "GB/s of a node"), ("storage", "GB/s")):
-            _positive(key, getattr(self, key), f"give {unit} above 0, or one of: {_names(key)}")
+        if not self.gpu:
+            raise ValueError(f"cluster.gpu is missing: use one of: {_names('gpus')}")
         if self.price_per_gpu_hour is None:
             raise ValueError(
-                "price_per_gpu_hour is missing: give US dollars (0 for a machine of your own), or one of: "
+                "cluster.price_per_gpu_hour is missing: give US dollars (0 for a machine of your own), or one of: "
                 f"{_names('price_per_gpu_hour')}"
             )
-        if not isinstance(self.price_per_gpu_hour, str) and not 0 <= self.price_per_gpu_hour < math.inf:
-            raise ValueError(
-                f"price_per_gpu_hour={self.price_per_gpu_hour}: must be 0 or more; use 0 for a machine of your own"
-            )
-        _positive("mtbf_gpu_hours", self.mtbf_gpu_hours, "give hours above 0, or a name")
-        if not isinstance(self.pue, str) and not 1 <= self.pue < math.inf:
-            raise ValueError(f"pue={self.pue}: must be at least 1, such as 1.2")
-        if not isinstance(self.grid, str) and not self.grid >= 0:
-            raise ValueError(f"grid={self.grid}: kilograms of CO2 a kWh, 0 or more")
-        for key in ("peak_tflops", "memory_gb", "straggler_s"):
-            value = getattr(self, key)
-            if isinstance(value, float) and not value > 0:
-                raise ValueError(f"{key}={value}: must be above 0")
-        for key in ("preemptions_per_node_day", "stragglers_per_node_day", "restart_s", "save_s"):
-            value = getattr(self, key)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{key}={value}: must be 0 or more")
-        if not self.straggler_slowdown >= 1:
-            raise ValueError(f"straggler_slowdown={self.straggler_slowdown}: at least 1 (1: not slower)")
         if isinstance(self.peak_tflops, str) and self.peak_tflops != "probe":
-            raise ValueError(f"peak_tflops={self.peak_tflops!r}: a number of TFLOPS, or probe")
+            raise ValueError(f"cluster.peak_tflops={self.peak_tflops!r}: a number of TFLOPS, or probe")
+        for key, (least, most, meaning) in BOUNDS.items():
+            value = getattr(self, key)
+            if value is None or isinstance(value, str):
+                continue
+            if not (least <= value <= most or (key == "mtbf_gpu_hours" and value == math.inf)):
+                raise ValueError(f"cluster.{key}={value}: {_rule(key, value)}; give {meaning}{_named(key)}")
 
 
-def _positive(key: str, value: Given, fix: str) -> None:
-    forever = key == "mtbf_gpu_hours"
-    if not isinstance(value, str) and not (value > 0 and (value < math.inf or forever)):
-        raise ValueError(f"{key}={value}: must be above 0{'' if forever else ' and finite'}; {fix}")
+# Least and most of each number, and what it is. The most are far above what can be bought, so that a wrong unit shows
+# and no plan overflows.
+BOUNDS: dict[str, tuple[float, float, str]] = {
+    "num_nodes": (1, 1_000_000, "nodes"),
+    "gpus_per_node": (1, 10_000, "GPUs of a node, such as 8"),
+    "cores_per_node": (1, 100_000, "CPU cores of a node, such as 96"),
+    "intra_node": (1e-6, 1e6, "GB/s of one GPU"),
+    "inter_node": (1e-6, 1e6, "GB/s of a node"),
+    "storage": (1e-6, 1e9, "GB/s of the whole cluster"),
+    "price_per_gpu_hour": (0, 1e6, "US dollars an hour and GPU (0 for a machine of your own)"),
+    "grid": (0, 100, "kilograms of CO2 a kWh, such as 0.367"),
+    "pue": (1, 100, "power of the building over that of its computers, such as 1.2"),
+    "mtbf_gpu_hours": (1e-3, 1e12, "hours (inf: no GPU ever fails)"),
+    "peak_tflops": (1e-6, 1e9, "TFLOPS of one device"),
+    "memory_gb": (1e-6, 1e6, "GB of one device, such as 80"),
+    "preemptions_per_node_day": (0, 86_400, "times a day, such as 0.5"),
+    "stragglers_per_node_day": (0, 86_400, "times a day, such as 0.5"),
+    "straggler_slowdown": (1, 1000, "a factor, such as 1.5 (1: not slower)"),
+    "straggler_s": (1e-3, 1e9, "seconds, such as 1800"),
+    "restart_s": (0, 1e7, "seconds, such as 55, or null for that of constants.yaml"),
+    "save_s": (0, 1e7, "seconds, such as 10, or null for that of the checkpoint's size"),
+}
+
+
+def _rule(key: str, value: float) -> str:
+    """What is wrong with a value outside its bounds."""
+    least, most, _ = BOUNDS[key]
+    if not math.isfinite(value):
+        return "must be finite"
+    if value > most:
+        return f"must be at most {most:,.15g}"
+    if least == 0:
+        return "must be 0 or more"
+    if least == 1:
+        return "must be at least 1"
+    return "must be above 0" if value <= 0 else f"must be at least {least:g}"
+
+
+def _named(key: str) -> str:
+    return f", or one of: {_names(key)}" if key in constants.tables() else ""
 
 
 def _names(table: str) -> str:
@@ -150,6 +170,8 @@ class Cluster:
 
 def load_cluster(file: str | Path, overrides: Sequence[str] = ()) -> Cluster:
     """The cluster of a YAML file with `key=value` overrides; ValueError names file, field and fix."""
+    if Path(file).is_dir():
+        raise ValueError(f"cluster={file}: this is a folder; give one YAML file like those of configs/clusters")
     if not Path(file).is_file():
         raise ValueError(f"cluster={file}: there is no such file; give a YAML file like those of configs/clusters")
     try:

@@ -36,6 +36,8 @@ def run_plan(
     overrides: `cluster=FILE` (required), `cluster.key=value`, and dotted options of the recipe. With as_json, stdout
     holds one JSON object and nothing else.
     """
+    if html is not None and not str(html).strip():
+        raise ValueError("--html is empty: give a file such as plan.html, or a folder such as a run's")
     cluster_file, cluster_overrides, recipe_overrides = split_overrides(overrides)
     config = load(RunConfig, recipe_file, recipe_overrides)
     cluster = load_cluster(cluster_file, cluster_overrides)
@@ -58,7 +60,9 @@ def run_plan(
 def split_overrides(overrides: Sequence[str]) -> tuple[str, list[str], list[str]]:
     """The cluster file, the cluster's overrides (without `cluster.`) and the recipe's."""
     files = [text.partition("=")[2] for text in overrides if text.startswith("cluster=")]
-    if len(files) != 1 or not files[0]:
+    if len(files) > 1:
+        raise ValueError(f"cluster is given {len(files)} times ({', '.join(files)}): give cluster=FILE once")
+    if not files or not files[0]:
         raise ValueError(
             "cluster is missing: give cluster=FILE once, such as cluster=configs/clusters/rad_dino_public.yaml"
         )

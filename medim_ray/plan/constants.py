@@ -76,6 +76,11 @@ def _tables() -> dict[str, Any]:
     return tables
 
 
+def tables() -> set[str]:
+    """The names of the tables."""
+    return {name for name, entries in _tables().items() if isinstance(entries, dict)}
+
+
 def _entry(table: str, name: str, field: str) -> dict[str, Any]:
     known = _tables()[table]
     if name not in known:

@@ -43,7 +43,7 @@ td,th{border:1px solid #ccc;padding:2px 8px;text-align:left}</style>
 
 def write_page(plan: Plan, out: str | Path, check: Check | None, comparison: Comparison | None) -> str:
     """Writes the page to `out`, in a folder (such as a run's, whose report then links it) as plan.html; any fsspec URL.
-    Returns where it is; it needs no other file."""
+    Returns where it is; it needs no other file. ValueError names --html where it can't be written."""
     console = Console(file=io.StringIO(), width=140, no_color=True)
     for renderable in tables.render(plan, check, comparison):
         console.print(renderable)
@@ -56,11 +56,16 @@ def write_page(plan: Plan, out: str | Path, check: Check | None, comparison: Com
         figures=figures(plan),
         entries=constants.all_entries(),
     )
-    fs, path = fsspec.core.url_to_fs(str(out))
-    place = f"{str(out).rstrip('/')}/{PAGE}" if fs.isdir(path) else str(out)
-    fs.makedirs(fs._parent(path), exist_ok=True)
-    with fsspec.open(place, "w", encoding="utf-8") as file:
-        file.write(page)
+    try:
+        fs, path = fsspec.core.url_to_fs(str(out))
+        place = f"{str(out).rstrip('/')}/{PAGE}" if fs.isdir(path) else str(out)
+        fs.makedirs(fs._parent(path), exist_ok=True)
+        with fsspec.open(place, "w", encoding="utf-8") as file:
+            file.write(page)
+    except (OSError, ImportError, ValueError) as error:
+        raise ValueError(
+            f"--html={out}: can't be written ({error}); give a file or folder that you may write"
+        ) from error
     return place
 
 

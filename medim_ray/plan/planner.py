@@ -12,7 +12,16 @@ from medim_ray.plan.bill import Bill, bill
 from medim_ray.plan.checks import check_batch, check_workers
 from medim_ray.plan.clusters import Cluster
 from medim_ray.plan.memory import STAGES, Memory, fits, largest_micro_batch, lowest_stage, memory_on
-from medim_ray.plan.step_time import Setting, StepTime, decode_core_s, step_time, stored_bytes
+from medim_ray.plan.step_time import (
+    Setting,
+    StepTime,
+    decode_core_s,
+    decode_cores,
+    slowest_link,
+    step_time,
+    stored_bytes,
+    workers_per_node,
+)
 from medim_ray.plan.workload import Workload, workload
 
 # Losses that a simulation should see: the work is repeated until it has, so that rare failures count too.
@@ -162,19 +171,21 @@ def find_bottleneck(cluster: Cluster, setting: Setting, step: StepTime) -> Bottl
     """The first thing that bounds the step, in words."""
     device = "CPU cores" if cluster.gpu.is_cpu else "GPUs"
     if step.decode > step.train and step.decode >= step.storage:
-        need = cluster.config.cores_per_node * step.decode / step.train
+        busy = workers_per_node(cluster, setting.num_gpus)
+        free = decode_cores(cluster, setting.num_gpus) / cluster.num_nodes_of(setting.num_gpus)
+        need = busy + math.ceil(free * step.decode / step.train)
         return Bottleneck(
             kind="decode",
             words=f"decoding: the {device} wait for images {_share(step.train, step.decode)} of the time",
-            lift=f"about {need:.0f} cores a node instead of {cluster.config.cores_per_node}, "
+            lift=f"about {need} cores a node instead of {cluster.config.cores_per_node} (the workers take {busy}), "
             "decoding on CPU-only nodes, or smaller stored images",
         )
     if step.storage > step.train:
         return Bottleneck(
             kind="storage",
             words=f"storage: the {device} wait for reads {_share(step.train, step.storage)} of the time",
-            lift=f"{cluster.storage * step.storage / step.train / 1e9:.1f} GB/s of reads "
-            f"(now {cluster.storage / 1e9:.1f}), or the shards on local disks",
+            lift=f"{_up(cluster.storage * step.storage / step.train / 1e9)} GB/s of reads "
+            f"(now {cluster.storage / 1e9:.6g}), or the shards on local disks",
         )
     parts = {
         "compute": step.compute,
@@ -190,7 +201,7 @@ def find_bottleneck(cluster: Cluster, setting: Setting, step: StepTime) -> Bottl
             lift += ", train.precision=bf16"
         return Bottleneck(kind=kind, words=f"compute: matrix products take {percent}", lift=lift)
     if kind == "communication":
-        link = "between nodes" if cluster.num_nodes_of(setting.num_gpus) > 1 else "in the node"
+        link, _ = slowest_link(cluster, setting.num_gpus)
         return Bottleneck(
             kind=kind,
             words=f"communication: ZeRO {setting.stage} over the link {link} takes {percent}",
@@ -207,6 +218,12 @@ def find_bottleneck(cluster: Cluster, setting: Setting, step: StepTime) -> Bottl
         words=f"memory bandwidth: norms, sums and the optimizer take {percent}",
         lift="train.precision=bf16, a larger train.micro_batch, a kind with more bandwidth",
     )
+
+
+def _up(value: float) -> str:
+    """Three digits, rounded up, so that what is asked for is enough."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / unit) * unit:.6g}"
 
 
 def _share(train: float, total: float) -> str:

@@ -80,7 +80,7 @@ def step_time(cluster: Cluster, work: Workload, setting: Setting, utilisation: f
         dispatch=_dispatch(cluster, work, setting),
         communication=communication,
         exposed=communication - hidden,
-        decode=setting.global_batch * decode_core_s(work) / _decode_cores(cluster, setting.num_gpus),
+        decode=setting.global_batch * decode_core_s(work) / decode_cores(cluster, setting.num_gpus),
         storage=setting.global_batch * stored_bytes(work) / cluster.storage,
         flops=flops,
     )
@@ -109,12 +109,17 @@ def stored_bytes(work: Workload) -> float:
     return work.stored_pixels * assumption("bytes_per_stored_pixel")
 
 
-def _decode_cores(cluster: Cluster, num_gpus: int) -> float:
+def decode_cores(cluster: Cluster, num_gpus: int) -> float:
     """Cores that decode, over all nodes in use. A worker takes one core; workers on CPU cores leave at least half a
     core a node, since the system shares what it has."""
-    nodes = cluster.num_nodes_of(num_gpus)
-    per_node = -(-num_gpus // nodes)
-    return nodes * max(cluster.config.cores_per_node - per_node, 0.5)
+    return cluster.num_nodes_of(num_gpus) * max(
+        cluster.config.cores_per_node - workers_per_node(cluster, num_gpus), 0.5
+    )
+
+
+def workers_per_node(cluster: Cluster, num_gpus: int) -> int:
+    """Workers of the fullest node."""
+    return -(-num_gpus // cluster.num_nodes_of(num_gpus))
 
 
 def _communication(cluster: Cluster, work: Workload, setting: Setting) -> float:
@@ -143,16 +148,23 @@ def _communication(cluster: Cluster, work: Workload, setting: Setting) -> float:
 
 
 def ring_s(cluster: Cluster, num_gpus: int, volume: float, num_rings: int) -> float:
-    """Seconds to pass `volume` bytes round a ring of all GPUs in `num_rings` collectives.
+    """Seconds to pass `volume` bytes round one ring of all GPUs in `num_rings` reduce-scatters or all-gathers.
 
-    In a node each GPU sends over its own link; between nodes the whole node sends over its network.
+    A GPU sends over its own link in a node, a whole node over its network. Each piece passes all other GPUs: one hop a
+    GPU, of which the hops between nodes are one less than there are nodes. Trees, which NCCL takes for small volumes on
+    many nodes, have fewer hops: the latency is an upper bound there.
     """
     nodes = cluster.num_nodes_of(num_gpus)
-    per_node = min(num_gpus, cluster.config.gpus_per_node)
-    slowest = cluster.intra_node if per_node > 1 else float("inf")
-    hops = (per_node - 1) * assumption("intra_node_latency_s")
-    if nodes > 1:
-        slowest = min(slowest, cluster.inter_node)
-        hops += (nodes - 1) * assumption("inter_node_latency_s")
-    bandwidth = slowest * assumption("link_efficiency")
+    hops = (num_gpus - nodes) * assumption("intra_node_latency_s") + (nodes - 1) * assumption("inter_node_latency_s")
+    bandwidth = slowest_link(cluster, num_gpus)[1] * assumption("link_efficiency")
     return volume * (num_gpus - 1) / num_gpus / bandwidth + num_rings * hops
+
+
+def slowest_link(cluster: Cluster, num_gpus: int) -> tuple[str, float]:
+    """Where the ring's slowest link is ("in the node" or "between nodes"), and its bytes a second."""
+    links = []
+    if min(num_gpus, cluster.config.gpus_per_node) > 1:
+        links.append(("in the node", cluster.intra_node))
+    if cluster.num_nodes_of(num_gpus) > 1:
+        links.append(("between nodes", cluster.inter_node))
+    return min(links, key=lambda link: link[1], default=("in the node", cluster.intra_node))

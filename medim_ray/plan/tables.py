@@ -68,7 +68,10 @@ def summary(plan: Plan) -> Table:
         ("utilisation", f"{plan.cluster.utilisation:.3f} in products, {plan.mfu:.3f} of the peak over the step"),
         ("bottleneck", plan.bottleneck.words),
         ("what would lift it", plan.bottleneck.lift),
-        ("decoding", f"{plan.decode_cores:,.1f} cores keep up; the nodes have {_cores(plan):,}"),
+        (
+            "decoding",
+            f"{plan.decode_cores:,.1f} cores keep up; {_free_cores(plan)}",
+        ),
         (
             "storage",
             f"{plan.storage_bytes_per_s / 1e9:.3g} GB/s of reads keep up; there are {plan.cluster.storage / 1e9:.3g}",
@@ -107,8 +110,13 @@ def _span_with_failures(plan: Plan) -> str:
     return span(plan.hours_with_failures)
 
 
-def _cores(plan: Plan) -> int:
-    return plan.cluster.num_nodes_of(plan.setting.num_gpus) * plan.cluster.config.cores_per_node
+def _free_cores(plan: Plan) -> str:
+    """What is left for decoding beside one core a worker."""
+    num, cluster = plan.setting.num_gpus, plan.cluster
+    cores = cluster.num_nodes_of(num) * cluster.config.cores_per_node
+    if cores > num:
+        return f"{cores - num:,} are free beside {num:,} workers"
+    return f"none is free, as {num:,} workers take all {cores:,} (half a core a node is planned)"
 
 
 def memory_table(plan: Plan) -> Table:

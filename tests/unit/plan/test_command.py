@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from medim_ray.plan.clusters import load_cluster
+from medim_ray.plan.clusters import BOUNDS, load_cluster
 from medim_ray.plan.command import run_plan
 
 ROOT = Path(__file__).parents[3]
@@ -125,18 +125,19 @@ def test_plan_imports_neither_ray_nor_deepspeed() -> None:
     ("override", "expected"),
     [
         ("cluster.gpu=a100-80gb", ["cluster.gpu", "a100-80gb-sxm", "h100-80gb-sxm"]),
-        ("cluster.price_per_gpu_hour=-1", ["price_per_gpu_hour", "0 or more"]),
+        ("cluster.gpu=''", ["cluster.gpu is missing", "a100-80gb-sxm", "cpu-core"]),
+        ("cluster.price_per_gpu_hour=-1", ["cluster.price_per_gpu_hour=-1", "0 or more"]),
         ("cluster.price_per_gpu_hour=null", ["price_per_gpu_hour is missing", "azure_nc96ads_a100_v4"]),
         ("cluster.price_per_gpu_hour=cheap", ["cluster.price_per_gpu_hour", "aws_p5_capacity_block"]),
         ("cluster.inter_node=0", ["inter_node=0", "above 0", "ethernet_100g"]),
         ("cluster.intra_node=0", ["intra_node=0", "above 0", "nvlink3"]),
         ("cluster.storage=-1", ["storage=-1", "above 0"]),
         ("cluster.inter_node=inf", ["inter_node=inf", "finite"]),
-        ("cluster.price_per_gpu_hour=inf", ["price_per_gpu_hour=inf", "0 or more"]),
+        ("cluster.price_per_gpu_hour=inf", ["price_per_gpu_hour=inf", "finite"]),
         ("cluster.pue=0.5", ["pue=0.5", "at least 1"]),
-        ("cluster=no/such.yaml", ["cluster is missing", "cluster=FILE once"]),
+        ("cluster=no/such.yaml", ["cluster is given 2 times", "cluster=FILE once"]),
         ("cluster.num_nodes=8", ["train.num_workers=64", "32 GPUs", "cluster.num_nodes=16"]),
-        ("cluster.num_nodes=0", ["num_nodes=0", "at least 1"]),
+        ("cluster.num_nodes=0", ["cluster.num_nodes=0", "at least 1"]),
         ("cluster.straggler_slowdown=0.5", ["straggler_slowdown", "at least 1"]),
         ("cluster.code=other", ["cluster.code", "medim_ray"]),
         ("cluster.gpu_kind=x", ["gpu_kind", "Did you mean"]),
@@ -149,6 +150,31 @@ def test_bad_input_names_the_field_and_the_fix(override: str, expected: list[str
         run_plan(RAD_DINO, [CLUSTER, override], as_json=True)
     for part in expected:
         assert part in str(error.value)
+
+
+FINITE = [key for key, (least, _, _) in BOUNDS.items() if key != "mtbf_gpu_hours" and least != 1] + [
+    "pue",
+    "straggler_slowdown",
+]
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan", "1e300"])
+@pytest.mark.parametrize("key", FINITE)
+def test_what_is_not_finite_or_absurd_is_refused_with_its_field(key: str, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"cluster\.{key}=.*must be (finite|at most .*); give "):
+        load_cluster(CLUSTERS / "rad_dino_public.yaml", [f"{key}={value}"])
+
+
+def test_a_folder_is_no_cluster_file() -> None:
+    with pytest.raises(ValueError, match="this is a folder"):
+        load_cluster(CLUSTERS)
+
+
+def test_a_page_that_can_not_be_written_names_the_option(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    for out, expected in (("", "--html is empty"), (tmp_path / "file" / "page.html", "--html=.*can't be written")):
+        with pytest.raises(ValueError, match=expected):
+            run_plan(RAD_DINO, [CLUSTER], html=out)
 
 
 def test_a_cluster_file_that_is_not_there_or_has_another_key_says_so(tmp_path: Path) -> None:
@@ -188,9 +214,11 @@ def test_a_batch_that_fits_only_with_checkpointing_is_planned_with_it(capsys: py
 
 
 def test_the_cluster_must_be_named_once() -> None:
-    for overrides in ([], [CLUSTER, CLUSTER], ["cluster="]):
+    for overrides in ([], ["cluster="]):
         with pytest.raises(ValueError, match="cluster is missing"):
             run_plan(RAD_DINO, overrides)
+    with pytest.raises(ValueError, match="cluster is given 2 times"):
+        run_plan(RAD_DINO, [CLUSTER, CLUSTER])
 
 
 @pytest.mark.parametrize("file", sorted(CLUSTERS.glob("*.yaml")), ids=lambda file: file.stem)

@@ -10,6 +10,7 @@ from medim_ray.config.schema import RunConfig
 from medim_ray.plan.clusters import Cluster, resolve
 from medim_ray.plan.constants import assumption
 from medim_ray.plan.facts import setting_of
+from medim_ray.plan.planner import Plan, make_plan
 from medim_ray.plan.step_time import Setting, decode_core_s, ring_s, step_time
 from medim_ray.plan.workload import Workload, workload
 from tests.unit.plan.layouts import GPUS
@@ -43,7 +44,7 @@ def test_a_ring_moves_its_volume_over_the_slowest_link(gpus: Cluster) -> None:
     assert in_node == pytest.approx(7 / 8 * 1e9 / (300e9 * efficiency))
     between = ring_s(gpus, 16, 1e9, 0)
     assert between == pytest.approx(15 / 16 * 1e9 / (200e9 * efficiency))
-    latency = 7 * assumption("intra_node_latency_s") + assumption("inter_node_latency_s")
+    latency = 14 * assumption("intra_node_latency_s") + assumption("inter_node_latency_s")
     assert ring_s(gpus, 16, 1e9, 3) - between == pytest.approx(3 * latency)
 
 
@@ -99,3 +100,38 @@ def test_slow_storage_is_the_bound(work: Workload, setting: Setting) -> None:
     slow = resolve(dataclasses.replace(GPUS, storage=0.001))
     step = step_time(slow, work, setting)
     assert step.total == step.storage > step.train
+
+
+@pytest.mark.parametrize("cores", [4, 8, 9, 10])
+def test_the_cores_that_are_asked_for_lift_the_bottleneck_and_one_less_does_not(recipe: RunConfig, cores: int) -> None:
+    def plan_with(num: int) -> Plan:
+        return make_plan(recipe, resolve(dataclasses.replace(GPUS, cores_per_node=num)))
+
+    said = plan_with(cores).bottleneck
+    assert said.kind == "decode"
+    need = int(said.lift.removeprefix("about ").split(" ")[0])
+    assert need > cores
+    assert plan_with(need).bottleneck.kind != "decode"
+    assert plan_with(need - 1).bottleneck.kind == "decode"
+
+
+def test_the_link_that_is_named_is_the_slowest(recipe: RunConfig) -> None:
+    for slow, words in (("intra_node", "in the node"), ("inter_node", "between nodes")):
+        said = make_plan(recipe, resolve(dataclasses.replace(GPUS, **{slow: 0.05}))).bottleneck  # type: ignore[arg-type]
+        assert said.kind == "communication"
+        assert words in said.words and f"a faster link {words}" in said.lift
+
+
+def test_the_reads_that_are_asked_for_are_more_than_there_are(recipe: RunConfig) -> None:
+    enough = make_plan(recipe, resolve(GPUS)).storage_bytes_per_s / 1e9
+    said = make_plan(recipe, resolve(dataclasses.replace(GPUS, storage=enough * 0.9999))).bottleneck
+    assert said.kind == "storage"
+    asked = float(said.lift.split(" ")[0])
+    assert asked >= enough
+    assert make_plan(recipe, resolve(dataclasses.replace(GPUS, storage=asked))).bottleneck.kind != "storage"
+
+
+def test_a_ring_has_a_hop_a_gpu(gpus: Cluster) -> None:
+    """64 GPUs on 8 nodes: 63 hops, 7 of them between nodes."""
+    latency = 56 * assumption("intra_node_latency_s") + 7 * assumption("inter_node_latency_s")
+    assert ring_s(gpus, 64, 0.0, 1) == pytest.approx(latency)
