@@ -22,7 +22,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -55,9 +54,14 @@ CLUSTER = ROOT / "configs" / "clusters" / "this_machine.yaml"
 OUT = ROOT / "jobs" / "results" / "plan-steps.jsonl"
 NUM_WARM, NUM_TIMED = 1, 4
 MODELS = ("tiny", "small", "base")
-# The row of --out whose time a constant was solved from (cpu_zero3_s_per_tensor); the other constants cpu_* of
-# constants.yaml are from an earlier measurement, which --out does not hold. Memory is judged in every row.
-CALIBRATES = (("tiny", 1, 3),)
+# Configurations (model, workers, stage) whose time a constant cpu_* of constants.yaml was solved from: one in the row
+# of --out, three in an earlier measurement that --out does not hold (commit 6d4b9cb). Memory is judged in every row.
+CALIBRATES = {("tiny", 1, 3): "calibrates time"}
+CALIBRATES_EARLIER = {
+    ("base", 1, 0): "calibrated time, measured anew",
+    ("tiny", 1, 0): "calibrated time, measured anew",
+    ("tiny", 1, 2): "calibrated time, measured anew",
+}
 
 
 def overrides(model: str, workers: int, stage: int, micro: int) -> list[str]:
@@ -196,8 +200,8 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 
 
-def planned(row: dict[str, Any], runtime: float) -> tuple[float, float]:
-    """Seconds and bytes that the plan gives for a row: at the row's probe, above a process of `runtime` bytes."""
+def planned(row: dict[str, Any]) -> tuple[float, float]:
+    """Seconds and bytes that the plan gives for a row, at the row's probe and with the constants as shipped."""
     cluster = load_cluster(CLUSTER, [f"peak_tflops={row['probe_flops'] / 1e12}"])
     config = load(RunConfig, None, overrides(row["model"], row["workers"], row["zero"], row["micro"]))
     work, setting = workload(config, cluster.code), setting_of(config)
@@ -209,32 +213,45 @@ def planned(row: dict[str, Any], runtime: float) -> tuple[float, float]:
         micro_batch=setting.micro_batch,
         checkpointed=False,
     )
-    return step_time(cluster, work, setting).train, replace(need, runtime=runtime).total
+    return step_time(cluster, work, setting).train, need.total
 
 
 def against_plan(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], float, float]]:
-    """(row, planned seconds, planned bytes) in the order of the table; the process itself is that of the row null."""
-    runtime = {row["workers"]: row["peak_bytes"] for row in rows if row["model"] == "null"}
+    """(row, planned seconds, planned bytes) in the order of the table; the rows null are what cpu_runtime_bytes is."""
     judged = [row for row in rows if row["model"] in MODELS]
     judged.sort(key=lambda r: (MODELS.index(r["model"]), r["workers"], r["zero"], r["micro"]))
-    return [(row, *planned(row, runtime[row["workers"]])) for row in judged]
+    return [(row, *planned(row)) for row in judged]
+
+
+def name_of(row: dict[str, Any]) -> tuple[str, int, int]:
+    """Model, workers, stage."""
+    return (row["model"], row["workers"], row["zero"])
 
 
 def calibrates(row: dict[str, Any]) -> bool:
     """Whether a constant of constants.yaml was solved from this row's time."""
-    return (row["model"], row["workers"], row["zero"]) in CALIBRATES
+    return name_of(row) in CALIBRATES
+
+
+def error(plan: float, measured: float) -> float:
+    """The plan's error against the measurement, as a share of it."""
+    return plan / measured - 1.0
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints measured over planned, row by row."""
-    print("| model | workers | ZeRO | measured s | plan s | ratio | measured GB | plan GB | ratio | |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    """Prints measured over planned and the plan's error against the measurement, row by row."""
+    print(
+        "| model | workers | ZeRO | measured s | plan s | ratio | error | measured GB | plan GB | ratio | error | time |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    roles = CALIBRATES | CALIBRATES_EARLIER
     for row, seconds, num_bytes in against_plan(rows):
         print(
             f"| ViT-{row['model'].capitalize()} | {row['workers']} | {row['zero']} "
             f"| {row['cpu_s']:.3f} | {seconds:.3f} | {row['cpu_s'] / seconds:.2f} "
+            f"| {100 * error(seconds, row['cpu_s']):+.0f} % "
             f"| {row['peak_bytes'] / 1e9:.3f} | {num_bytes / 1e9:.3f} | {row['peak_bytes'] / num_bytes:.2f} "
-            f"| {'calibrates time' if calibrates(row) else 'judges'} |"
+            f"| {100 * error(num_bytes, row['peak_bytes']):+.0f} % | {roles.get(name_of(row), 'judges')} |"
         )
 
 

@@ -8,25 +8,39 @@ from pathlib import Path
 
 import pytest
 
+from medim_ray.plan import constants
+
 ROOT = Path(__file__).parents[3]
 STEPS = runpy.run_path(str(ROOT / "benchmarks" / "plan_steps.py"))
 
 
-# Rows whose time is outside its bound; medim_ray/plan/README.md says so. Empty this where a measurement allows it.
-TIME_MISSES = {("base", 1, 2)}
+# Rows whose time misses 20 % of the plan or of the measurement; medim_ray/plan/README.md says so. Empty this where a
+# measurement allows it.
+TIME_MISSES = {("tiny", 2, 1), ("small", 2, 3), ("base", 1, 2)}
 
 
 def test_our_own_steps_lie_within_their_bounds() -> None:
-    """Step time within 20 % where no constant was solved from it, memory within 15 % everywhere."""
+    """Step time within 20 % where no constant was solved from it, memory within 15 % everywhere; both of the plan and
+    of the measurement, with the constants that are shipped."""
     rows = STEPS["against_plan"](STEPS["rows_of"](STEPS["OUT"]))
-    assert {row["model"] for row, _, _ in rows} == {"tiny", "small", "base"}
-    assert {(row["workers"], row["zero"]) for row, _, _ in rows} == set(itertools.product((1, 2), (0, 1, 2, 3)))
-    for row, seconds, num_bytes in rows:
-        name = (row["model"], row["workers"], row["zero"])
+    names = [STEPS["name_of"](row) for row, _, _ in rows]
+    assert sorted(names) == sorted(itertools.product(("tiny", "small", "base"), (1, 2), (0, 1, 2, 3)))
+    misses = set()
+    for name, (row, seconds, num_bytes) in zip(names, rows, strict=True):
         assert row["peak_bytes"] == pytest.approx(num_bytes, rel=0.15), name
-        if not STEPS["calibrates"](row) and name not in TIME_MISSES:
-            assert row["cpu_s"] == pytest.approx(seconds, rel=0.20), name
+        assert abs(STEPS["error"](num_bytes, row["peak_bytes"])) < 0.15, name
+        late = max(abs(row["cpu_s"] / seconds - 1), abs(STEPS["error"](seconds, row["cpu_s"]))) > 0.20
+        misses |= {name} if late and not STEPS["calibrates"](row) else set()
         assert row["commit"] and row["versions"]["deepspeed"] and row["machine"]
+    assert misses == TIME_MISSES
+
+
+def test_the_process_itself_is_what_the_rows_without_a_model_peaked_at() -> None:
+    rows = [row for row in STEPS["rows_of"](STEPS["OUT"]) if row["model"] == "null"]
+    assert {row["workers"] for row in rows} == {1, 2}
+    for row in rows:
+        assert constants.assumption("cpu_runtime_bytes") == pytest.approx(row["peak_bytes"], rel=0.005)
+    assert constants.constant("assumptions", "cpu_runtime_bytes").status == "measured"
 
 
 def test_the_constant_of_stage_three_comes_from_the_row_that_it_names() -> None:
