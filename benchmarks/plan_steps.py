@@ -240,10 +240,10 @@ def error(plan: float, measured: float) -> float:
 
 def compare(rows: Sequence[dict[str, Any]]) -> None:
     """Prints measured over planned and the plan's error against the measurement, row by row."""
-    print(
-        "| model | workers | ZeRO | measured s | plan s | ratio | error | measured GB | plan GB | ratio | error | time |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    heads = ["model", "workers", "ZeRO"]
+    heads += ["measured s", "plan s", "ratio", "error", "measured GB", "plan GB", "ratio", "error", "time"]
+    print(f"| {' | '.join(heads)} |")
+    print("|" + "---|" * len(heads))
     roles = CALIBRATES | CALIBRATES_EARLIER
     for row, seconds, num_bytes in against_plan(rows):
         print(

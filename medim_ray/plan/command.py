@@ -17,9 +17,15 @@ from medim_ray.plan import compare as layouts
 from medim_ray.plan import facts, page, tables
 from medim_ray.plan.clusters import load_cluster
 from medim_ray.plan.compare import Comparison
+from medim_ray.plan.constants import OUR_CODE
+from medim_ray.plan.curves import Point, curve
 from medim_ray.plan.facts import Check
-from medim_ray.plan.planner import Plan, curve, make_plan
+from medim_ray.plan.planner import Plan, make_plan
 
+_OTHER_CODE = (
+    "planned as the code {name!r} (drop path, overlap and checkpointing are its own), not as `medim-ray pretrain` runs "
+    "it: cluster.code=medim_ray plans that"
+)
 _LOST_TO = ("saving", "lost", "restarting", "waiting", "slow")
 
 
@@ -42,15 +48,18 @@ def run_plan(
     config = load(RunConfig, recipe_file, recipe_overrides)
     cluster = load_cluster(cluster_file, cluster_overrides)
     plan = make_plan(config, cluster)
-    fact = facts.fact_of(recipe_file, cluster_file) if recipe_file is not None else None
-    check = facts.check(fact, config, cluster) if fact is not None and not overrides_of_run(overrides) else None
+    fact = facts.fact_of(config, cluster.config)
+    check = facts.check(fact, config, cluster) if fact is not None else None
+    if fact is None and cluster.code.name != OUR_CODE:
+        plan = dataclasses.replace(plan, warnings=(*plan.warnings, _OTHER_CODE.format(name=cluster.code.name)))
     comparison = layouts.compare(plan) if compare else None
-    place = page.write_page(plan, html, check, comparison) if html is not None else None
+    points = curve(plan)
+    place = page.write_page(plan, points, html, check, comparison) if html is not None else None
     if as_json:
-        print(json.dumps(_plain(as_tree(plan, check, comparison)), indent=2, allow_nan=False))
+        print(json.dumps(_plain(as_tree(plan, points, check, comparison)), indent=2, allow_nan=False))
         return 0
     console = Console()
-    for renderable in tables.render(plan, check, comparison):
+    for renderable in tables.render(plan, points, check, comparison):
         console.print(renderable)
     if place is not None:
         console.print(f"page: {place}", soft_wrap=True)
@@ -70,11 +79,6 @@ def split_overrides(overrides: Sequence[str]) -> tuple[str, list[str], list[str]
     return files[0], own, [text for text in overrides if not text.startswith(("cluster=", "cluster."))]
 
 
-def overrides_of_run(overrides: Sequence[str]) -> bool:
-    """Whether anything but the cluster file was given: then the run is no longer the fact's."""
-    return any(not text.startswith("cluster=") for text in overrides)
-
-
 def _plain(value: Any) -> Any:
     """The same tree with null for what is infinite (no failures, a run that never ends), which JSON has no word for."""
     if isinstance(value, dict):
@@ -84,7 +88,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def as_tree(plan: Plan, check: Check | None, comparison: Comparison | None) -> dict[str, Any]:
+def as_tree(plan: Plan, points: Sequence[Point], check: Check | None, comparison: Comparison | None) -> dict[str, Any]:
     """The plan as plain JSON values. Bytes, seconds, hours; memory is of one GPU at the recipe's micro-batch."""
     g, step, setting = plan.goodput, plan.step, plan.setting
     stages = sorted({stage for stage, _ in plan.memory})
@@ -93,6 +97,7 @@ def as_tree(plan: Plan, check: Check | None, comparison: Comparison | None) -> d
         "days": plan.hours / 24.0,
         "cost": plan.bill.cost,
         "currency": "USD",
+        "code": plan.cluster.code.name,
         "gpu_hours": plan.bill.gpu_hours,
         "energy_kwh": plan.bill.energy_kwh,
         "co2_kg": plan.bill.co2_kg,
@@ -131,7 +136,7 @@ def as_tree(plan: Plan, check: Check | None, comparison: Comparison | None) -> d
             "hours": plan.hours_with_failures,
             "cost": plan.bill.cost * plan.hours_with_failures / plan.hours,
         },
-        "curve": [dataclasses.asdict(point) for point in curve(plan)],
+        "curve": [dataclasses.asdict(point) for point in points],
         "sources": [dataclasses.asdict(source) for source in tables.sources(plan)],
     }
     if check is not None:

@@ -11,6 +11,8 @@ from typing import Any, get_args
 import yaml
 
 FILE = Path(__file__).with_name("constants.yaml")
+# The entry of `codes` that is this project's trainer.
+OUR_CODE = "medim_ray"
 STATUSES = ("read", "measured", "assumed", "calibrated")
 Given = float | str
 

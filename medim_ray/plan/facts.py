@@ -6,17 +6,18 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medim_ray.config.loader import load
 from medim_ray.config.schema import RunConfig
 from medim_ray.plan import constants
-from medim_ray.plan.clusters import Cluster, load_cluster
+from medim_ray.plan.clusters import Cluster, ClusterConfig, load_cluster
 from medim_ray.plan.constants import Fact
 from medim_ray.plan.step_time import Setting, step_time
 from medim_ray.plan.workload import Workload, workload
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 RAD_DINO_FULL_STEPS = 100_000
 RAD_DINO_CAUSE = (
     "the card's 40 h most likely cover all 100,000 iterations, of which 35,000 was chosen afterwards; what is left "
@@ -52,10 +53,24 @@ class Check:
         return [*lines, f"likely cause: {self.cause}"] if self.cause else lines
 
 
-def fact_of(recipe_file: str | Path, cluster_file: str | Path) -> Fact | None:
-    """The fact that these two files describe, by their names."""
-    names = (Path(recipe_file).stem, Path(cluster_file).stem)
-    return next((f for f in constants.facts() if (f.recipe, f.cluster) == names), None)
+def fact_of(config: RunConfig, cluster: ClusterConfig) -> Fact | None:
+    """The fact that this run is: the one whose shipped recipe and cluster have the same resolved values, whatever the
+    files are called (folder, title and trackers of the run aside). None without the folder `configs` of the project."""
+    for fact in constants.facts():
+        recipe_file, cluster_file = files_of(fact, CONFIGS)
+        if not recipe_file.is_file() or not cluster_file.is_file():
+            continue
+        if replace(load(ClusterConfig, cluster_file), name=cluster.name) != cluster:
+            continue
+        shipped = load(RunConfig, recipe_file)
+        if replace(shipped, run=config.run, track=config.track) == config:
+            return fact
+    return None
+
+
+def files_of(fact: Fact, configs: Path) -> tuple[Path, Path]:
+    """The recipe and the cluster of a fact below `configs`."""
+    return configs / "plan" / f"{fact.recipe}.yaml", configs / "clusters" / f"{fact.cluster}.yaml"
 
 
 def check(fact: Fact, config: RunConfig, cluster: Cluster) -> Check:
@@ -113,8 +128,8 @@ def calibrate(config: RunConfig, cluster: Cluster) -> float:
 def main(configs: Path) -> None:
     """Prints every fact with its prediction, from the recipes and clusters below `configs`."""
     for fact in constants.facts():
-        config = load(RunConfig, configs / "plan" / f"{fact.recipe}.yaml")
-        cluster = load_cluster(configs / "clusters" / f"{fact.cluster}.yaml")
+        recipe_file, cluster_file = files_of(fact, configs)
+        config, cluster = load(RunConfig, recipe_file), load_cluster(cluster_file)
         if fact.role == "calibrates":
             print(f"calibrated utilisation: {calibrate(config, cluster):.4f}")
         for line in check(fact, config, cluster).sentences():

@@ -130,15 +130,19 @@ def daly_goodput(interval: float, mtbf_s: float, save: float, restart: float) ->
     return interval / (mtbf_s * math.exp(restart / mtbf_s) * math.expm1(exponent))
 
 
-def simulate(faults: Faults, work_s: float, interval_s: float, seed: int = 0) -> Outcome:
-    """`work_s` seconds of work, a checkpoint after each `interval_s` of it, under `faults`; one seeded run."""
-    run = _Run(faults, Outcome(work=work_s), min(interval_s, work_s), np.random.default_rng(seed))
+def simulate(
+    faults: Faults, work_s: float, interval_s: float, seed: int = 0, most_events: int = _MOST_EVENTS
+) -> Outcome:
+    """`work_s` seconds of work, a checkpoint after each `interval_s` of it, under `faults`; one seeded run. After
+    `most_events` losses and slow nodes it ends where it is."""
+    run = _Run(faults, Outcome(work=work_s), min(interval_s, work_s), np.random.default_rng(seed), most_events)
     environment = simpy.Environment()
     run.start(environment)
     environment.run(until=run.process | run.hopeless)
     run.outcome.wall = environment.now
     if run.process.is_alive:
-        run.outcome.work = run.saved
+        # Work since the last checkpoint counts where nothing can take it away.
+        run.outcome.work = run.saved + (0.0 if run.outcome.num_losses else run.done)
     return run.outcome
 
 
@@ -150,6 +154,7 @@ class _Run:
     outcome: Outcome
     interval: float
     rng: np.random.Generator
+    most_events: int
     num_alive: int = 0
     num_slow: int = 0
     saved: float = 0.0  # work behind the last checkpoint
@@ -275,7 +280,7 @@ class _Run:
 
     def _tell(self, cause: str) -> None:
         self.num_events += 1
-        if self.num_events == _MOST_EVENTS:
+        if self.num_events == self.most_events:
             self.hopeless.succeed()
         if self.process.is_alive:
             self.process.interrupt(cause)

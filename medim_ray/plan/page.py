@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from rich.console import Console
 
 from medim_ray.plan import constants, tables
 from medim_ray.plan.compare import Comparison
+from medim_ray.plan.curves import Point, interval_curve
 from medim_ray.plan.facts import Check
-from medim_ray.plan.planner import Plan, curve, interval_curve
+from medim_ray.plan.planner import Plan
 
 PAGE = "plan.html"
 _PARTS = ("parameters", "gradients", "optimizer", "teacher", "gathered", "buffers", "activations", "images", "runtime")
@@ -41,11 +42,13 @@ td,th{border:1px solid #ccc;padding:2px 8px;text-align:left}</style>
 )
 
 
-def write_page(plan: Plan, out: str | Path, check: Check | None, comparison: Comparison | None) -> str:
+def write_page(
+    plan: Plan, points: Sequence[Point], out: str | Path, check: Check | None, comparison: Comparison | None
+) -> str:
     """Writes the page to `out`, in a folder (such as a run's, whose report then links it) as plan.html; any fsspec URL.
     Returns where it is; it needs no other file. ValueError names --html where it can't be written."""
     console = Console(file=io.StringIO(), width=140, no_color=True)
-    for renderable in tables.render(plan, check, comparison):
+    for renderable in tables.render(plan, points, check, comparison):
         console.print(renderable)
     assert isinstance(console.file, io.StringIO)
     page = _PAGE.render(
@@ -53,7 +56,7 @@ def write_page(plan: Plan, out: str | Path, check: Check | None, comparison: Com
         bottleneck=plan.bottleneck.words.capitalize(),
         lift=plan.bottleneck.lift,
         text=console.file.getvalue(),
-        figures=figures(plan),
+        figures=figures(plan, points),
         entries=constants.all_entries(),
     )
     try:
@@ -69,34 +72,36 @@ def write_page(plan: Plan, out: str | Path, check: Check | None, comparison: Com
     return place
 
 
-def figures(plan: Plan) -> list[tuple[str, str]]:
+def figures(plan: Plan, points: Sequence[Point]) -> list[tuple[str, str]]:
     """(caption, SVG) of each figure of the page."""
     return [
         (
             "Time and cost against GPUs. Strong: the same global batch; weak: the same images a GPU.",
-            _svg(plan, _scaling),
+            _svg(lambda figure: _scaling(plan, points, figure)),
         ),
         (
             "Memory of one GPU by ZeRO stage, without (left) and with activation checkpointing (right)"
             + ("." if plan.cluster.code.checkpoints else ", which our trainer does not offer."),
-            _svg(plan, _bars),
+            _svg(lambda figure: _bars(plan, figure)),
         ),
-        ("Goodput against the checkpoint interval: Daly's formula and the simulation.", _svg(plan, _goodput)),
-        ("Goodput at Daly's interval against GPUs.", _svg(plan, _goodput_of_size)),
+        (
+            "Goodput against the checkpoint interval: Daly's formula and the simulation.",
+            _svg(lambda figure: _goodput(plan, figure)),
+        ),
+        ("Simulated goodput at Daly's interval against GPUs.", _svg(lambda figure: _goodput_of_size(points, figure))),
     ]
 
 
-def _svg(plan: Plan, draw: Callable[[Plan, Figure], None]) -> str:
+def _svg(draw: Callable[[Figure], None]) -> str:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    draw(plan, figure)
+    draw(figure)
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
     return text[text.index("<svg") :]
 
 
-def _scaling(plan: Plan, figure: Figure) -> None:
-    points = curve(plan)
+def _scaling(plan: Plan, points: Sequence[Point], figure: Figure) -> None:
     axes: Any = figure.subplots(1, 2)
     for ax, name, label in zip(axes, ("hours", "cost"), ("hours", "US dollars"), strict=True):
         for scaling, style in (("strong", "o-"), ("weak", "s--")):
@@ -133,8 +138,8 @@ def _goodput(plan: Plan, figure: Figure) -> None:
     ax.legend()
 
 
-def _goodput_of_size(plan: Plan, figure: Figure) -> None:
+def _goodput_of_size(points: Sequence[Point], figure: Figure) -> None:
     ax: Any = figure.subplots()
-    points = [p for p in curve(plan) if p.scaling == "weak"]
-    ax.plot([p.num_gpus for p in points], [p.goodput for p in points], "o-", ms=3)
+    by_size = sorted({p.num_gpus: p.goodput for p in points}.items())
+    ax.plot([num for num, _ in by_size], [goodput for _, goodput in by_size], "o-", ms=3)
     ax.set(xscale="log", xlabel="GPUs", ylabel="goodput")

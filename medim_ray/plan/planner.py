@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -236,7 +235,7 @@ def _goodput(train: TrainConfig, cluster: Cluster, work: Workload, setting: Sett
     daly = gp.daly_s(faults.mtbf_s, faults.save_s)
     interval = max(daly, step.total) if math.isfinite(daly) else seconds
     own = train.checkpoint_every * step.total
-    outcome = gp.simulate(faults, _simulated_s(faults, seconds), interval)
+    outcome = gp.simulate(faults, simulated_s(faults, seconds), interval)
     return Goodput(
         faults=faults,
         young_s=gp.young_s(faults.mtbf_s, faults.save_s),
@@ -244,84 +243,11 @@ def _goodput(train: TrainConfig, cluster: Cluster, work: Workload, setting: Sett
         recipe_interval_s=own,
         formula=gp.daly_goodput(interval, faults.mtbf_s, faults.save_s, faults.restart_s),
         simulated=outcome.goodput,
-        recipe_simulated=gp.simulate(faults, _simulated_s(faults, seconds), own).goodput,
+        recipe_simulated=gp.simulate(faults, simulated_s(faults, seconds), own).goodput,
         outcome=outcome,
     )
 
 
-def _simulated_s(faults: gp.Faults, seconds: float) -> float:
+def simulated_s(faults: gp.Faults, seconds: float) -> float:
     """Work to simulate: the run's, or enough of such runs to see what rarely happens."""
     return max(seconds, _LOSSES * faults.mtbf_s) if math.isfinite(faults.mtbf_s) else seconds
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One number of GPUs on a curve. strong: the recipe's global batch; weak: the recipe's images a GPU, so that the
-    global batch grows, the number of images stays, and nothing is said about accuracy."""
-
-    num_gpus: int
-    scaling: str
-    global_batch: int
-    hours: float
-    cost: float
-    goodput: float
-    bottleneck: str
-
-
-def curve(plan: Plan, most: int = 10_000) -> list[Point]:
-    """Hours, cost and goodput against the number of GPUs, up to `most`, with as many nodes as needed."""
-    sizes = {most, plan.setting.num_gpus, *(1 << k for k in range(most.bit_length()) if 1 << k <= most)}
-    points = []
-    for num in sorted(sizes):
-        strong = _strong(plan, num)
-        if strong is not None:
-            points.append(_point(plan, strong, "strong", plan.config.train.steps))
-        images = plan.config.train.steps * plan.setting.global_batch
-        weak = dataclasses.replace(plan.setting, num_gpus=num)
-        points.append(_point(plan, weak, "weak", images / weak.global_batch))
-    return points
-
-
-def _strong(plan: Plan, num_gpus: int) -> Setting | None:
-    """The recipe's global batch on another number of GPUs, None where it does not divide or fit."""
-    total = plan.setting.global_batch
-    if total % num_gpus:
-        return None
-    share = total // num_gpus
-    stage = plan.setting.stage
-    room = largest_micro_batch(
-        plan.cluster, plan.work, stage=stage, num_gpus=num_gpus, checkpointed=plan.setting.checkpointed
-    )
-    micro = max((d for d in range(1, min(share, room) + 1) if share % d == 0), default=0)
-    if not micro:
-        return None
-    return dataclasses.replace(plan.setting, num_gpus=num_gpus, micro_batch=micro, accumulation=share // micro)
-
-
-def _point(plan: Plan, setting: Setting, scaling: str, steps: float) -> Point:
-    step = step_time(plan.cluster, plan.work, setting)
-    hours = steps * step.total / 3600.0
-    faults = gp.faults_of(plan.cluster, plan.work, setting.num_gpus)
-    interval = max(gp.daly_s(faults.mtbf_s, faults.save_s), step.total)
-    return Point(
-        num_gpus=setting.num_gpus,
-        scaling=scaling,
-        global_batch=setting.global_batch,
-        hours=hours,
-        cost=bill(plan.cluster, setting.num_gpus, hours).cost,
-        goodput=gp.daly_goodput(interval, faults.mtbf_s, faults.save_s, faults.restart_s),
-        bottleneck=find_bottleneck(plan.cluster, setting, step).kind,
-    )
-
-
-def interval_curve(plan: Plan, num: int = 15) -> list[tuple[float, float, float]]:
-    """(interval in seconds, goodput by Daly's formula, simulated) around the best interval."""
-    g = plan.goodput
-    seconds = plan.hours * 3600.0
-    points = []
-    for k in range(num):
-        interval = max(g.daly_s * 10 ** (-1.5 + 3.0 * k / (num - 1)), plan.step.total)
-        formula = gp.daly_goodput(interval, g.faults.mtbf_s, g.faults.save_s, g.faults.restart_s)
-        outcome = gp.simulate(g.faults, _simulated_s(g.faults, seconds), interval)
-        points.append((interval, formula, outcome.goodput))
-    return points

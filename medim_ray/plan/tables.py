@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.console import RenderableType
@@ -13,17 +13,20 @@ from rich.text import Text
 from medim_ray.plan import constants
 from medim_ray.plan.compare import Comparison
 from medim_ray.plan.constants import Constant
+from medim_ray.plan.curves import Point
 from medim_ray.plan.facts import Check
-from medim_ray.plan.planner import Plan, curve
+from medim_ray.plan.planner import Plan
 
 _SHOWN_ROWS, _SHOWN_UNFIT = 30, 6
 
 
-def render(plan: Plan, check: Check | None, comparison: Comparison | None) -> Iterator[RenderableType]:
+def render(
+    plan: Plan, points: Sequence[Point], check: Check | None, comparison: Comparison | None
+) -> Iterator[RenderableType]:
     """Summary, memory, curve, comparison, fact, notes; in the order of reading."""
     yield summary(plan)
     yield memory_table(plan)
-    yield curve_table(plan)
+    yield curve_table(points)
     if comparison is not None:
         yield comparison_table(comparison)
     if check is not None:
@@ -52,12 +55,13 @@ def summary(plan: Plan) -> Table:
     table = _table(f"{plan.cluster.title}: {plan.config.train.steps:,} steps of {plan.setting.global_batch:,}")
     table.add_column("what", no_wrap=True)
     table.add_column("value")
-    g, s, t = plan.goodput, plan.setting, plan.step
+    g, s, t, code = plan.goodput, plan.setting, plan.step, plan.cluster.code.name
     rows = [
         (
             "layout",
             f"{s.num_gpus} x {plan.cluster.gpu.name}, ZeRO {s.stage}, {s.micro_batch} images x {s.accumulation}",
         ),
+        ("code", code if code == constants.OUR_CODE else f"{code} (not our trainer)"),
         ("time without failures", span(plan.hours)),
         ("step", f"{t.total:.4g} s, {plan.images_per_s:,.1f} images/s"),
         (
@@ -155,12 +159,12 @@ def _fit(total: float, plan: Plan) -> str:
     return f"{total / 1e9:.2f}" + ("" if total <= plan.cluster.memory_bytes else " !")
 
 
-def curve_table(plan: Plan) -> Table:
-    """Hours, cost and goodput against GPUs."""
+def curve_table(points: Sequence[Point]) -> Table:
+    """Hours, cost and simulated goodput against GPUs."""
     table = _table("More or fewer GPUs (strong: the same global batch; weak: the same images a GPU, fewer steps)")
     for head in ("GPUs", "scaling", "global batch", "hours", "USD", "goodput", "bound by"):
         table.add_column(head, justify="right")
-    for p in curve(plan):
+    for p in points:
         table.add_row(
             f"{p.num_gpus:,}",
             p.scaling,

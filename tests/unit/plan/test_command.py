@@ -35,7 +35,7 @@ def test_json_has_the_promised_keys_and_nothing_else_is_printed(capsys: pytest.C
     assert "compute" in tree["bottleneck"]
     assert set(tree["memory_bytes"]) == {"0", "1", "2", "3"}
     assert tree["memory_bytes"]["2"] < tree["memory_bytes"]["1"]
-    assert tree["fact"]["sentences"]
+    assert tree["fact"]["sentences"] and not tree["warnings"]
     assert max(point["num_gpus"] for point in tree["curve"]) == 10_000
     assert 0 < tree["goodput"]["simulated"] <= 1
 
@@ -184,6 +184,20 @@ def test_a_cluster_file_that_is_not_there_or_has_another_key_says_so(tmp_path: P
     own.write_text((CLUSTERS / "rad_dino_public.yaml").read_text(encoding="utf-8") + "gpu_cost: 3\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"(?s)own\.yaml.*unknown key 'gpu_cost'"):
         run_plan(RAD_DINO, [f"cluster={own}"])
+
+
+def test_a_copy_with_other_content_is_no_fact_and_is_warned_of_the_code(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    copy = tmp_path / RAD_DINO.name
+    copy.write_text(RAD_DINO.read_text(encoding="utf-8").replace("steps: 35000", "steps: 10"), encoding="utf-8")
+    assert run_plan(copy, [CLUSTER], as_json=True) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert "fact" not in tree
+    assert tree["code"] == "dinov2" and "cluster.code=medim_ray" in tree["warnings"][-1]
+    assert run_plan(copy, [CLUSTER, "cluster.code=medim_ray"], as_json=True) == 0
+    ours = json.loads(capsys.readouterr().out)
+    assert ours["code"] == "medim_ray" and not ours["warnings"]
 
 
 def test_json_stays_json_where_a_run_never_fails_or_never_ends(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -69,10 +70,14 @@ def test_the_runs_of_the_facts_are_those_of_the_papers() -> None:
     assert (config.train.local_micro_batch, config.train.global_batch, cluster.num_gpus) == (40, 2_560, 64)
 
 
-def test_a_fact_is_known_by_its_two_files() -> None:
-    known = fact_of("x/dinov2-vit_large14.yaml", "y/dinov2_96xa100.yaml")
+def test_a_fact_is_known_by_its_values_whatever_the_files_are_called() -> None:
+    config, cluster = files("dinov2-vit_large14")
+    known = fact_of(config, dataclasses.replace(cluster.config, name="another title"))
     assert known is not None and known.role == "judges"
-    assert fact_of("x/dinov2-vit_large14.yaml", "y/dinov2_32xa100.yaml") is None
+    assert fact_of(config, files("dinov2-vit_large16-short")[1].config) is None
+    assert fact_of(config, dataclasses.replace(cluster.config, price_per_gpu_hour=1.0)) is None
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=625_001))
+    assert fact_of(longer, cluster.config) is None
 
 
 def test_no_number_without_a_source() -> None:
