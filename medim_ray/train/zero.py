@@ -70,12 +70,29 @@ def build_engine(module: nn.Module, train: TrainConfig) -> Any:
         weight_decay=train.weight_decay,
     )
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=zero_config(train))
+    if train.stage == 0:
+        _tell_norm(engine, optimizer, train.clip_norm)
     for flat in _flat_tensors(engine):
         engine_state = _torch_optimizer(engine).state[flat]
         engine_state["step"] = torch.zeros((), dtype=torch.float32)
         for kind in MOMENTS:
             engine_state[kind] = torch.zeros_like(flat, memory_format=torch.preserve_format)
     return engine
+
+
+def _tell_norm(engine: Any, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
+    """Makes the engine tell its gradient norm at stage 0, as it does at the others: DeepSpeed clips there and forgets
+    the norm. The numbers of the clipping itself are DeepSpeed's."""
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    def measured(*_: Any) -> None:
+        norm = clip_grad_norm_(list(engine.module.parameters()), max_norm=clip_norm or torch.inf, mpu=engine.mpu)
+        optimizer._global_grad_norm = norm  # type: ignore[attr-defined]  # where the engine looks for it
+
+    if clip_norm:
+        engine.clip_fp32_gradients = measured
+    else:
+        optimizer.register_step_pre_hook(measured)
 
 
 @dataclass(frozen=True)
