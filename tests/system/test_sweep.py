@@ -90,7 +90,7 @@ def test_a_sweep_whose_driver_is_killed_ends_as_one_that_was_not(phantom_shards:
     tables = {}
     for name in ("straight", "killed"):
         (tmp_path / name).mkdir()
-        file = _file(tmp_path / name, phantom_shards, space=space)
+        file = _file(tmp_path / name, phantom_shards, space=space, runner={"max_concurrent": 1})
         command = [str(Path(sys.executable).parent / "medim-ray"), "sweep", "--config", str(file)]
         if name == "killed":
             child = subprocess.Popen(command, start_new_session=True)
