@@ -56,7 +56,7 @@ def test_a_sweep_ranks_what_ran_shows_what_failed_and_repeats_nothing(
         ("broken", None, "failed"),
     ]
     (failed,) = [run for cell in table.cells for run in cell.runs if run.state == "failed"]
-    assert "is no readable checkpoint" in failed.error
+    assert "use a .safetensors file" in failed.error
     stored = read_study(str(tmp_path / "out"))
     assert stored is not None and stored[1] == table
 
