@@ -93,6 +93,12 @@ def frozen_encoder(encoder: ImageEncoder) -> Any:
     return partial(_Frozen, encoder.config, weights)
 
 
+def frozen_features(out: Any) -> NDArray[np.float32]:
+    """[B, 2 D]: the global vector and the mean of the patches, side by side, of what an encoder gave."""
+    found: NDArray[np.float32] = torch.cat([out.global_BD, out.patches_BND.mean(dim=1)], dim=1).cpu().numpy()
+    return found
+
+
 class _Frozen:
     def __init__(self, config: ImageEncoder.Config, weights: Any, device: str) -> None:
         encoder = ImageEncoder(replace(config, init="random"))  # the weights come from the object store
@@ -105,8 +111,7 @@ class _Frozen:
         return self._encoder(images_B1HW)
 
     def features(self, pixels_BHW: NDArray[np.uint8]) -> NDArray[np.float32]:
-        out = self._encode(pixels_BHW)
-        return torch.cat([out.global_BD, out.patches_BND.mean(dim=1)], dim=1).cpu().numpy()
+        return frozen_features(self._encode(pixels_BHW))
 
     def patches(self, pixels_BHW: NDArray[np.uint8]) -> NDArray[np.float32]:
         found: NDArray[np.float32] = self._encode(pixels_BHW).patches_BND.cpu().numpy()

@@ -15,6 +15,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from medim_ray.data.storage import committed
 from medim_ray.probes.bootstrap import Estimate, average
 from medim_ray.probes.classify import ProbeScores
 from medim_ray.probes.regress import NumberScores
@@ -222,6 +223,6 @@ def read_scores(run_dir: str) -> pa.Table:
 
 def _write(run_dir: str, name: str, content: bytes) -> None:
     fs, root = fsspec.core.url_to_fs(run_dir)
-    target = f"{root.rstrip('/')}/{name}"
-    fs.pipe_file(f"{target}.partial", content)
-    fs.mv(f"{target}.partial", target)
+    root = root.rstrip("/")
+    with committed(fs, f"{root}/{name}", scratch=root) as file:
+        file.write(content)

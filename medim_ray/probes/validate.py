@@ -15,6 +15,7 @@ from medim_ray.config.schema import ValidateConfig
 from medim_ray.data.reader import VIEW
 from medim_ray.draws import name_key
 from medim_ray.probes.classify import probe
+from medim_ray.probes.encoders import frozen_features
 from medim_ray.probes.protocol import check_protocol
 from medim_ray.probes.rows import RowList, RowReader, centre_columns, list_rows, work_items
 from medim_ray.probes.tasks import Task, make_task
@@ -61,8 +62,7 @@ def _features(run: LoadedRun, rows: RowList) -> NDArray[np.float32]:
         parts = []
         for start in range(0, len(pixels_BHW), _BATCH):
             images_B1HW = torch.from_numpy(pixels_BHW[start : start + _BATCH])[:, None].float() / 255.0
-            out = encoder(images_B1HW)
-            parts.append(torch.cat([out.global_BD, out.patches_BND.mean(dim=1)], dim=1).numpy())
+            parts.append(frozen_features(encoder(images_B1HW)))
         values = np.concatenate(parts)
         if found is None:
             found = np.empty((len(rows), values.shape[1]), dtype=np.float32)

@@ -70,7 +70,7 @@ class StudyConfig:
         if not self.arms:
             raise ValueError("arms is empty: name at least one, e.g. arms: {without MIM: [objective.…=0]}")
         for name, arm in self.arms.items():
-            overrides = arm.get("overrides", []) if isinstance(arm, Mapping) else arm
+            overrides = _overrides(arm)
             unknown = set(arm) - {"recipe", "overrides"} if isinstance(arm, Mapping) else set()
             is_list = isinstance(overrides, list | tuple) and all(isinstance(text, str) for text in overrides)
             if unknown or not is_list:
@@ -159,8 +159,7 @@ def _with_fit(study: Study, table: Table, config: StudyConfig) -> Study:
 
 
 def _error(number: Number) -> Number:
-    value, low, high = (None if part is None else 1.0 - part for part in (number.value, number.high, number.low))
-    return Number(1.0 - (number.value or 0.0) if number.value is not None else value, low, high)
+    return Number(*(None if part is None else 1.0 - part for part in (number.value, number.high, number.low)))
 
 
 def check_study(config: StudyConfig, file: str | None = None) -> Ablation:
@@ -199,15 +198,17 @@ def check_study(config: StudyConfig, file: str | None = None) -> Ablation:
 
 def _arm(config: StudyConfig, name: str, file: str | None) -> tuple[str, list[str]]:
     arm = config.arms[name]
-    if isinstance(arm, Mapping):
-        return find_recipe(str(arm.get("recipe", config.recipe)), file), list(arm.get("overrides", []))
-    return find_recipe(config.recipe, file), list(arm)
+    recipe = arm.get("recipe", config.recipe) if isinstance(arm, Mapping) else config.recipe
+    return find_recipe(str(recipe), file), list(_overrides(arm))
+
+
+def _overrides(arm: Any) -> Any:
+    """The overrides of an arm, which is their list or a mapping that holds it."""
+    return arm.get("overrides", []) if isinstance(arm, Mapping) else arm
 
 
 def _parents(config: StudyConfig, name: str) -> list[str]:
-    arm = config.arms[name]
-    overrides = arm.get("overrides", []) if isinstance(arm, Mapping) else arm
-    return [match.group(1) for text in overrides if (match := _RUN.search(text))]
+    return [match.group(1) for text in _overrides(config.arms[name]) if (match := _RUN.search(text))]
 
 
 def _waves(config: StudyConfig) -> list[list[str]]:

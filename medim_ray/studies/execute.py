@@ -77,11 +77,11 @@ def execute(experiment: Experiment, console: Console) -> Table:
             ray_session(experiment.config.runner.ray_address, experiment.group.logical_cpus),
         ):
             at_once = trials_at_once(experiment.group, experiment.config.runner)
-            console.print(f"{progress(experiment)}; {at_once} at once", highlight=False)
+            console.print(f"{_progress(experiment, table_of(experiment))}; {at_once} at once", highlight=False)
 
             def ended(config: RunConfig, record: Record) -> None:
-                console.print(_line(experiment, config, record), highlight=False, markup=False)
-                _write(experiment, out)
+                table = _write(experiment, out)
+                console.print(_line(experiment, table, config, record), highlight=False, markup=False)
 
             for search in experiment.searches():
                 run_trials(experiment.job, search, experiment.group, experiment.config.runner, experiment.began, ended)
@@ -117,9 +117,8 @@ def _write(experiment: Experiment, out: str) -> Table:
     return table
 
 
-def progress(experiment: Experiment) -> str:
+def _progress(experiment: Experiment, table: Table) -> str:
     """`27 trials, 12 done`."""
-    table = table_of(experiment)
     return f"{experiment.size()}, {table.count('finished') + table.count('stopped')} done"
 
 
@@ -135,14 +134,14 @@ def dry_lines(experiment: Experiment) -> list[str]:
     return [*lines, f"{experiment.size()}, {steps:,} optimizer steps, {needs}"]
 
 
-def _line(experiment: Experiment, config: RunConfig, record: Record) -> str:
+def _line(experiment: Experiment, table: Table, config: RunConfig, record: Record) -> str:
     """`masking.ratio=0.5, seed=1: auroc.mean 0.71 [130 s; 27 trials, 12 done]`."""
     name = config.run.dir.rstrip("/").rpartition("/")[2]
-    values = next((trial.point.values for trial in experiment.trials() if trial.name == name), {"run": name})
+    values = next(run.values for cell in table.cells for run in cell.runs if run.name == name)
     metric = experiment.job.metric
     number = record.reports[-1].numbers.get(metric) if record.reports else None
     told = f"{metric} {number.value:.4g}" if number is not None and number.value is not None else record.state
     why = f": {record.error.strip().splitlines()[0]}" if record.error.strip() else ""
     early = ", stopped early" if record.state == "stopped" else ""
     where = ", ".join(f"{key}={value}" for key, value in values.items())
-    return f"{where}: {told}{early}{why} [{record.seconds:.0f} s; {progress(experiment)}]"
+    return f"{where}: {told}{early}{why} [{record.seconds:.0f} s; {_progress(experiment, table)}]"

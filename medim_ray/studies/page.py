@@ -179,8 +179,6 @@ def _page(study: Study, table: Table, origin: Mapping[str, str]) -> str:
             package=medim_ray.__version__,
             counts=counts,
             seconds=seconds,
-            low=min(edges) - room,
-            high=max(edges) + room,
             bar=lambda number: interval_bar(vars(number), min(edges) - room, max(edges) + room, None, "trained"),
             shown=table.metrics[1 : _SHOWN + 1],
             figures=figures(study, table),
@@ -224,7 +222,7 @@ def told(number: Number | None, digits: int = 3) -> str:
     return f"{number.value:.{digits}g} [{number.low:.{digits}g}, {number.high:.{digits}g}]"
 
 
-def print_table(study: Study | None, table: Table, console: Console) -> None:
+def print_table(study: Study, table: Table, console: Console) -> None:
     """The ranked table on a terminal."""
     shown = RichTable(title=f"ranked by {table.metric}: mean [95 % interval]")
     shown.add_column("rank", justify="right")
@@ -234,7 +232,7 @@ def print_table(study: Study | None, table: Table, console: Console) -> None:
     shown.add_column(table.metric, no_wrap=True)
     if gains:
         shown.add_column("minus untrained", no_wrap=True)
-    if study is not None and study.differences:
+    if study.differences:
         shown.add_column(f"minus {study.reference}", no_wrap=True)
     shown.add_column("runs", justify="right")
     shown.add_column("", no_wrap=True)
@@ -243,11 +241,11 @@ def print_table(study: Study | None, table: Table, console: Console) -> None:
     console.print(shown)
 
 
-def _row(study: Study | None, table: Table, cell: Cell, gains: bool) -> list[str]:
+def _row(study: Study, table: Table, cell: Cell, gains: bool) -> list[str]:
     row = ["" if cell.rank is None else str(cell.rank), *(str(cell.values.get(axis, "")) for axis in table.axes)]
     row.append(told(cell.numbers.get(table.metric)))
     if gains:
         row.append(told(cell.gains.get(table.metric)))
-    if study is not None and study.differences:
+    if study.differences:
         row.append("reference" if cell.name == study.reference else told(study.differences.get(cell.name)))
     return [*row, str(len(cell.runs)), cell.verdict]

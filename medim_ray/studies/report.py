@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 import medim_ray
 from medim_ray.config.schema import RunConfig, TrainConfig
 from medim_ray.data.shards import ShardSet
+from medim_ray.data.storage import committed
 from medim_ray.plan.page import PAGE as PLAN_PAGE
 from medim_ray.probes.command import read_result
 from medim_ray.probes.results import SCHEMA_VERSION
@@ -108,8 +109,8 @@ def write_report(run_dir: str, num_images: int = _NUM_IMAGES, text: bool = True)
             config_lines=config_text.count("\n"),
         )
     )
-    fs.pipe_file(f"{root}/{REPORT}.partial", page.encode())
-    fs.mv(f"{root}/{REPORT}.partial", f"{root}/{REPORT}")
+    with committed(fs, f"{root}/{REPORT}", scratch=root) as file:
+        file.write(page.encode())
     return f"{run_dir.rstrip('/')}/{REPORT}"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from medim_ray.studies.outcome import Number, Outcome, better_is_higher
+from medim_ray.studies.outcome import Number, better_is_higher
 from medim_ray.studies.space import SEED, Trial
 from medim_ray.studies.trials import Record
 
@@ -123,13 +123,13 @@ def _unranked(cell: Cell, metric: str) -> bool:
 
 def _cell(name: str, runs: Sequence[Run], metric: str) -> Cell:
     done = [run for run in runs if run.state in ("finished", "stopped")]
-    gains = mean_outcome([Outcome(run.numbers, run.gains) for run in done]).gains
+    gains = _means([run.gains for run in done])
     gain = gains.get(metric)
     return Cell(
         name=name,
         values={key: value for key, value in runs[0].values.items() if key != SEED},
         runs=runs,
-        numbers=mean_outcome([Outcome(run.numbers, run.gains) for run in done]).numbers,
+        numbers=_means([run.numbers for run in done]),
         gains=gains,
         learned=None if gain is None or gain.value is None else _is_gain(gain, metric),
         rank=None,
@@ -143,15 +143,8 @@ def _is_gain(gain: Number, metric: str) -> bool:
     return gain.low > 0 if better_is_higher(metric) else gain.high < 0
 
 
-def mean_outcome(outcomes: Sequence[Outcome]) -> Outcome:
-    """Means over repetitions, of the numbers that all of them have."""
-    return Outcome(
-        _means([outcome.numbers for outcome in outcomes]),
-        _means([outcome.gains for outcome in outcomes]),
-    )
-
-
 def _means(rows: Sequence[Mapping[str, Number]]) -> dict[str, Number]:
+    """Means over repetitions, of the numbers that all of them have."""
     names = [name for name in (rows[0] if rows else {}) if all(name in row for row in rows)]
     return {name: mean_number([row[name] for row in rows]) for name in names}
 

@@ -32,7 +32,7 @@ State = Literal["running", "finished", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class Report:
-    """What a trial reported at a rung. num_images_s: seconds of this life that led to it."""
+    """What a trial reported at a rung."""
 
     step: int
     numbers: Mapping[str, Number]
