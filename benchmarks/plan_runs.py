@@ -1,4 +1,4 @@
-"""Question: does `medim-ray plan` foretell whole runs, with Ray, decoding and checkpoints around the steps of plan_steps.py?
+"""Question: does `medim-ray plan` foretell whole runs, with Ray, decoding and checkpoints around plan_steps.py?
 
     medim-ray ablate --config configs/studies/workers_zero-phantoms.yaml shards=SHARDS out=OUT
     python benchmarks/plan_runs.py OUT                 measures nothing, prints the table of the finished runs below OUT
