@@ -187,12 +187,12 @@ def _prepare(args: argparse.Namespace) -> int:
 def _pretrain(args: argparse.Namespace) -> int:
     from medim_ray.config.schema import RunConfig
     from medim_ray.train.launch import launch, summary
+    from medim_ray.train.signals import exit_code
 
     config = load(RunConfig, args.config, args.overrides)
     result = launch(config, validate=_validation() if config.validate.labels else None)
     print(summary(result))
-    # Slurm's warning asks for another turn (EX_TEMPFAIL, to be queued again); the others end as signals do.
-    return 0 if not result.signal else os.EX_TEMPFAIL if result.signal == signal.SIGUSR1 else 128 + result.signal
+    return exit_code(result.signal) if result.signal else 0
 
 
 def _validation() -> Any:

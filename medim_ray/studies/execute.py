@@ -22,6 +22,7 @@ from medim_ray.studies.runner import Group, RunnerConfig, Search, run_trials, tr
 from medim_ray.studies.space import Trial
 from medim_ray.studies.trials import Record, TrialJob, read_record
 from medim_ray.train.launch import LEASE, ray_session
+from medim_ray.train.signals import exit_code, stop_signals
 
 
 class Options(Protocol):
@@ -64,8 +65,8 @@ class Experiment(Protocol):
         ...
 
 
-def execute(experiment: Experiment, console: Console) -> Table:
-    """Runs the trials that are not done and writes the experiment's files after each.
+def execute(experiment: Experiment, console: Console, received: Sequence[int] = ()) -> Table:
+    """Runs the trials that are not done and writes the experiment's files after each, until `received` has a signal.
 
     ValueError for what the user can mend. A trial that fails is a row of the table; it ends nothing.
     """
@@ -83,26 +84,30 @@ def execute(experiment: Experiment, console: Console) -> Table:
                 table = _write(experiment, out)
                 console.print(_line(experiment, table, config, record), highlight=False, markup=False)
 
+            runner = experiment.config.runner
             for search in experiment.searches():
-                run_trials(experiment.job, search, experiment.group, experiment.config.runner, experiment.began, ended)
+                if not received:
+                    run_trials(experiment.job, search, experiment.group, runner, experiment.began, ended, received)
             return _write(experiment, out)
 
 
 def command(experiment: Experiment, dry_run: bool) -> int:
     """`medim-ray sweep` and `medim-ray ablate`, once the experiment is checked. dry_run: the trials are listed only.
 
-    Exit code 0: every trial is done; 1: some failed, or a budget ended the command before them.
+    Exit code 0: every trial is done; 1: some failed, or a budget ended the command before them; that of a signal
+    which ended it (train/signals.py): the same command goes on.
     """
     console = Console(file=sys.stdout, soft_wrap=True)
     if dry_run:
         for line in dry_lines(experiment):
             console.print(line, highlight=False, markup=False)
         return 0
-    table = execute(experiment, console)
+    with stop_signals() as received:
+        table = execute(experiment, console, received)
     wide = Console()
     print_table(experiment.study(table), table, wide if wide.is_terminal else Console(width=140))
     console.print(f"{experiment.config.out.rstrip('/')}/{REPORT}", highlight=False)
-    return int(any(cell.state not in ("finished", "stopped") for cell in table.cells))
+    return exit_code(received[0]) if received else int(any(c.state not in ("finished", "stopped") for c in table.cells))
 
 
 def table_of(experiment: Experiment) -> Table:

@@ -29,6 +29,7 @@ from medim_ray.config.schema import RunConfig
 from medim_ray.studies.outcome import better_is_higher
 from medim_ray.studies.space import Choices, Range, Trial
 from medim_ray.studies.trials import Record, State, TrialJob, read_record, trainable, write_record
+from medim_ray.train.signals import aside
 
 _TRIAL_CPUS = 0.1  # a trial's own actor only waits for its workers
 _DECODE_CPUS = 0.25  # of a decoding actor (data/pipeline.py)
@@ -133,10 +134,19 @@ class Search:
     asha: tuple[int, int] | None = None
 
 
-def run_trials(job: TrialJob, search: Search, group: Group, config: RunnerConfig, began: Began, ended: Ended) -> None:
+def run_trials(
+    job: TrialJob,
+    search: Search,
+    group: Group,
+    config: RunnerConfig,
+    began: Began,
+    ended: Ended,
+    received: Sequence[int] = (),
+) -> None:
     """Runs what is not done yet, in the Ray that is running. What came of it stands in the trials' records.
 
     began: called on the driver with the axis values of a trial that Optuna chose; ended: with every trial that ended.
+    received: once it holds a signal (train/signals.py), all trials end where they are; their records stay open.
     """
     param_space, searcher, num = _what(job, search)
     if not num:
@@ -162,12 +172,13 @@ def run_trials(job: TrialJob, search: Search, group: Group, config: RunnerConfig
             storage_filesystem=pafs.PyFileSystem(pafs.FSSpecHandler(fs)),
             failure_config=tune.FailureConfig(max_failures=config.retries),
             callbacks=[_Told(job, began, ended)],
+            stop=_Asked(received),
             verbose=0,
         ),
     )
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what failed is told in the table, with its reason
     with contextlib.redirect_stdout(io.StringIO()):  # Tune announces itself there whatever its verbosity
-        tuner.fit()
+        aside(tuner.fit).result()
 
 
 def _what(job: TrialJob, search: Search) -> tuple[dict[str, Any], OptunaSearch | None, int]:
@@ -215,6 +226,19 @@ def _scheduler(job: TrialJob, search: Search) -> ASHAScheduler | None:
 
 def _mode(job: TrialJob) -> str:
     return "max" if better_is_higher(job.metric) else "min"
+
+
+class _Asked(tune.Stopper):
+    """Ends all trials once a signal was received."""
+
+    def __init__(self, received: Sequence[int]) -> None:
+        self._received = received
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return bool(self._received)
 
 
 class _Told(tune.Callback):

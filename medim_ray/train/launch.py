@@ -10,7 +10,6 @@ import json
 import math
 import os
 import signal
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -44,13 +43,13 @@ from medim_ray.train.control import Outcome
 from medim_ray.train.fit import Estimate, estimate, resolve_stage
 from medim_ray.train.progress import progress
 from medim_ray.train.runs import read_config, write_config
+from medim_ray.train.signals import aside, stop_signals
 from medim_ray.train.store import Checkpoint, CheckpointStore
 from medim_ray.train.stream import StreamFactory, reader_factory, run_worker
 from medim_ray.train.validation import Validate, validation
 
 LEASE = ".lease"  # in the run folder, while a job trains there
 _START_S = 30.0  # seconds after a stop signal in which workers that are starting may make their first step
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -212,17 +211,8 @@ def _attempts(
 
 
 def _fit(trainer: TorchTrainer, tracker: Any, received: list[int]) -> Outcome:
-    """What the workers return. Signals reach this thread, so Ray Train runs in another one; the first one received
-    asks the workers to commit a checkpoint and end."""
-    future: Future[Outcome] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(trainer.fit().return_value)
-        except BaseException as error:  # handed on to the waiting thread, whatever it is
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
+    """What the workers return; the first signal received asks them to commit a checkpoint and end."""
+    future: Future[Outcome] = aside(lambda: trainer.fit().return_value)
     asked_at: float | None = None
     while not wait([future], timeout=0.2).done:
         if received and asked_at is None:
@@ -233,27 +223,6 @@ def _fit(trainer: TorchTrainer, tracker: Any, received: list[int]) -> Outcome:
         ):
             return Outcome(kind="stopped", step=0, message="no worker has started")  # there is no state to commit
     return future.result()
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM, SIGINT and SIGUSR1 (Slurm's warning); a second one ends this process at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # a trial of a sweep: its actor is ended by Tune
-        return
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:

@@ -98,6 +98,13 @@ def test_a_sweep_whose_driver_is_killed_ends_as_one_that_was_not(phantom_shards:
             until = time.monotonic() + 300
             while not any(read_record(str(run)).is_done for run in runs.glob("*")) and time.monotonic() < until:
                 time.sleep(0.2)
+            os.kill(child.pid, signal.SIGUSR1)  # as Slurm does ahead of a time limit
+            assert child.wait(timeout=60) == os.EX_TEMPFAIL
+            assert not (runs.parent / ".lease").exists()
+            child = subprocess.Popen(command, start_new_session=True)
+            begun = [run for run in runs.glob("*") if not read_record(str(run)).is_done]
+            while not any(read_record(str(run)).attempts > 1 for run in begun) and time.monotonic() < until:
+                time.sleep(0.2)
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
             done = {run.name: read_record(str(run)) for run in runs.glob("*") if read_record(str(run)).is_done}
