@@ -17,6 +17,7 @@ CommandCheck = Callable[[Sequence[str]], None]
 DETACHED = 130
 _RETRY_S = (1, 2, 4, 8, 16, 32)
 _PENDING_POLL_S = 1.0
+_STOP_S = 120.0
 
 
 def submit(file: str, overrides: Sequence[str], check: CommandCheck, *, dry_run: bool, follow: bool) -> int:
@@ -184,7 +185,7 @@ def show_logs(name: str, follow: bool) -> int:
 
 
 def stop(name: str) -> int:
-    """Asks the target to end a job; it may take until a checkpoint is committed."""
+    """Asks the target to end a job, and waits for its end, which may take until a checkpoint is committed."""
     record = _record(name)
     target, job = _target(record.target), _job(record)
     status = target.status(record, job)
@@ -192,7 +193,14 @@ def stop(name: str) -> int:
         print(f"{name}: {status.state} already")
         return 0
     target.stop(record, job)
-    print(f"{name}: stopping; `medim-ray jobs resubmit {name}` goes on from its last checkpoint")
+    until = time.monotonic() + _STOP_S
+    while status.state not in ENDED and time.monotonic() < until:
+        time.sleep(1)
+        status = target.status(record, job)
+    if status.state not in ENDED:
+        print(f"{name}: asked to stop, and still {status.state}; see `medim-ray jobs status {name}`")
+        return 1
+    print(f"{name}: {status.state}; `medim-ray jobs resubmit {name}` goes on from its last checkpoint")
     return 0
 
 
