@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export RAY_DATA_DISABLE_PROGRESS_BARS ?= 1
 
-.PHONY: demo test test-chaos lint clean
+.PHONY: demo test test-chaos studies lint clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,18 @@ test: .venv/installed
 
 test-chaos: .venv/installed
 	$(BIN)/pytest -m chaos
+
+# The small studies on phantoms, one after the other; hours on two cores. Each goes on from where it was ended, and its
+# tables come to jobs/results as soon as it is done.
+STUDIES := mask_ratio resolution initialisation data_quantity terms workers_zero compare
+studies: .venv/installed
+	$(BIN)/medim-ray prepare --config configs/sources/phantom.yaml source.num_images=480 out=shards/phantoms
+	@for name in $(STUDIES); do \
+		if [ $$name = mask_ratio ]; then words="sweep --config configs/sweeps"; else words="ablate --config configs/studies"; fi; \
+		$(BIN)/medim-ray $$words/$$name-phantoms.yaml shards=shards/phantoms || exit 1; \
+		mkdir -p jobs/results/$$name-phantoms; \
+		(cd studies/$$name-phantoms && cp *.json *.csv report.html ../../jobs/results/$$name-phantoms/); \
+	done
 
 lint: .venv/installed
 	$(BIN)/ruff check .
