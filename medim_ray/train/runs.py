@@ -14,6 +14,7 @@ from torch import nn
 from medim_ray.config.loader import from_tree, parse_yaml, run_hash, to_yaml
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.shards import ShardSet
+from medim_ray.data.storage import committed
 from medim_ray.objectives.base import Objective
 from medim_ray.train.build import build_objective
 from medim_ray.train.checkpoint import load_weights
@@ -29,7 +30,8 @@ def write_config(config: RunConfig, data_hash: str) -> None:
     fs, root = fsspec.core.url_to_fs(config.run.dir)
     fs.makedirs(root, exist_ok=True)
     text = f"# run_hash {run_hash(config)}\n# data_hash {data_hash}\n# {versions}\n{to_yaml(config)}"
-    fs.pipe_file(f"{root.rstrip('/')}/{CONFIG}", text.encode())
+    with committed(fs, f"{root.rstrip('/')}/{CONFIG}", scratch=root) as file:
+        file.write(text.encode())
 
 
 def read_config(run_dir: str) -> RunConfig | None:
