@@ -33,14 +33,19 @@ from medim_ray.train.fit import estimate
 from medim_ray.train.metrics import METRICS, read_metrics
 from medim_ray.train.runs import CONFIG, load_run, open_config
 from medim_ray.train.store import CheckpointStore
+from medim_ray.train.throughput import ADDED, PERCENTILES, throughput
 from medim_ray.train.validation import read_validation
 
 REPORT = "report.html"
 _NUM_IMAGES = 8
 _PLACE = ("step", "epoch")
-_THROUGHPUT = {"samples_per_s": "images per second", "data_wait_ratio": "share of the step spent waiting for data"}
+_THROUGHPUT = {
+    "samples_per_s": ("images per second", "median {:.1f}"),
+    "mfu": ("model FLOPs utilisation", "median {:.1%}"),
+    "data_wait_ratio": ("share of the step spent waiting for data", "median {:.1%}"),
+}
 _OPTIMISER = {"lr": "learning rate", "grad_norm": "gradient norm"}
-_HIDDEN = {*_PLACE, *_THROUGHPUT, *_OPTIMISER, "step_s"}
+_HIDDEN = {*_PLACE, *_THROUGHPUT, *_OPTIMISER, *ADDED, "step_s"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,13 +140,11 @@ def _prevalence(result: Mapping[str, Any] | None) -> dict[str, float | None]:
 
 def chart_groups(records: Sequence[Mapping[str, Any]]) -> list[ChartGroup]:
     """Loss and everything else that the objective logs, throughput, optimiser; a word where there is nothing yet."""
-    names = list(dict.fromkeys(name for record in records for name in record if name not in _HIDDEN))
+    numbers = (name for record in records for name, value in record.items() if isinstance(value, int | float))
+    names = list(dict.fromkeys(name for name in numbers if name not in _HIDDEN))
     names.sort(key=lambda name: name != "loss")
     loss = [_chart(records, name, name, None, "last {:.4g}") for name in names]
-    speed = [
-        _chart(records, "samples_per_s", _THROUGHPUT["samples_per_s"], 0.0, "median {:.1f}"),
-        _chart(records, "data_wait_ratio", _THROUGHPUT["data_wait_ratio"], 0.0, "median {:.1%}"),
-    ]
+    speed = [_chart(records, name, title, 0.0, summary) for name, (title, summary) in _THROUGHPUT.items()]
     optimiser = [_chart(records, name, title, 0.0, "last {:.3g}") for name, title in _OPTIMISER.items()]
     note = "" if records else "No step is recorded yet."
     return [
@@ -222,6 +225,7 @@ def _head(run_dir: str, config: RunConfig, config_text: str, records: Sequence[M
         ),
         ("Checkpoint", f"{newest.name}, {newest.step} steps" if newest else "none committed yet"),
         *(("Software", line) for line in commented[2:]),
+        *pace(throughput(run_dir, records)),
         *_costs(config, records),
         *planned(run_dir),
     ]
@@ -240,11 +244,10 @@ def _head(run_dir: str, config: RunConfig, config_text: str, records: Sequence[M
 
 
 def _costs(config: RunConfig, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Step times, and the peak of a worker's memory beside the planner's estimate, as far as they are known."""
+    """The peak of a worker's memory beside the planner's estimate, and steps that were left out."""
     if not records:
         return []
-    median, late = np.nanpercentile(series(records, "step_s")[1], [50, 95])
-    costs = [("Step", f"{median:.3g} s median, {late:.3g} s in the slowest twentieth")]
+    costs = []
     peak = max(int(record.get("peak_bytes", 0)) for record in records)
     if peak:
         told = f"{peak / 1e9:.2f} GB peak of a worker"
@@ -255,6 +258,26 @@ def _costs(config: RunConfig, records: Sequence[Mapping[str, Any]]) -> list[tupl
     if left_out:
         costs.append(("Left out", f"{left_out} steps whose numbers were not finite or spiked (bad_steps.jsonl)"))
     return costs
+
+
+def pace(block: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Throughput, step times and where the wall time went, over all attempts (train/throughput.py)."""
+    if block is None:
+        return []
+    rate = f"{block['samples_per_s']:.1f} images/s, {block['data_wait_ratio']:.1%} of it waiting for data"
+    if block["mfu"] is not None:
+        rate += f", {block['mfu']:.1%} of {block['peak_flops'] / 1e12:.3g} TFLOPS a worker ({block['peak_source']})"
+    steps = ", ".join(f"{block[f'step_s_p{p}']:.3g} s (p{p})" for p in PERCENTILES)
+    parts = (
+        ("launch_s", "from the command to the first step"),
+        ("restart_s", "in restarts"),
+        ("checkpoint_s", "in checkpoints"),
+        ("lost_s", "in steps made again"),
+    )
+    spent = ", ".join(f"{_duration(block[name])} {words}" for name, words in parts if block[name] >= 0.05)
+    goodput = f"{block['goodput']:.1%} of {_duration(block['wall_s'])} in steps that count"
+    attempts = f"{block['num_attempts']} attempt{'s' if block['num_attempts'] > 1 else ''}"
+    return [("Throughput", rate), ("Step", steps), ("Goodput", f"{goodput}; {spent}; {attempts}")]
 
 
 def planned(run_dir: str) -> list[tuple[str, str]]:

@@ -79,7 +79,7 @@ class Tracker:
     def _track(self, record: dict[str, Any]) -> None:
         self._last_step = self._run["last_step"] = record["step"]
         for name, value in record.items():
-            shown = name not in ("step", "epoch") and not name.startswith(VALIDATION)
+            shown = name not in ("step", "epoch", "ended_at") and not name.startswith(VALIDATION)
             if isinstance(value, int | float) and shown:
                 with contextlib.suppress(Exception):
                     self._run.track(value, name=name, step=record["step"], epoch=record["epoch"])

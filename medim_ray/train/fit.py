@@ -18,10 +18,12 @@ from medim_ray.plan.workload import workload
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Peak bytes of one worker by ZeRO stage; device_bytes: what one may use, None where that is not known here."""
+    """Peak bytes of one worker by ZeRO stage; device_bytes: what one may use, None where that is not known here;
+    flops_per_image: operations of the model, forward and backward."""
 
     by_stage: dict[int, Memory]
     device_bytes: float | None
+    flops_per_image: float
 
     def lowest_stage(self) -> int:
         """The lowest stage that fits. ValueError: none does, or the devices can't be seen from here."""
@@ -64,7 +66,9 @@ def estimate(config: RunConfig) -> Estimate:
         )
         for stage in STAGES
     }
-    return Estimate(by_stage=by_stage, device_bytes=_device_bytes(config))
+    return Estimate(
+        by_stage=by_stage, device_bytes=_device_bytes(config), flops_per_image=work.flops(checkpointed=False)
+    )
 
 
 def resolve_stage(config: RunConfig, plan: Estimate) -> RunConfig:

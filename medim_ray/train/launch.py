@@ -88,6 +88,7 @@ def launch(config: RunConfig, console: Console | None = None, validate: Validate
 
 
 def _launch(config: RunConfig, shards: ShardSet, console: Console, validate: Validate | None) -> RunResult:
+    launched_at = time.time()
     newest = _newest(config, shards, lambda text: console.print(f"[yellow]{text}"))
     done = newest.step if newest is not None else 0
     if done >= config.train.last_step:
@@ -104,8 +105,9 @@ def _launch(config: RunConfig, shards: ShardSet, console: Console, validate: Val
         with ray_session(config.run.ray_address, _cpus(config)):
             _look_at_resources(config, console)
             make_reader = reader.result()
-            config = _with_stage(config, plan, console)
-            signal_number = _attempts(config, shards, make_reader, done, console, validate)
+            config, flops_per_image = _with_stage(config, plan, console)
+            pace = {"launched_at": launched_at, "flops_per_image": flops_per_image}
+            signal_number = _attempts(config, shards, make_reader, done, console, validate, pace)
     step = _committed(config)
     if step < config.train.last_step and not signal_number:
         raise RuntimeError(
@@ -117,17 +119,18 @@ def _launch(config: RunConfig, shards: ShardSet, console: Console, validate: Val
     return RunResult(config.run.dir, step, step >= config.train.steps, signal_number)
 
 
-def _with_stage(config: RunConfig, plan: Future[Estimate], console: Console) -> RunConfig:
-    """Tells the memory that a worker will need, and settles `train.zero: auto` by it."""
+def _with_stage(config: RunConfig, plan: Future[Estimate], console: Console) -> tuple[RunConfig, float | None]:
+    """Tells the memory that a worker will need, and settles `train.zero: auto` by it; operations of an image, None
+    where the planner has no model of the run."""
     try:
         need = plan.result()
         config = resolve_stage(config, need)
     except ValueError:
         if config.train.zero == "auto":
             raise
-        return config  # what the planner has no model of can be trained all the same
+        return config, None  # what the planner has no model of can be trained all the same
     console.print(need.line(config.train.stage), soft_wrap=True, highlight=False)
-    return config
+    return config, need.flops_per_image
 
 
 def _look_at_resources(config: RunConfig, console: Console) -> None:
@@ -172,10 +175,11 @@ def _attempts(
     done: int,
     console: Console,
     validate: Validate | None,
+    pace: dict[str, float | None],
 ) -> int:
     """Groups of workers, one after the other, until the run is where it should be; the signal that ended it before.
 
-    RuntimeError where a budget is spent (attempts.py).
+    pace: what the workers need to tell the run's throughput. RuntimeError where a budget is spent (attempts.py).
     """
     write_config(config, shards.content_hash)
     tree = to_tree(config)
@@ -189,7 +193,7 @@ def _attempts(
         ):
             while True:
                 try:
-                    failure = of_outcome(_fit(_trainer(config, shards, reader, tracker), tracker, received))
+                    failure = of_outcome(_fit(_trainer(config, shards, reader, tracker, pace), tracker, received))
                 except ray.train.TrainingFailedError as error:
                     failure, cause = of_error(error), error
                 else:
@@ -311,7 +315,9 @@ def _aim_repo(config: RunConfig) -> str:
     return config.track.aim_repo or str(beside)
 
 
-def _trainer(config: RunConfig, shards: ShardSet, reader: ReaderFactory, tracker: Any) -> TorchTrainer:
+def _trainer(
+    config: RunConfig, shards: ShardSet, reader: ReaderFactory, tracker: Any, pace: dict[str, float | None]
+) -> TorchTrainer:
     """One group of workers. Ray Train retries nothing by itself: attempts.py tells failures apart."""
     train = config.train
     stream = StreamFactory(stream_plan(config, shards), reader, config.run.dir, train.last_step, config.data.num_actors)
@@ -326,7 +332,7 @@ def _trainer(config: RunConfig, shards: ShardSet, reader: ReaderFactory, tracker
     elastic = {} if isinstance(train.num_workers, int) else {"elastic_resize_monitor_interval_s": train.resize_every_s}
     return TorchTrainer(
         run_worker,
-        train_loop_config={"config": to_tree(config), "tracker": tracker},
+        train_loop_config={"config": to_tree(config), "tracker": tracker, **pace},
         torch_config=WarnedTorchConfig(backend=None if train.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,

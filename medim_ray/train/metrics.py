@@ -6,7 +6,7 @@ import json
 import math
 import resource
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,25 @@ from medim_ray.data.storage import is_local
 METRICS = "metrics.jsonl"
 
 
-class MetricsFile:
-    """Appends records to RUN/metrics.jsonl. On object storage the file is rewritten at each `sync`."""
+class JsonLinesFile:
+    """Appends records to a file of the run folder. On object storage the file is rewritten at each `sync`."""
 
-    def __init__(self, run_dir: str, first_step: int) -> None:
-        """Keeps the records of the steps before `first_step`; later ones belong to an attempt that was rolled back."""
+    def __init__(self, run_dir: str, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """Begins with `records`, whatever the file held before."""
         self._fs, root = fsspec.core.url_to_fs(run_dir)
-        self._target = f"{root.rstrip('/')}/{METRICS}"
+        self._target = f"{root.rstrip('/')}/{name}"
         self._fs.makedirs(root, exist_ok=True)
-        kept = [line for line in read_lines(run_dir) if json.loads(line)["step"] < first_step]
         self._is_local = is_local(self._fs)
-        path = Path(self._target) if self._is_local else Path(tempfile.mkdtemp(prefix="medim-ray-")) / METRICS
+        path = Path(self._target) if self._is_local else Path(tempfile.mkdtemp(prefix="medim-ray-")) / name
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.write_text("".join(_line(record) for record in records), encoding="utf-8")
         partial.replace(path)
         self._path = path
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         """One line, flushed."""
-        self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
+        self._file.write(_line(record))
         self._file.flush()
 
     def sync(self) -> None:
@@ -48,15 +47,19 @@ class MetricsFile:
             self._fs.put_file(str(self._path), self._target)
 
 
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps({k: _finite(v) for k, v in record.items()}) + "\n"
+
+
 def _finite(value: Any) -> Any:
     """JSON knows no NaN: non-finite numbers are written by name."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_lines(run_dir: str) -> list[str]:
-    """The complete lines of RUN/metrics.jsonl; a line cut by a kill is left out."""
+def read_lines(run_dir: str, name: str = METRICS) -> list[str]:
+    """The complete lines of RUN/metrics.jsonl, or of another such file; a line cut by a kill is left out."""
     fs, root = fsspec.core.url_to_fs(run_dir)
-    path = f"{root.rstrip('/')}/{METRICS}"
+    path = f"{root.rstrip('/')}/{name}"
     fs.invalidate_cache()
     if not fs.exists(path):
         return []
@@ -64,9 +67,14 @@ def read_lines(run_dir: str) -> list[str]:
     return [line for line in text.split("\n")[:-1] if line]
 
 
+def read_records(run_dir: str, name: str) -> list[dict[str, Any]]:
+    """The records of a file that JsonLinesFile writes."""
+    return [json.loads(line) for line in read_lines(run_dir, name)]
+
+
 def read_metrics(run_dir: str) -> list[dict[str, Any]]:
     """The records of RUN/metrics.jsonl in the order of the steps."""
-    return [json.loads(line) for line in read_lines(run_dir)]
+    return read_records(run_dir, METRICS)
 
 
 def peak_bytes(device: torch.device) -> int:

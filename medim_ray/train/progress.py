@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from medim_ray.train.throughput import ADDED
+
 _LOG_EVERY_S = 10.0
 
 
@@ -76,7 +78,7 @@ def describe(record: dict[str, Any]) -> str:
     """The loss, the rate and the data-wait share, then the other terms for as long as there is room."""
     if "omitted" in record:
         return f"left out: {record['omitted']}"
-    hidden = {"loss", "lr", "grad_norm", "samples_per_s", "step_s", "data_wait_ratio"}
+    hidden = {"loss", "lr", "grad_norm", "samples_per_s", "step_s", "data_wait_ratio", *ADDED}
     terms = [f"{k} {v:.3g}" for k, v in record.items() if k not in hidden and isinstance(v, float) and "/" not in k]
     rates = [f"{record['samples_per_s']:.1f} samples/s", f"wait {record['data_wait_ratio']:.0%}"]
     return " ".join([f"loss {record['loss']:.4g}", *rates, *terms])

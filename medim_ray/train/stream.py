@@ -34,7 +34,7 @@ def reader_factory(config: RunConfig, shards: ShardSet) -> ReaderFactory:
 
 
 def run_worker(settings: dict[str, Any]) -> Outcome:
-    """Entry point of a Ray Train worker. settings: config (plain tree), tracker (actor handle)."""
+    """Entry point of a Ray Train worker. settings: those of train_worker."""
     blocks = ray.train.get_dataset_shard("train").iter_batches(
         batch_size=None, batch_format="numpy", prefetch_batches=settings["config"]["data"]["prefetch_blocks"]
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import ray.train
 import ray.train.torch
+import torch
 import torch.distributed as dist
 
 from medim_ray.config.loader import from_tree, run_hash
@@ -22,6 +24,7 @@ from medim_ray.config.schema import RunConfig, TrainConfig
 from medim_ray.data.collate import Columns, steps_of_rank
 from medim_ray.data.reader import STEP
 from medim_ray.data.shards import ShardSet
+from medim_ray.plan.probe import worker_peak
 from medim_ray.schedules import cosine
 from medim_ray.track.tracker import TrackerClient
 from medim_ray.train import checkpoint
@@ -29,8 +32,9 @@ from medim_ray.train.build import build_crop, build_objective, stream_plan
 from medim_ray.train.control import Outcome, RunControl
 from medim_ray.train.health import BadStep, NumberGuard, omitted_steps, write_bad_step, write_batch_plan
 from medim_ray.train.loop import Trainer, train
-from medim_ray.train.metrics import MetricsFile
+from medim_ray.train.metrics import METRICS, JsonLinesFile, read_metrics
 from medim_ray.train.store import CheckpointStore
+from medim_ray.train.throughput import Meter, Pace
 from medim_ray.train.validation import read_best
 from medim_ray.train.zero import build_engine
 
@@ -40,22 +44,45 @@ _LOG = logging.getLogger(__name__)
 class RunRecorder:
     """metrics.jsonl and the tracker, on rank 0; nothing on the others."""
 
-    def __init__(self, run_dir: str, first_step: int, tracker: Any, is_first: bool) -> None:
-        self._file = MetricsFile(run_dir, first_step) if is_first else None
-        self.tracker = TrackerClient(tracker) if is_first and tracker is not None else None
+    def __init__(self, run_dir: str, first_step: int, tracker: Any, pace: Pace | None, train: TrainConfig) -> None:
+        """pace: None on all ranks but the first. Steps after `first_step` belong to an attempt that was rolled back."""
+        self._train = train
+        self._file: JsonLinesFile | None = None
+        self._meter: Meter | None = None
+        if pace is not None:
+            records = read_metrics(run_dir)
+            kept = [record for record in records if record["step"] < first_step]
+            self._meter = Meter(run_dir, pace, first_step, kept, records[len(kept) :])
+            self._file = JsonLinesFile(run_dir, METRICS, kept)
+        self.tracker = TrackerClient(tracker) if pace is not None and tracker is not None else None
 
     def log(self, record: dict[str, Any]) -> None:
+        if self._file is None or self._meter is None:
+            return
+        done = record["step"] + 1
+        record = self._meter.add(record, done % self._train.checkpoint_every == 0 or done == self._train.last_step)
         if self.tracker is not None:
             record = record | self.tracker.news()
-        if self._file is not None:
-            self._file.write(record)
+        self._file.write(record)
         if self.tracker is not None:
             self.tracker.log(record)
 
+    def checkpointed(self, seconds: float) -> None:
+        """A checkpoint held the loop up for so long."""
+        if self._meter is not None:
+            self._meter.checkpointed(seconds)
+
+    def end(self, step: int) -> None:
+        """The workers of this attempt end as they should, after `step` optimizer steps."""
+        if self._meter is not None:
+            self._meter.end(step)
+        self.sync()
+
     def sync(self) -> None:
-        """Publishes the metrics file where the run lies on object storage."""
-        if self._file is not None:
+        """Publishes the files where the run lies on object storage."""
+        if self._file is not None and self._meter is not None:
             self._file.sync()
+            self._meter.sync()
 
 
 class RunCheckpoints:
@@ -71,12 +98,14 @@ class RunCheckpoints:
         }
 
     def save(self, step: int) -> None:
+        started = time.perf_counter()
         self._recorder.sync()
         name = checkpoint.save(self._store, self._engine, step, self._facts)
         if dist.get_rank() == 0:
             best = read_best(self._config.run.dir)
             self._store.prune(self._config.train.keep_last, name, also=[best] if best else [])
         ray.train.report({"step": step, "checkpoint": name})
+        self._recorder.checkpointed(time.perf_counter() - started)
 
 
 class BadStepReport:
@@ -101,7 +130,8 @@ class BadStepReport:
 
 
 def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> Outcome:
-    """Trains on this rank's blocks. settings: config (plain tree), tracker (actor handle)."""
+    """Trains on this rank's blocks. settings: config (plain tree), tracker (actor handle), launched_at (Unix time at
+    which the command began), flops_per_image (None where the planner has no model of the run)."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     asked = from_tree(RunConfig, settings["config"])
     config = of_this_group(asked, dist.get_world_size())
@@ -116,7 +146,8 @@ def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> Outcome
     first_step = newest.step if newest is not None else 0
     rank = dist.get_rank()
     hashes = {"run_hash": run_hash(asked), "data_hash": shards.content_hash}  # as config.yaml has them
-    recorder = RunRecorder(config.run.dir, first_step, settings["tracker"], rank == 0)
+    pace = _pace(settings, config.train, device) if rank == 0 else None
+    recorder = RunRecorder(config.run.dir, first_step, settings["tracker"], pace, config.train)
     plan = stream_plan(config, shards)
     run = Trainer(
         config=config.train,
@@ -141,10 +172,23 @@ def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> Outcome
         samples_per_epoch=plan.steps_per_epoch * plan.global_batch,
     )
     try:
-        return train(run)
+        outcome = train(run)
     except BadStep as bad:
-        recorder.sync()
-        return Outcome(kind="bad_step", step=first_step, message=str(bad))
+        outcome = Outcome(kind="bad_step", step=first_step, message=str(bad))
+    recorder.end(outcome.step)
+    return outcome
+
+
+def _pace(settings: dict[str, Any], train: TrainConfig, device: torch.device) -> Pace:
+    """What the steps of this attempt are measured against; measures the device where no table has it."""
+    peak, source = worker_peak(device, train.precision)
+    return Pace(
+        launched_at=settings["launched_at"],
+        flops_per_image=settings["flops_per_image"],
+        num_workers=train.max_workers,
+        peak_flops=peak,
+        peak_source=source,
+    )
 
 
 def of_this_group(config: RunConfig, world_size: int) -> RunConfig:

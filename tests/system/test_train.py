@@ -24,6 +24,7 @@ from medim_ray.train.build import stream_plan
 from medim_ray.train.launch import launch
 from medim_ray.train.metrics import read_lines, read_metrics
 from medim_ray.train.runs import load_run, open_config
+from medim_ray.train.throughput import throughput
 from tests.system.runs import MAE, MEDIM, RAD_DINO, assert_same_weights, config_of, weights
 
 pytestmark = [pytest.mark.system, pytest.mark.usefixtures("ray_session")]
@@ -94,6 +95,9 @@ def test_a_killed_worker_costs_no_sample_and_changes_no_bit(phantom_shards: str,
     assert_same_weights(tmp_path / "straight", tmp_path / "killed")
     keys = [record["samples_key"] for record in read_metrics(str(tmp_path / "killed"))]
     assert keys == planned_keys(straight, 8), "other samples than planned went into the weights"
+    told = throughput(str(tmp_path / "killed"), read_metrics(str(tmp_path / "killed")))
+    assert told is not None and told["num_attempts"] == 2 and told["restart_s"] > 1 and told["checkpoint_s"] > 0
+    assert 0 < told["goodput"] < 1 and told["wall_s"] > told["launch_s"] + told["restart_s"] and 0 < told["mfu"] < 1
 
 
 @pytest.mark.chaos
