@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medim_ray.models.blocks import recomputed
 from medim_ray.models.norms import BatchNorm
 from medim_ray.models.vit import INITS
 
@@ -53,15 +56,16 @@ class TokenViT(VisionTransformer):
             x_BND = x_BND.gather(1, visible_BK[:, :, None].expand(-1, -1, x_BND.shape[2]))
         x_BLD = torch.cat([p_1D.expand(x_BND.shape[0], -1, -1) for p_1D in prefix_P1D] + [x_BND], dim=1)
         x_BLD = self.norm_pre(self.pos_drop(x_BLD))
+        run = recomputed if self.grad_checkpointing and self.training else _run
         for block in self.blocks[:-1]:
-            x_BLD = block(x_BLD)
+            x_BLD = run(block, x_BLD)
         num_prefix = self.num_prefix_tokens
         attention_BN = None
         if need_cls_attention and self.has_class_token:
-            x_BLD, attention_BL = _with_cls_attention(self.blocks[-1], x_BLD)
+            x_BLD, attention_BL = run(partial(_with_cls_attention, self.blocks[-1]), x_BLD)
             attention_BN = attention_BL[:, num_prefix:]
         else:
-            x_BLD = self.blocks[-1](x_BLD)
+            x_BLD = run(self.blocks[-1], x_BLD)
         x_BLD = self.norm(x_BLD)
         patches_BND = x_BLD[:, num_prefix:]
         global_BD = x_BLD[:, 0] if self.has_class_token else patches_BND.mean(dim=1)
@@ -100,8 +104,16 @@ class MapResNet(ResNet):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         assert visible_BK is None and hidden_BN is None, "a ResNet has no tokens; objectives check takes_tokens"
         x_BCHW = x_BCHW.to(next(self.parameters()).dtype, memory_format=torch.channels_last)
-        patches_BND = self.forward_features(x_BCHW).flatten(2).transpose(1, 2)
+        run = recomputed if self.grad_checkpointing and self.training else _run
+        x_BCHW = self.maxpool(self.act1(self.bn1(self.conv1(x_BCHW))))
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x_BCHW = run(layer, x_BCHW)
+        patches_BND = x_BCHW.flatten(2).transpose(1, 2)
         return patches_BND.mean(dim=1), patches_BND, None
+
+
+def _run(block: Callable[[Tensor], Any], x: Tensor) -> Any:
+    return block(x)
 
 
 def _with_cls_attention(block: nn.Module, x_BLD: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medim_ray.models.blocks import recomputed
 from medim_ray.models.norms import build_norm
 from medim_ray.models.vit import MaskToken
 from medim_ray.types import Grid
@@ -54,6 +55,16 @@ class MaeDecoder(nn.Module):
         self.blocks = nn.Sequential(*(Block(width, num_heads, qkv_bias=True) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.pixels = nn.Linear(width, patch_size**2)
+        self._recomputes = False
+
+    def checkpoint_activations(self) -> None:
+        """While it trains, blocks keep only their inputs for the backward pass."""
+        self._recomputes = True
+
+    def compile_blocks(self) -> None:
+        """Compiles the blocks at their first call."""
+        for block in self.blocks:
+            block.compile()
 
     def forward(self, global_BD: Tensor, visible_BKD: Tensor, visible_BK: Tensor) -> Tensor:
         """visible_BK: int64 patch indices of the rows of `visible_BKD`."""
@@ -61,7 +72,9 @@ class MaeDecoder(nn.Module):
         index_BKD = visible_BK[:, :, None].expand(-1, -1, x_BLD.shape[2])
         full_BND = self.mask_token().to(x_BLD.dtype).expand(len(x_BLD), self.num_patches, -1)
         full_BND = full_BND.scatter(1, index_BKD, x_BLD[:, 1:]) + self.positions_ND.to(x_BLD.dtype)
-        x_BLD = self.blocks(torch.cat([x_BLD[:, :1], full_BND], dim=1))
+        x_BLD = torch.cat([x_BLD[:, :1], full_BND], dim=1)
+        for block in self.blocks:
+            x_BLD = recomputed(block, x_BLD) if self._recomputes and self.training else block(x_BLD)
         return self.pixels(self.norm(x_BLD[:, 1:]))
 
 

@@ -87,6 +87,16 @@ class TextEncoder(nn.Module):
         self.width = int(self.model.config.hidden_size)
         self.requires_grad_(config.trainable)
 
+    def checkpoint_activations(self) -> None:
+        """While it trains, layers keep only their inputs for the backward pass; a frozen encoder keeps nothing anyway."""
+        if self.config.trainable:
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
+    def compile_blocks(self) -> None:
+        """Compiles the layers at their first call, but for the last, whose attention is read by hooks."""
+        for layer in self.model.encoder.layer[:-1]:
+            layer.compile()
+
     def forward(self, token_ids_BT: Tensor, token_is_pad_BT: Tensor, word_of_token_BT: Tensor) -> TextFeatures:
         """Encode; the arguments are columns TOKEN_IDS, TOKEN_IS_PAD and WORD_OF_TOKEN of medim_ray.types."""
         attention: Any = self.model.encoder.layer[-1].attention.self

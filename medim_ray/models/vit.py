@@ -99,6 +99,17 @@ class ImageEncoder(nn.Module):
         with torch.device("meta"):
             return _grid(config, backbones.patch_size(backbones.create(config)))
 
+    def checkpoint_activations(self) -> None:
+        """While it trains, blocks (of a ResNet: its four stages) keep only their inputs for the backward pass."""
+        self.backbone.set_grad_checkpointing(True)
+
+    def compile_blocks(self) -> None:
+        """Compiles the blocks of a ViT at their first call, but for the last, whose attention is read by hooks; a
+        ResNet stays as it is."""
+        if self.takes_tokens:
+            for block in self.backbone.blocks[:-1]:
+                block.compile()
+
     def forward(
         self,
         images_BCHW: Tensor,
