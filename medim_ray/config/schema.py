@@ -51,7 +51,24 @@ class TrainConfig:
     micro_batch: int | None = option(
         None, "images per forward and worker; null: global_batch / num_workers", fixed=False
     )
-    precision: Literal["fp32", "bf16"] = option("fp32", "number format of parameters and activations on the device")
+    precision: Literal["fp32", "bf16", "fp16"] = option(
+        "fp32", "number format of parameters and activations on the device; fp16: with a dynamic loss scale, GPUs only"
+    )
+    offload_optimizer: bool = option(
+        False,
+        "fp32 parameters and AdamW's moments in the host's memory, stepped there; GPUs with zero=1, 2 or 3",
+        hashed=False,
+        fixed=False,
+    )
+    activation_checkpointing: bool = option(
+        False,
+        "transformer blocks (of a ResNet: stages) keep only their inputs and are computed again in the backward pass",
+        hashed=False,
+        fixed=False,
+    )
+    compile: bool = option(
+        False, "torch.compile of transformer blocks but an encoder's last; not with zero=3", fixed=False
+    )
     lr: float = option(1e-3, "peak learning rate")
     min_lr: float = option(1e-6, "learning rate at the last step")
     warmup_ratio: float = option(0.1, "share of the steps with linear warm-up")
@@ -60,7 +77,10 @@ class TrainConfig:
         None, "weight decay at the last step, half a cosine from weight_decay (DINOv2: 0.04 to 0.4); null: constant"
     )
     betas: tuple[float, float] = option((0.9, 0.95), "AdamW moments")
-    clip_norm: float = option(1.0, "global gradient norm; 0: no clipping")
+    clip_norm: float = option(1.0, "gradient norm that is clipped to; 0: no clipping")
+    clip_by: Literal["global", "part"] = option(
+        "global", "global: by the norm of all gradients; part: each submodel by its own norm, as DINOv2 does"
+    )
     checkpoint_every: int = option(
         50, "steps between checkpoints; one is always committed at the end", hashed=False, fixed=False
     )
@@ -134,6 +154,9 @@ class TrainConfig:
         for key in ("lr", "min_lr", "weight_decay", "clip_norm", "max_failures"):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 0")
+        if self.clip_by == "part" and not self.clip_norm:
+            raise ValueError("clip_by=part with clip_norm=0: nothing is clipped; give the norm, e.g. clip_norm=3.0")
+        self._check_device()
         if self.weight_decay_end is not None and not self.weight_decay_end >= 0:
             raise ValueError(f"weight_decay_end={self.weight_decay_end}: must be at least 0, or null for a constant")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
@@ -143,11 +166,37 @@ class TrainConfig:
         if not 0.0 <= self.warmup_ratio <= 1.0:
             raise ValueError(f"warmup_ratio={self.warmup_ratio}: a share of the steps, between 0 and 1")
 
+    def _check_device(self) -> None:
+        """What a device or a stage cannot do is refused: nothing is left out in silence."""
+        if self.precision == "fp16" and not self.use_gpu:
+            raise ValueError(
+                "precision=fp16 with use_gpu=false: DeepSpeed runs fp16 on GPUs only, CPUs lack its arithmetic; use "
+                "precision=bf16, or use_gpu=true"
+            )
+        if self.offload_optimizer and not self.use_gpu:
+            raise ValueError(
+                "offload_optimizer=true with use_gpu=false: the optimizer is in the host's memory already; drop it, or "
+                "use_gpu=true"
+            )
+        if self.offload_optimizer and self.zero == 0:
+            raise ValueError("offload_optimizer=true with zero=0: DeepSpeed offloads shards; use zero=1, 2, 3 or auto")
+        if self.compile and self.zero == 3:
+            raise ValueError(
+                "compile=true with zero=3: its hooks gather parameters between the operations of a block, which breaks "
+                "each graph; use zero=0, 1 or 2, or compile=false"
+            )
+
     @property
     def stage(self) -> int:
         """The ZeRO stage as a number; `auto` is resolved before a run starts."""
         assert self.zero != "auto", "train.zero=auto was not resolved"
         return self.zero
+
+    @property
+    def possible_stages(self) -> tuple[int, ...]:
+        """The ZeRO stages that `auto` may choose from."""
+        least, most = int(self.offload_optimizer), 2 if self.compile else 3
+        return tuple(range(least, most + 1))
 
     @property
     def min_workers(self) -> int:

@@ -88,7 +88,7 @@ class TextEncoder(nn.Module):
         self.requires_grad_(config.trainable)
 
     def checkpoint_activations(self) -> None:
-        """While it trains, layers keep only their inputs for the backward pass; a frozen encoder keeps nothing anyway."""
+        """While it trains, layers keep their inputs for the backward pass; where it is frozen nothing changes."""
         if self.config.trainable:
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 

@@ -5,8 +5,8 @@ DeepSpeed wraps the module whole (one forward, one backward), so everything trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import nn
@@ -37,6 +37,25 @@ def default_groups(module: nn.Module) -> list[ParameterGroup]:
     return [group for group in groups if group.parameters]
 
 
+def default_part(name: str) -> str:
+    """The part of a parameter by its name: the objective's own child that holds it; a mask token is the encoder's."""
+    child = name.partition(".")[0]
+    return "encoder" if child == "mask_token" else child
+
+
+def split_by_part(module: nn.Module, groups: Sequence[ParameterGroup]) -> list[tuple[str, ParameterGroup]]:
+    """Each group cut where it holds parameters of several parts, with the name of its part (`Objective.part_of`)."""
+    part_of: Callable[[str], str] = module.part_of  # type: ignore[assignment]  # of an Objective
+    part_by_id = {id(parameter): part_of(name) for name, parameter in module.named_parameters()}
+    split: list[tuple[str, ParameterGroup]] = []
+    for group in groups:
+        parts = dict.fromkeys(part_by_id[id(parameter)] for parameter in group.parameters)
+        for part in parts:
+            own = tuple(parameter for parameter in group.parameters if part_by_id[id(parameter)] == part)
+            split.append((part, replace(group, parameters=own)))
+    return split
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """What an objective is built from. text is None where objective.needs_text is False."""
@@ -63,6 +82,10 @@ class Objective(Protocol):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The optimizer's groups, in an order that never changes; usually `default_groups(self)`."""
+        ...
+
+    def part_of(self, name: str) -> str:
+        """The submodel that a parameter belongs to where each is clipped by its own norm; usually `default_part`."""
         ...
 
     def after_step(self, step: int) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from medim_ray.models.decoder import MaeDecoder
 from medim_ray.models.vit import ImageEncoder, MaskToken
-from medim_ray.objectives.base import OBJECTIVES, ParameterGroup, Parts, default_groups
+from medim_ray.objectives.base import OBJECTIVES, ParameterGroup, Parts, default_groups, default_part
 from medim_ray.objectives.pixels import hidden_mean, mask_logs, patchify, unit_patches, visible_patches, whole_images
 from medim_ray.types import Batch, StepOutput
 
@@ -67,6 +67,9 @@ class Mae(nn.Module):
     def parameter_groups(self) -> list[ParameterGroup]:
         return default_groups(self)
 
+    def part_of(self, name: str) -> str:
+        return default_part(name)
+
     def after_step(self, step: int) -> None:
         """Nothing to do."""
 
@@ -103,6 +106,9 @@ class SimMim(nn.Module):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return default_groups(self)
+
+    def part_of(self, name: str) -> str:
+        return default_part(name)
 
     def after_step(self, step: int) -> None:
         """Nothing to do."""

@@ -24,7 +24,7 @@ from medim_ray.models.heads import Projection
 from medim_ray.models.text import TextEncoder, TextFeatures
 from medim_ray.models.vit import Features, MaskToken
 from medim_ray.objectives import losses
-from medim_ray.objectives.base import OBJECTIVES, ParameterGroup, Parts, default_groups
+from medim_ray.objectives.base import OBJECTIVES, ParameterGroup, Parts, default_groups, default_part
 from medim_ray.objectives.pixels import mask_logs, visible_patches, whole_images
 from medim_ray.types import TOKEN_IDS, TOKEN_IS_PAD, WORD_OF_TOKEN, Batch, StepOutput
 
@@ -245,6 +245,9 @@ class MedIM(nn.Module):
             for group in default_groups(self)
         ]
         return [*groups, ParameterGroup(parameters=(frozen,), frozen_steps=self._num_frozen)]
+
+    def part_of(self, name: str) -> str:
+        return default_part(name)
 
     def after_step(self, step: int) -> None:
         """Nothing to do."""

@@ -177,7 +177,8 @@ class RadDino(nn.Module):
     def _teach(self, images_GCHW: Tensor, masked_M: Tensor, temperature: float) -> _Targets:
         """Targets from whole global crops; only CLS tokens and masked patches reach the heads."""
         device, dtype = images_GCHW.device.type, next(self.student_encoder.parameters()).dtype
-        with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        half = torch.bfloat16 if dtype == torch.float32 else dtype  # of no matter in float32, where autocast is off
+        with torch.no_grad(), torch.autocast(device, dtype=half, enabled=dtype != torch.float32):
             crops = self.encoder(images_GCHW)
             patches_MD = crops.patches_BND.flatten(0, 1)[masked_M]
             cls_GK, masked_MK = _scores(self.dino_head, self.ibot_head, crops.global_BD, patches_MD)
@@ -264,6 +265,11 @@ class RadDino(nn.Module):
             ParameterGroup(parameters=tuple(group), lr_ratio=lr_ratio, decay_ratio=decay_ratio, frozen_steps=frozen)
             for (lr_ratio, decay_ratio, frozen), group in groups.items()
         ]
+
+    def part_of(self, name: str) -> str:
+        """DINOv2's submodels: backbone with the mask token, DINO head, iBOT head."""
+        child = name.partition(".")[0]
+        return "student_encoder" if child == "mask_token" else child
 
     def _lr_ratio(self, name: str, depth: int) -> float:
         """Tokens, positions and patch embedding are layer 0, block i layer i + 1, everything else layer depth + 1."""

@@ -22,11 +22,11 @@ def check_workers(train: TrainConfig, cluster: Cluster) -> None:
 
 
 def check_batch(train: TrainConfig, cluster: Cluster, work: Workload) -> None:
-    """The micro-batch must fit in memory at one ZeRO stage at least, with activation checkpointing only where the code
-    that runs has it, at the fewest workers that the run may have."""
+    """The micro-batch must fit in memory at one ZeRO stage at least, with activation checkpointing if need be, at the
+    fewest workers that the run may have."""
     micro, workers = train.local_micro_batch, train.min_workers
     for stage in STAGES:
-        for checkpointed in cluster.code.recomputation:
+        for checkpointed in (False, True):
             if fits(cluster, work, stage=stage, num_gpus=workers, micro_batch=micro, checkpointed=checkpointed):
                 return
     best = {
@@ -44,7 +44,6 @@ def check_batch(train: TrainConfig, cluster: Cluster, work: Workload) -> None:
     raise ValueError(
         f"train.micro_batch={micro}: fits in {place} at no ZeRO stage; "
         f"use train.micro_batch={divisors[-1]} with train.zero={stage} (accumulation keeps the global batch)"
-        + ("" if cluster.code.checkpoints else "; our trainer has no activation checkpointing")
     )
 
 

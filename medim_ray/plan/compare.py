@@ -62,7 +62,7 @@ def _settings(plan: Plan) -> Iterator[Setting]:
         share = total // num
         for micro in _micro_batches(plan.cluster, plan.work, num, share, own.micro_batch):
             for stage in STAGES:
-                for checkpointed in plan.cluster.code.recomputation:
+                for checkpointed in (False, True):
                     yield Setting(
                         num_gpus=num,
                         stage=stage,
@@ -112,7 +112,7 @@ def _micro_batches(cluster: Cluster, work: Workload, num_gpus: int, share: int, 
     sizes = _divisors(share)
     chosen = {share, *_spread(sizes, _MOST_SIZES)} | ({own} & set(sizes))
     for stage in STAGES:
-        for again in cluster.code.recomputation:
+        for again in (False, True):
             most = largest_micro_batch(cluster, work, stage=stage, num_gpus=num_gpus, checkpointed=again)
             chosen |= set([size for size in sizes if size <= most][-1:])
     return sorted(chosen, reverse=True)

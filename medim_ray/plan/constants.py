@@ -50,13 +50,7 @@ class Code:
 
     name: str
     drop_path_skips: bool
-    checkpoints: bool
     overlap: tuple[float, float, float, float]
-
-    @property
-    def recomputation(self) -> tuple[bool, ...]:
-        """With or without activation checkpointing: what this code can do."""
-        return (False, True) if self.checkpoints else (False,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +140,6 @@ def code(name: str) -> Code:
     return Code(
         name=name,
         drop_path_skips=bool(entry["drop_path_skips"]),
-        checkpoints=bool(entry["checkpoints"]),
         overlap=overlap,
     )
 

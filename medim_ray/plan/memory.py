@@ -6,6 +6,7 @@ is read from DeepSpeed 0.19.8, as train/zero.py configures it. `train.zero: auto
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from medim_ray.plan.clusters import Cluster
@@ -56,7 +57,8 @@ def memory(
     size = float(work.element_bytes) if stage else 4.0
     casts = 2.0 * trained if stage == 0 and work.element_bytes == 2 else 0.0
     activations, images = micro_batch * work.kept_bytes(checkpointed), micro_batch * work.image_bytes
-    reducing, stepping = _reducing(trained, size, stage, share, on_cpu), _stepping(trained, size, stage, share, on_cpu)
+    reducing = _reducing(trained, size, stage, share, on_cpu)
+    stepping = 0.0 if work.offloaded else _stepping(trained, size, stage, share, on_cpu)
     if on_cpu:
         # What is freed in small pieces stays with the C library: activations, and the parameters as they were built,
         # which the flat buffers of ZeRO replace and whose place the activations take over.
@@ -66,7 +68,7 @@ def memory(
     return Memory(
         parameters=trained * size * (share if stage == 3 else 1.0),
         gradients=trained * size * (1.0 if stage < 2 else share),
-        optimizer=8.0 * trained if stage == 0 else 12.0 * trained * share,
+        optimizer=0.0 if work.offloaded else 8.0 * trained if stage == 0 else 12.0 * trained * share,
         teacher=4.0 * work.num_frozen * (share if stage == 3 else 1.0),
         gathered=_gathered(trained, size, num_gpus, on_cpu) if stage == 3 else casts,
         buffers=max(buffers, 0.0),
@@ -143,9 +145,11 @@ def largest_micro_batch(cluster: Cluster, work: Workload, *, stage: int, num_gpu
     return low
 
 
-def lowest_stage(cluster: Cluster, work: Workload, *, num_gpus: int, micro_batch: int) -> int | None:
-    """The lowest ZeRO stage at which the micro-batch fits without checkpointing; None where none does."""
-    for stage in STAGES:
-        if fits(cluster, work, stage=stage, num_gpus=num_gpus, micro_batch=micro_batch, checkpointed=False):
+def lowest_stage(
+    cluster: Cluster, work: Workload, stages: Sequence[int], *, num_gpus: int, micro_batch: int, checkpointed: bool
+) -> int | None:
+    """The lowest of these ZeRO stages at which the micro-batch fits; None where none does."""
+    for stage in stages:
+        if fits(cluster, work, stage=stage, num_gpus=num_gpus, micro_batch=micro_batch, checkpointed=checkpointed):
             return stage
     return None

@@ -80,8 +80,7 @@ def figures(plan: Plan, points: Sequence[Point]) -> list[tuple[str, str]]:
             _svg(lambda figure: _scaling(plan, points, figure)),
         ),
         (
-            "Memory of one GPU by ZeRO stage, without (left) and with activation checkpointing (right)"
-            + ("." if plan.cluster.code.checkpoints else ", which our trainer does not offer."),
+            "Memory of one GPU by ZeRO stage, without (left) and with activation checkpointing (right).",
             _svg(lambda figure: _bars(plan, figure)),
         ),
         (

@@ -69,8 +69,9 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the recipe's stage and micro-batch fit without checkpointing."""
-        return self.memory[self.setting.stage, False].total <= self.cluster.memory_bytes
+        """Whether the recipe fits as it stands: its stage, micro-batch and activation checkpointing."""
+        asked = self.config.train.activation_checkpointing
+        return self.memory[self.setting.stage, asked].total <= self.cluster.memory_bytes
 
     @property
     def hours_with_failures(self) -> float:
@@ -133,28 +134,39 @@ def _stage(train: TrainConfig, cluster: Cluster, work: Workload) -> int:
     """The recipe's stage; for `auto` the lowest that fits, the last one where none does."""
     if train.zero != "auto":
         return train.zero
-    stage = lowest_stage(cluster, work, num_gpus=train.min_workers, micro_batch=train.local_micro_batch)
-    return STAGES[-1] if stage is None else stage
+    stage = lowest_stage(
+        cluster,
+        work,
+        train.possible_stages,
+        num_gpus=train.min_workers,
+        micro_batch=train.local_micro_batch,
+        checkpointed=train.activation_checkpointing,
+    )
+    return train.possible_stages[-1] if stage is None else stage
 
 
 def _setting(train: TrainConfig, cluster: Cluster, work: Workload) -> tuple[Setting, list[str]]:
-    """The recipe's layout. Where it does not fit as it stands, that is said, and checkpointing is planned if the code
-    has it."""
+    """The recipe's layout. Where it does not fit as it stands, that is said, and activation checkpointing is planned if
+    it then fits."""
     stage, micro = _stage(train, cluster, work), train.local_micro_batch
     held = {"stage": stage, "num_gpus": train.min_workers}
-    checkpointed, warnings = False, []
-    if not fits(cluster, work, micro_batch=micro, checkpointed=False, **held):
-        checkpointed = cluster.code.checkpoints and fits(cluster, work, micro_batch=micro, checkpointed=True, **held)
-        best = largest_micro_batch(cluster, work, checkpointed=False, **held)
+    checkpointed, warnings = train.activation_checkpointing, []
+    if not fits(cluster, work, micro_batch=micro, checkpointed=checkpointed, **held):
+        best = largest_micro_batch(cluster, work, checkpointed=checkpointed, **held)
         others = [
-            s for s in STAGES if fits(cluster, work, micro_batch=micro, checkpointed=False, **{**held, "stage": s})
+            s
+            for s in train.possible_stages
+            if fits(cluster, work, micro_batch=micro, checkpointed=checkpointed, **{**held, "stage": s})
         ]
+        checkpointed = checkpointed or fits(cluster, work, micro_batch=micro, checkpointed=True, **held)
         warnings.append(
             f"train.micro_batch={micro} does not fit at train.zero={stage}: "
             + (f"train.zero={others[0]} holds it; " if others else "")
             + f"at train.zero={stage} at most train.micro_batch={best}"
-            + ("; hours are those with activation checkpointing" if checkpointed else "")
+            + ("; hours are those with train.activation_checkpointing=true" if checkpointed else "")
         )
+    if train.offload_optimizer:
+        warnings.append("train.offload_optimizer=true: memory is planned with it, the time of the host's steps is not")
     setting = Setting(
         num_gpus=train.max_workers,
         stage=stage,

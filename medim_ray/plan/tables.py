@@ -128,8 +128,7 @@ def memory_table(plan: Plan) -> Table:
     micro = plan.setting.micro_batch
     table = _table(
         f"Memory of one GPU in GB at {micro} images; {plan.cluster.memory_bytes / 1e9:.1f} GB can be used (!: more)",
-        caption="most: images that fit; ckpt: the total with activation checkpointing, and the images that then fit"
-        + ("" if plan.cluster.code.checkpoints else " (not offered by our trainer: for information)"),
+        caption="most: images that fit; ckpt: the total with activation checkpointing, and the images that then fit",
     )
     heads = ["ZeRO", "params", "grads", "optim.", "teacher", "other", "activ.", "total", "most"]
     for head in [*heads, "ckpt", "most"]:

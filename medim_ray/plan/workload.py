@@ -35,7 +35,7 @@ class Workload:
     passes: what is computed for it. num_trained, num_frozen: parameters with and without gradient (an EMA teacher);
     frozen ones are float32; num_tensors: both. views: the crops that are cut for it. reads_text: a report belongs to
     it. image_bytes: its pixels on the device. stored_pixels: of the image in the shard; cut_pixels: source pixels
-    under all crops.
+    under all crops. offloaded: float32 parameters and moments are in the host's memory.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Workload:
     image_bytes: float
     stored_pixels: float
     cut_pixels: float
+    offloaded: bool = False
 
     def flops(self, checkpointed: bool) -> float:
         """Operations of one image, forward and backward; with checkpointing some passes run forward twice."""
@@ -95,6 +96,7 @@ def workload(config: RunConfig, code: Code) -> Workload:
         image_bytes=4.0 * sum(v.num_crops * v.size**2 for v in views),
         stored_pixels=stored,
         cut_pixels=stored * sum(v.num_crops * _mean_area(config.crop, v) for v in views),
+        offloaded=config.train.offload_optimizer,
     )
 
 

@@ -5,6 +5,7 @@ The model and its check against measured peaks are in medim_ray/plan; here are o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import psutil
@@ -25,20 +26,21 @@ class Estimate:
     device_bytes: float | None
     flops_per_image: float
 
-    def lowest_stage(self) -> int:
-        """The lowest stage that fits. ValueError: none does, or the devices can't be seen from here."""
+    def lowest_stage(self, stages: Sequence[int]) -> int:
+        """The lowest of these stages that fits. ValueError: none does, or the devices can't be seen from here."""
         if self.device_bytes is None:
             raise ValueError(
                 "train.zero=auto: the memory of the cluster's GPUs can't be seen from this machine; give "
                 "train.device_memory_gb, or a stage from 0 to 3 (`medim-ray plan` compares them)"
             )
-        for stage in STAGES:
+        for stage in stages:
             if self.by_stage[stage].total <= self.device_bytes:
                 return stage
-        least = min(need.total for need in self.by_stage.values())
+        least = min(self.by_stage[stage].total for stage in stages)
         raise ValueError(
             f"train.zero=auto: a worker needs {_gb(least)} GB at the least and has {_gb(self.device_bytes)}: use a "
-            "smaller train.micro_batch (the global batch stays), more train.num_workers or a smaller encoder"
+            "smaller train.micro_batch (the global batch stays), train.activation_checkpointing=true, more "
+            "train.num_workers or a smaller encoder"
         )
 
     def line(self, stage: int) -> str:
@@ -61,7 +63,7 @@ def estimate(config: RunConfig) -> Estimate:
             stage=stage,
             num_gpus=train.min_workers,
             micro_batch=train.local_micro_batch,
-            checkpointed=False,
+            checkpointed=train.activation_checkpointing,
             on_cpu=not train.use_gpu,
         )
         for stage in STAGES
@@ -75,7 +77,7 @@ def resolve_stage(config: RunConfig, plan: Estimate) -> RunConfig:
     """`train.zero: auto` as a number."""
     if config.train.zero != "auto":
         return config
-    return replace(config, train=replace(config.train, zero=plan.lowest_stage()))
+    return replace(config, train=replace(config.train, zero=plan.lowest_stage(config.train.possible_stages)))
 
 
 def _device_bytes(config: RunConfig) -> float | None:

@@ -14,30 +14,42 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from medim_ray.models.blocks import checkpoint_activations, compile_blocks
+from medim_ray.objectives.base import ParameterGroup, split_by_part
+from medim_ray.train.clipping import Clipping
+
 if TYPE_CHECKING:
     from medim_ray.config.schema import TrainConfig
-    from medim_ray.objectives.base import ParameterGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def zero_config(train: TrainConfig) -> dict[str, Any]:
     """The DeepSpeed configuration of a run; nothing in it depends on the machine."""
-    bf16 = train.precision == "bf16"
+    half = train.precision if train.precision != "fp32" else None
+    zero: dict[str, Any] = {
+        "stage": train.stage,
+        # No parameter keeps a full copy beside its shard: the shard is the only truth, also for small models.
+        "stage3_param_persistence_threshold": 0,
+    }
+    if train.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": train.local_micro_batch,
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": train.clip_norm,
-        # Parameters in bf16 with fp32 masters in the shards; stage 0 has no shards, so there autocast does it.
-        "bf16": {"enabled": bf16 and train.stage > 0},
-        "torch_autocast": {"enabled": bf16 and train.stage == 0, "dtype": "bfloat16"},
-        "zero_optimization": {
-            "stage": train.stage,
-            # No parameter keeps a full copy beside its shard: the shard is the only truth, also for small models.
-            "stage3_param_persistence_threshold": 0,
+        # Parameters in half precision with fp32 masters in the shards; stage 0 has no shards: there autocast does it.
+        "bf16": {"enabled": half == "bf16" and train.stage > 0},
+        "fp16": {"enabled": half == "fp16" and train.stage > 0, "loss_scale": 0, "initial_scale_power": 16},
+        "torch_autocast": {
+            "enabled": half is not None and train.stage == 0,
+            "dtype": "float16" if half == "fp16" else "bfloat16",
         },
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        # torch's AdamW steps offloaded shards too; DeepSpeed's own would be compiled for minutes at the first start.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 30,
         "wall_clock_breakdown": False,
     }
@@ -46,7 +58,8 @@ def zero_config(train: TrainConfig) -> dict[str, Any]:
 def build_engine(module: nn.Module, train: TrainConfig) -> Any:
     """`module` in a DeepSpeed engine with torch's AdamW; its groups carry lr_ratio, decay_ratio and frozen_steps.
 
-    The process group must exist (Ray Train makes it). The moments start at zero at every stage.
+    The process group must exist (Ray Train makes it). The moments start at zero at every stage. `engine.clipping` tells
+    the norms of parts (clipping.py).
     """
     import deepspeed  # takes seconds, and only workers need it
 
@@ -54,7 +67,15 @@ def build_engine(module: nn.Module, train: TrainConfig) -> Any:
         # DeepSpeed's CPU backend probes every op that it could compile and, for minutes at the first start of each
         # environment, compiles one that only inference calls. Told that it has none, it does neither.
         deepspeed.ops.__compatible_ops__ = {}
+    if train.activation_checkpointing:
+        checkpoint_activations(module)
+    if train.compile:
+        compile_blocks(module)
     groups: list[ParameterGroup] = module.parameter_groups()  # type: ignore[operator]
+    parts: list[str] | None = None
+    if train.clip_by == "part":
+        split = split_by_part(module, groups)
+        parts, groups = [part for part, _ in split], [group for _, group in split]
     optimizer = torch.optim.AdamW(
         [
             {
@@ -70,29 +91,13 @@ def build_engine(module: nn.Module, train: TrainConfig) -> Any:
         weight_decay=train.weight_decay,
     )
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=zero_config(train))
-    if train.stage == 0:
-        _tell_norm(engine, optimizer, train.clip_norm)
+    engine.clipping = Clipping(engine, train.clip_norm, parts)
     for flat in _flat_tensors(engine):
         engine_state = _torch_optimizer(engine).state[flat]
         engine_state["step"] = torch.zeros((), dtype=torch.float32)
         for kind in MOMENTS:
             engine_state[kind] = torch.zeros_like(flat, memory_format=torch.preserve_format)
     return engine
-
-
-def _tell_norm(engine: Any, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
-    """Makes the engine tell its gradient norm at stage 0, as it does at the others: DeepSpeed clips there and forgets
-    the norm. The numbers of the clipping itself are DeepSpeed's."""
-    from deepspeed.runtime.utils import clip_grad_norm_
-
-    def measured(*_: Any) -> None:
-        norm = clip_grad_norm_(list(engine.module.parameters()), max_norm=clip_norm or torch.inf, mpu=engine.mpu)
-        optimizer._global_grad_norm = norm  # type: ignore[attr-defined]  # where the engine looks for it
-
-    if clip_norm:
-        engine.clip_fp32_gradients = measured
-    else:
-        optimizer.register_step_pre_hook(measured)
 
 
 @dataclass(frozen=True)

@@ -45,10 +45,10 @@ def test_the_largest_micro_batch_that_fits_is_listed() -> None:
         assert max(sizes) == most
 
 
-def test_our_trainer_is_compared_without_checkpointing() -> None:
-    config = load(RunConfig, None, RECIPE)
-    assert {row.checkpointed for row in compare(make_plan(config, of_nodes(8))).rows} == {False, True}
-    assert {row.checkpointed for row in compare(make_plan(config, of_nodes(8, "medim_ray"))).rows} == {False}
+def test_layouts_are_compared_with_and_without_checkpointing() -> None:
+    rows = compare(make_plan(load(RunConfig, None, [*RECIPE, "train.activation_checkpointing=true"]), of_nodes(8))).rows
+    assert {row.checkpointed for row in rows} == {False, True}
+    assert [row.checkpointed for row in rows if row.recipe] == [True]
 
 
 @settings(max_examples=60, deadline=None)

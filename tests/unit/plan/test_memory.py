@@ -137,12 +137,14 @@ def test_checkpointing_saves_memory_and_costs_a_forward_pass() -> None:
 
 def test_the_lowest_stage_that_fits_rises_with_the_model(gpus: Cluster) -> None:
     work = dataclasses.replace(WORK, passes=real_work().passes, num_trained=10**9)
-    assert lowest_stage(gpus, work, num_gpus=64, micro_batch=1) == 0
+    layout = {"num_gpus": 64, "micro_batch": 1, "checkpointed": False}
+    assert lowest_stage(gpus, work, STAGES, **layout) == 0  # type: ignore[arg-type]
+    assert lowest_stage(gpus, work, (1, 2, 3), **layout) == 1  # type: ignore[arg-type]
     large = dataclasses.replace(work, num_trained=9 * 10**9)
-    assert lowest_stage(gpus, large, num_gpus=64, micro_batch=1) in (1, 2)
+    assert lowest_stage(gpus, large, STAGES, **layout) in (1, 2)  # type: ignore[arg-type]
     larger = dataclasses.replace(work, num_trained=40 * 10**9)
-    assert lowest_stage(gpus, larger, num_gpus=64, micro_batch=1) == 3
-    assert lowest_stage(gpus, dataclasses.replace(work, num_trained=10**13), num_gpus=64, micro_batch=1) is None
+    assert lowest_stage(gpus, larger, STAGES, **layout) == 3  # type: ignore[arg-type]
+    assert lowest_stage(gpus, dataclasses.replace(work, num_trained=10**13), STAGES, **layout) is None  # type: ignore[arg-type]
 
 
 def test_gloo_gathers_into_a_buffer_of_its_own() -> None:
@@ -176,11 +178,24 @@ def test_a_run_may_use_less_of_a_device_and_never_more(gpus: Cluster) -> None:
         room("train.device_memory_gb=1")
 
 
-def test_a_batch_that_fits_only_with_checkpointing_does_not_fit_our_trainer() -> None:
-    """80 images at 518 px, which facebook's code recomputes and ours can not."""
+def test_a_batch_that_fits_only_with_checkpointing_is_planned_with_it_and_said_not_to_fit() -> None:
+    """80 images at 518 px; with the option the same recipe fits as it stands."""
     options = ["encoder.image_size=518", "train.num_workers=1", "train.global_batch=80"]
-    config = load(RunConfig, None, [*RECIPE, *options])
-    plan = make_plan(config, resolve(dataclasses.replace(GPUS, code="dinov2")))
+    plan = make_plan(load(RunConfig, None, [*RECIPE, *options]), resolve(GPUS))
     assert plan.setting.checkpointed and not plan.fits
-    with pytest.raises(ValueError, match=r"at no ZeRO stage; use train\.micro_batch=40 .* no activation checkpointing"):
-        make_plan(config, resolve(GPUS))
+    assert "hours are those with train.activation_checkpointing=true" in plan.warnings[0]
+    asked = make_plan(load(RunConfig, None, [*RECIPE, *options, "train.activation_checkpointing=true"]), resolve(GPUS))
+    assert asked.fits and not asked.warnings and asked.step == plan.step
+    with pytest.raises(ValueError, match=r"at no ZeRO stage; use train\.micro_batch="):
+        make_plan(load(RunConfig, None, [*RECIPE, *options[:-1], "train.global_batch=8000"]), resolve(GPUS))
+
+
+def test_an_offloaded_optimizer_takes_nothing_of_the_device(gpus: Cluster) -> None:
+    options = ["train.use_gpu=true", "train.zero=1", "train.num_workers=2"]
+    on, off = (real_work(*options, f"train.offload_optimizer={value}") for value in ("false", "true"))
+    layout = {"stage": 1, "num_gpus": 2, "micro_batch": 1, "checkpointed": False}
+    here, there = memory(on, **layout), memory(off, **layout)  # type: ignore[arg-type]
+    assert here.optimizer == 12.0 * on.num_trained / 2 and there.optimizer == 0.0
+    assert there.total <= here.total - here.optimizer
+    plan = make_plan(load(RunConfig, None, [*RECIPE, *options, "train.offload_optimizer=true"]), gpus)
+    assert "the time of the host's steps is not" in plan.warnings[-1]
