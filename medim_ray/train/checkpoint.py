@@ -53,6 +53,7 @@ def save(store: CheckpointStore, engine: Any, step: int, facts: dict[str, Any]) 
                 "step": step,
                 "world_size": world_size,
                 "optimizer_step": zero.optimizer_step(engine),
+                "loss_scale": zero.scaler_state(engine),
                 **facts,
                 "files": files,
             },
@@ -140,7 +141,7 @@ def restore(store: CheckpointStore, checkpoint: Checkpoint, engine: Any) -> None
             raise ValueError(
                 f"checkpoint {checkpoint.name} holds tensors that the model lacks: {', '.join(unknown[:5])}"
             )
-    zero.adopt(engine, checkpoint.manifest["optimizer_step"])
+    zero.adopt(engine, checkpoint.manifest["optimizer_step"], checkpoint.manifest.get("loss_scale", {}))
 
 
 def load_weights(store: CheckpointStore, checkpoint: Checkpoint) -> dict[str, Tensor]:

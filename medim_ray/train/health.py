@@ -50,6 +50,7 @@ class NumberGuard:
         self.omitted = omitted
         self._report = report
         self._spike_factor = train.spike_factor
+        self._has_loss_scale = train.precision == "fp16"
         # With accumulation, gradients of earlier micro-batches are in the engine already: then the run goes back.
         self._skips = train.on_bad_step == "skip" and train.accumulation == 1
         self._norms: deque[float] = deque(maxlen=_WINDOW)
@@ -65,8 +66,8 @@ class NumberGuard:
 
     def check_norm(self, step: int, norm: float | None, columns: Columns) -> None:
         """BadStep where the gradient norm is not finite or spikes; called after the update, which going back undoes."""
-        if norm is None:
-            return
+        if norm is None or (self._has_loss_scale and not math.isfinite(norm)):
+            return  # fp16: the update was left out by the engine, which lowers its loss scale
         if not math.isfinite(norm):
             self._tell(BadStep(step, f"grad_norm is {norm}"), columns)
         if self._spike_factor and len(self._norms) >= _WARM_UP:

@@ -22,6 +22,7 @@ from medim_ray.schedules import Schedule
 from medim_ray.train.control import Outcome, RunControl
 from medim_ray.train.health import NumberGuard
 from medim_ray.train.metrics import peak_bytes, reduce_logs
+from medim_ray.train.zero import engine_numbers
 
 
 class Recorder(Protocol):
@@ -129,6 +130,7 @@ def record(
         **({"warnings": words} if words else {}),
         "lr": run.lr(step),
         "grad_norm": None if omitted else grad_norm(run.engine),
+        **({} if omitted else engine_numbers(run.engine)),
         "samples_key": int(sums["samples_key"]),
         "samples_per_s": run.config.global_batch / elapsed,
         "step_s": elapsed,
