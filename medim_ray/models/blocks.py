@@ -20,15 +20,17 @@ from medim_ray.models.norms import BatchNorm
 def checkpoint_activations(module: nn.Module) -> None:
     """From now on every part of `module` that has blocks keeps their inputs only while it trains."""
     for part in module.modules():
-        if hasattr(part, "checkpoint_activations"):
-            part.checkpoint_activations()
+        enable: Callable[[], None] | None = getattr(part, "checkpoint_activations", None)
+        if enable is not None:
+            enable()
 
 
 def compile_blocks(module: nn.Module) -> None:
     """Compiles the blocks of every part of `module` in place, at their first call; names and weights stay."""
     for part in module.modules():
-        if hasattr(part, "compile_blocks"):
-            part.compile_blocks()
+        enable: Callable[[], None] | None = getattr(part, "compile_blocks", None)
+        if enable is not None:
+            enable()
 
 
 def recomputed(block: Callable[..., Any], *inputs: Any) -> Any:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from medim_ray.train import zero
+from medim_ray.train import loss_scale, zero
 from medim_ray.train.store import SCHEMA_VERSION, Checkpoint, CheckpointStore
 
 
@@ -53,7 +53,7 @@ def save(store: CheckpointStore, engine: Any, step: int, facts: dict[str, Any]) 
                 "step": step,
                 "world_size": world_size,
                 "optimizer_step": zero.optimizer_step(engine),
-                "loss_scale": zero.scaler_state(engine),
+                "loss_scale": loss_scale.scaler_state(engine),
                 **facts,
                 "files": files,
             },
@@ -141,7 +141,9 @@ def restore(store: CheckpointStore, checkpoint: Checkpoint, engine: Any) -> None
             raise ValueError(
                 f"checkpoint {checkpoint.name} holds tensors that the model lacks: {', '.join(unknown[:5])}"
             )
-    zero.adopt(engine, checkpoint.manifest["optimizer_step"], checkpoint.manifest.get("loss_scale", {}))
+    zero.adopt(engine, checkpoint.manifest["optimizer_step"])
+    if state := checkpoint.manifest.get("loss_scale"):
+        loss_scale.restore_scaler(engine, state)
 
 
 def load_weights(store: CheckpointStore, checkpoint: Checkpoint) -> dict[str, Tensor]:

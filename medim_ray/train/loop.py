@@ -21,8 +21,8 @@ from medim_ray.draws import name_key, step_draws
 from medim_ray.schedules import Schedule
 from medim_ray.train.control import Outcome, RunControl
 from medim_ray.train.health import NumberGuard
+from medim_ray.train.loss_scale import engine_numbers
 from medim_ray.train.metrics import peak_bytes, reduce_logs
-from medim_ray.train.zero import engine_numbers
 
 
 class Recorder(Protocol):

@@ -6,7 +6,7 @@ every ZeRO stage, so that a checkpoint knows neither stage nor world size (check
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -193,33 +193,8 @@ def optimizer_step(engine: Any) -> float:
     return float(_torch_optimizer(engine).state[_flat_tensors(engine)[0]]["step"])
 
 
-_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def scaler_state(engine: Any) -> dict[str, Any]:
-    """The state of fp16's dynamic loss scale; empty in other precisions."""
-    if engine.torch_autocast_z0_gradscaler is not None:
-        return dict(engine.torch_autocast_z0_gradscaler.state_dict())
-    if engine.fp16_enabled():
-        return {name: getattr(engine.optimizer.loss_scaler, name) for name in _SCALER_STATE}
-    return {}
-
-
-def engine_numbers(engine: Any) -> dict[str, float]:
-    """What the engine tells of the last step beside the global gradient norm: norms of parts, loss scale of fp16."""
-    numbers = {f"grad_norm/{part}": norm for part, norm in engine.clipping.norms.items()}
-    state = scaler_state(engine)
-    return numbers | ({"loss_scale": float(state.get("cur_scale", state.get("scale")))} if state else {})
-
-
-def adopt(engine: Any, step: float, scaler: Mapping[str, Any]) -> None:
-    """After the fragments were written to: AdamW's step count, the loss scale of fp16, and the working copies of the
-    fp32 shards."""
-    if engine.torch_autocast_z0_gradscaler is not None:
-        engine.torch_autocast_z0_gradscaler.load_state_dict(dict(scaler))
-    elif engine.fp16_enabled():
-        for name in _SCALER_STATE:
-            setattr(engine.optimizer.loss_scaler, name, scaler[name])
+def adopt(engine: Any, step: float) -> None:
+    """After the fragments were written to: AdamW's step count, and the working copies of the fp32 shards."""
     for flat in _flat_tensors(engine):
         _torch_optimizer(engine).state[flat]["step"].fill_(step)
     if hasattr(engine.optimizer, "update_lp_params"):

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from medim_ray.config.schema import TrainConfig
+from medim_ray.config.loader import load
+from medim_ray.config.schema import RunConfig, TrainConfig
+from medim_ray.train.launch import _check_compiler
 from medim_ray.train.zero import zero_config
 
 GOLDEN: dict[str, Any] = {
@@ -80,3 +82,13 @@ def test_auto_chooses_among_the_stages_that_the_options_leave() -> None:
     assert TrainConfig(zero="auto").possible_stages == (0, 1, 2, 3)
     assert TrainConfig(zero="auto", compile=True).possible_stages == (0, 1, 2)
     assert TrainConfig(zero="auto", offload_optimizer=True, use_gpu=True).possible_stages == (1, 2, 3)
+
+
+def test_compiling_without_a_compiler_is_refused_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ValueError, match=r"train.compile=true: .* needs a C\+\+ compiler.*use train.compile=false"):
+        _check_compiler(load(RunConfig, None, ["train.compile=true"]))
+    _check_compiler(load(RunConfig, None, ["train.compile=true", "run.ray_address=auto"]))
+    _check_compiler(load(RunConfig, None, []))
