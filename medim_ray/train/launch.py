@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import time
 import uuid
@@ -258,6 +259,7 @@ def check(config: RunConfig) -> ShardSet:
         shards.check_files(config.data.split)
     stream_plan(config, shards)
     build_masking(config)
+    _check_compiler(config)
     with storage_faults(f"run.dir={config.run.dir}"):
         old = read_config(config.run.dir)
         has_checkpoints = bool(CheckpointStore(config.run.dir).names())
@@ -269,6 +271,17 @@ def check(config: RunConfig) -> ShardSet:
                 f"these values to resume"
             )
     return shards
+
+
+def _check_compiler(config: RunConfig) -> None:
+    """ValueError where torch.compile was asked for on the CPUs of this machine, and it has no C++ compiler."""
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
+    here = not config.train.use_gpu and not (config.run.ray_address or os.environ.get("RAY_ADDRESS"))
+    if config.train.compile and here and not any(shutil.which(name) for name in compilers if name):
+        raise ValueError(
+            "train.compile=true: torch.compile on a CPU needs a C++ compiler, and there is no g++ or clang++ here: "
+            "install one (apt-get install g++), name it in CXX, or use train.compile=false"
+        )
 
 
 def _changed(old: RunConfig, new: RunConfig) -> list[str]:

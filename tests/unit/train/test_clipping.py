@@ -59,10 +59,8 @@ def reference(by_part: bool) -> tuple[dict[str, Tensor], dict[str, float]]:
         optimizer.zero_grad()
         module(batch(step)).backward()
         parts = {name: list(child.parameters()) for name, child in module.named_children()}
-        norms = {
-            name: float(torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]))
-            for name, part in parts.items()
-        }
+        grads = {name: [p.grad for p in part if p.grad is not None] for name, part in parts.items()}
+        norms = {name: float(torch.nn.utils.get_total_norm(grad)) for name, grad in grads.items()}
         for part in parts.values() if by_part else [list(module.parameters())]:
             torch.nn.utils.clip_grad_norm_(part, CONFIG.clip_norm)
         optimizer.step()
