@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medim_ray.data.photometric import photometric
-from medim_ray.data.reader import EPOCH, IMAGE_ID, STEP, VIEW
+from medim_ray.data.reader import BROKEN, EPOCH, IMAGE_ID, SECONDS, STEP, VIEW
 from medim_ray.data.transforms import View
 from medim_ray.types import Batch
 
@@ -32,12 +32,11 @@ def steps_of_rank(blocks: Iterable[Columns], slots_per_rank: int) -> Iterator[Co
         window.append(block)
         if len(window) < slots_per_rank:
             continue
-        steps = np.unique(window[0][STEP])
+        starts = np.unique(window[0][STEP], return_index=True)[1]
         for columns in window:
-            assert np.array_equal(np.unique(columns[STEP]), steps), "blocks of one window carry different steps"
-        for step in steps:
-            parts = [{k: v[columns[STEP] == step] for k, v in columns.items()} for columns in window]
-            yield {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+            assert np.array_equal(columns[STEP], window[0][STEP]), "blocks of one window carry different steps"
+        for start, end in zip(starts, [*starts[1:], len(window[0][STEP])], strict=True):
+            yield {k: np.concatenate([columns[k][start:end] for columns in window]) for k in window[0]}
         window = []
 
 
@@ -57,7 +56,7 @@ def to_batch(columns: Columns, views: tuple[View, ...], device: torch.device) ->
         pixels = _tensor(columns[f"{VIEW}{view.name}"], device).transpose(0, 1).flatten(0, 1)
         jitter = _tensor(columns[f"{VIEW}{view.name}/jitter_BK3"], device).transpose(0, 1).flatten(0, 1)
         images[view.name] = photometric(pixels[:, None].float() / 255.0, jitter, view.blur_radius)
-    skip = {STEP, EPOCH, IMAGE_ID} | {f"{VIEW}{view.name}" for view in views}
+    skip = {STEP, EPOCH, IMAGE_ID, BROKEN, SECONDS} | {f"{VIEW}{view.name}" for view in views}
     return Batch(
         step=int(step),
         image_ids=tuple(str(i) for i in columns[IMAGE_ID]),

@@ -39,7 +39,7 @@ def merge(sets: Sequence[ShardSet], out: str, fs: fsspec.AbstractFileSystem, roo
     for one in sets:
         if one.manifest.schema_version != shards.SCHEMA_VERSION:
             raise ValueError(
-                f"{one.url} has schema version {one.manifest.schema_version}, without hashes of the pixels: "
+                f"{one.url} has schema version {one.manifest.schema_version}, made by an earlier medim-ray: "
                 "run `medim-ray prepare` again into a new folder"
             )
     rows = pa.concat_tables([one.read_rows(None, STORED_COLUMNS) for one in sets])

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from medim_ray.data.fingerprint import perceptual_hash, pixel_hash
+from medim_ray.data.fingerprint import perceptual_hash, pixel_hash, row_checksum
 from medim_ray.data.images import BadImageError, Gray, ImageEncoder
 from medim_ray.data.shards import SCHEMA, SECTIONS
 from medim_ray.data.sources.base import Sample, Source
@@ -137,6 +137,7 @@ class RowEncoder:
             "flags": sorted(set(flags)),
             "pixel_hash": pixel_hash(image_HW),
             "perceptual_hash": perceptual_hash(image_HW),
+            "checksum": row_checksum(row["image_id"].encode(), encoded.data, report.encode()),
         }
 
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import combinations, pairwise
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from medim_ray.data.images import Gray
+if TYPE_CHECKING:  # decoding actors load no Pillow
+    from medim_ray.data.images import Gray
 
 MAX_DISTANCE = 24
 """Bits of 256 in which near duplicates may differ. Of 180 radiographs no two are nearer than 56 (of two
@@ -29,6 +31,15 @@ def pixel_hash(image_HW: Gray) -> str:
     digest = xxhash.xxh3_128(f"{image_HW.shape} {image_HW.dtype}".encode())
     digest.update(np.ascontiguousarray(image_HW).data)
     return digest.hexdigest()
+
+
+def row_checksum(image_id: Any, image: Any, report: Any) -> int:
+    """XXH3 (64 bits, signed) of a row's encoded image and UTF-8 texts: the checksum column of shards."""
+    digest = xxhash.xxh3_64()
+    for part in (image_id, image, report):
+        digest.update(len(memoryview(part)).to_bytes(8, "little"))
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "big", signed=True)
 
 
 def perceptual_hash(image_HW: Gray) -> str:

@@ -1,4 +1,4 @@
-"""The job `medim-ray prepare`: a source to a shard set, on Ray Data tasks. The same command continues a killed job.
+"""The job `medim-ray prepare`: a source to a shard set, on Ray tasks. The same command continues a killed job.
 
 Three steps, each a function of the one before, each committed file by file: the rows as listed are encoded part by part
 (work.py); their hashes decide splits and copies (duplicates.py); files are put together from the parts. The manifest is
@@ -13,14 +13,15 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from itertools import islice
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import DataContext
+from numpy.typing import NDArray
 
 from medim_ray.config.loader import leaves
 from medim_ray.data import output, shards
@@ -31,7 +32,7 @@ from medim_ray.data.layout import FilePlan, ShardConfig
 from medim_ray.data.lease import Lease
 from medim_ray.data.listing import final_rows, little_memory, rows_hash
 from medim_ray.data.output import Stored
-from medim_ray.data.progress import progress_bar, quiet
+from medim_ray.data.progress import progress_bar
 from medim_ray.data.shards import Manifest, ShardSet
 from medim_ray.data.sources import SOURCES
 from medim_ray.data.sources.base import Source, absolute
@@ -42,7 +43,10 @@ from medim_ray.data.vocabulary import VocabularyConfig
 from medim_ray.data.work import WorkFolder, WrittenFile
 
 __all__ = ["PrepareConfig", "PrepareSummary", "QuarantineConfig", "ShardConfig", "prepare"]
+_LOOK_S = 1.0  # seconds between looks at the lease, where no task ends
 _KEPT = "; what was done is kept: run the same command again to go on"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,20 +261,49 @@ def _ray() -> Iterator[None]:
         ray.shutdown()
 
 
-def _stream(
-    blocks: Sequence[pa.Table], task: Callable[[pa.Table], pa.Table], lease: Lease, bar: Callable[[], Any]
-) -> Iterator[dict[str, Any]]:
-    """One Ray Data task a block; the rows that they return, as they come."""
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False  # they count blocks; ours counts images
-    context.raise_original_map_exception = True  # so that a full disk is an OSError here too
-    if not blocks:
+def _in_tasks(
+    items: Sequence[Any], task: Callable[[Any], T], lease: Lease, done: Callable[[T], int], bar: _Bar
+) -> Iterator[T]:
+    """One Ray task an item, a few of them for every CPU under way; results as they come. Plain tasks: an execution of
+    Ray Data costs two to three processor seconds, as much as a thousand images. done: what a result adds to the bar."""
+    if not items:
         return
-    with DataContext.current(context), quiet("ray.data"), bar():
-        dataset = ray.data.from_arrow(list(blocks)).map_batches(task, batch_size=None, batch_format="pyarrow")
-        for row in dataset.iter_rows():
-            lease.check()
-            yield row
+    task_ref, waiting, pending = ray.put(task), iter(items), list[Any]()
+    num_done = bar.num_done
+    with progress_bar(bar.name, bar.total, lambda: num_done, bar.unit):
+        try:
+            while True:
+                room = 2 * max(1, int(ray.cluster_resources().get("CPU", 1))) - len(pending)
+                pending += [_task.remote(task_ref, item) for item in islice(waiting, room)]
+                if not pending:
+                    return
+                ready, pending = ray.wait(pending, timeout=_LOOK_S, fetch_local=True)
+                lease.check()
+                for ref in ready:
+                    result = ray.get(ref)
+                    num_done += done(result)
+                    yield result
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None  # so that a full disk is an OSError here too
+        finally:
+            for ref in pending:
+                ray.cancel(ref)
+            ray.wait(pending, num_returns=len(pending), timeout=60) if pending else None
+
+
+@ray.remote(num_cpus=1)
+def _task(task: Callable[[Any], T], item: Any) -> T:
+    return task(item)
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """A progress bar that begins at `num_done` of `total`."""
+
+    name: str
+    total: int
+    num_done: int = 0
+    unit: str = "images"
 
 
 class _Encode:
@@ -284,7 +317,6 @@ class _Encode:
         self._rows = ray.put(rows.drop_columns(["is_given", "key"]))  # tasks on this node share it
 
     def __call__(self, parts: Collection[int], num_done: int) -> dict[int, PartFacts]:
-        counter = ray.remote(num_cpus=0)(_Counter).remote(num_done)
         task = partial(
             _encode_part,
             rows=self._rows,
@@ -292,31 +324,20 @@ class _Encode:
             encoder=self._encoder,
             work=self._work,
             storage=self._config.source_storage,
-            counter=counter,
         )
-        bar = partial(progress_bar, "prepare", self._num_rows, partial(_done, counter))
-        blocks = [pa.table({"part": [part]}) for part in sorted(parts)]
-        results = _stream(blocks, task, self._lease, bar)
-        return {row["part"]: PartFacts.from_json(row["facts"]) for row in results}
+        bar = _Bar("prepare", self._num_rows, num_done)
+        return dict(_in_tasks(sorted(parts), task, self._lease, lambda result: _num_rows(dict([result])), bar))
 
 
 def _encode_part(
-    batch: pa.Table,
-    rows: Any,
-    part_rows: int,
-    encoder: RowEncoder,
-    work: WorkFolder,
-    storage: StorageConfig,
-    counter: Any,
-) -> pa.Table:
+    part: int, rows: Any, part_rows: int, encoder: RowEncoder, work: WorkFolder, storage: StorageConfig
+) -> tuple[int, PartFacts]:
     """Ray task: encodes and commits one part; its facts."""
-    (part,) = batch["part"].to_pylist()
     plan = ray.get(rows).slice(part * part_rows, part_rows)
     with sources_open_with(storage):
         table, facts = encoder(plan)
     work.write_part(part, table, facts)
-    counter.add.remote(plan.num_rows)
-    return pa.table({"part": [part], "facts": [facts.to_json()]})
+    return part, facts
 
 
 def _write_files(
@@ -325,19 +346,10 @@ def _write_files(
     """Writes the files that are not written; frees parts as soon as nobody needs them."""
     todo = [file for file in plan.files if file.path not in written]
     waiting = Counter(part for file in todo for part in plan.parts_of([file]))
-    blocks = []
-    for file in todo:
-        parts_K, places_K = plan.rows_of(file)
-        columns = {
-            "file": [json.dumps(asdict(file))],
-            "parts": pa.array([parts_K], type=pa.large_list(pa.int64())),
-            "places": pa.array([places_K], type=pa.large_list(pa.int64())),
-        }
-        blocks.append(pa.table(columns))
+    items = [(file, *plan.rows_of(file)) for file in todo]
     done: dict[str, WrittenFile] = {}
-    bar = partial(progress_bar, "write", len(todo), lambda: len(done), "files")
-    for row in _stream(blocks, partial(_write_file, work=work), lease, bar):
-        entry = WrittenFile.from_json(row["written"])
+    bar = _Bar("write", len(todo), unit="files")
+    for entry in _in_tasks(items, partial(_write_file, work=work), lease, lambda entry: 1, bar):
         done[entry.file.path] = entry
         parts = plan.parts_of(file for file in todo if file.path == entry.file.path)
         waiting.subtract(parts)
@@ -345,29 +357,6 @@ def _write_files(
     return done
 
 
-def _write_file(batch: pa.Table, work: WorkFolder) -> pa.Table:
+def _write_file(item: tuple[FilePlan, NDArray[np.int64], NDArray[np.int64]], work: WorkFolder) -> WrittenFile:
     """Ray task: puts one file of the set together; its entry."""
-    tree = json.loads(batch["file"][0].as_py())
-    plan = FilePlan(**{**tree, "row_groups": tuple(tree["row_groups"])})
-    parts_K, places_K = (np.array(batch[name][0].as_py(), dtype=np.int64) for name in ("parts", "places"))
-    return pa.table({"written": [work.write_file(plan, parts_K, places_K).to_json()]})
-
-
-def _done(counter: Any) -> int | None:
-    with contextlib.suppress(ray.exceptions.RayError):
-        num: int = ray.get(counter.done.remote(), timeout=5)
-        return num
-    return None
-
-
-class _Counter:
-    """Actor: images done, for the progress bar. Losing it loses nothing."""
-
-    def __init__(self, done: int) -> None:
-        self._done = done
-
-    def add(self, num: int) -> None:
-        self._done += num
-
-    def done(self) -> int:
-        return self._done
+    return work.write_file(*item)

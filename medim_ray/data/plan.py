@@ -11,7 +11,7 @@ With weights, origins (parts of the corpus) are interleaved by their shares: the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -99,6 +99,15 @@ class StreamPlan:
         prefetch_blocks: int = field(
             default=2, metadata={"help": "blocks each worker fetches ahead", "fixed": False, "hashed": False}
         )
+        max_broken_ratio: float = field(
+            default=0.01,
+            metadata={
+                "help": "share of the split's rows that may turn out damaged (each is replaced by the next good entry "
+                "of the plan, RUN/quarantine.jsonl lists them) before the run stops",
+                "fixed": False,
+                "hashed": False,
+            },
+        )
 
         def __post_init__(self) -> None:
             for key in ("shuffle_window", "window_steps", "num_actors", "prefetch_blocks"):
@@ -106,6 +115,8 @@ class StreamPlan:
                     raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
             if not 0 < self.fraction <= 1:
                 raise ValueError(f"fraction={self.fraction}: a share of the images, above 0 and at most 1")
+            if not 0 <= self.max_broken_ratio < 1:
+                raise ValueError(f"max_broken_ratio={self.max_broken_ratio}: a share of the rows, from 0 to below 1")
             if self.num_images is not None and (self.num_images < 1 or self.fraction < 1):
                 raise ValueError(f"num_images={self.num_images}: at least 1, and fraction=1 beside it")
             for name, weight in self.weights.items():
@@ -218,6 +229,17 @@ class StreamPlan:
         rows, passes = self._order(epoch)
         batch = slice(position * self.global_batch, (position + 1) * self.global_batch)
         return rows[batch], passes[batch]
+
+    def substitutes(self, step: int, position: int) -> Iterator[tuple[int, int]]:
+        """(row, epoch) of the entries that stand in, one after the other, for the one at `position` of `step`: those
+        at the same place of the following steps, round the epoch. So no batch gets an image twice as long as another
+        one will do, and broken neighbours get different ones."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        rows, passes = self._order(epoch)
+        for k in range(1, self.steps_per_epoch * self.global_batch):
+            at = (place + k) % self.steps_per_epoch
+            entry = at * self.global_batch + (position + k // self.steps_per_epoch) % self.global_batch
+            yield int(rows[entry]), int(passes[entry])
 
     def num_blocks(self, first_step: int, last_step: int) -> int:
         """Blocks that carry the steps [first_step, last_step); the last window is filled with the steps after it."""

@@ -1,11 +1,13 @@
 """From a block of the plan to columns: read rows, decode, crop, encode the report, plan the masks. No Ray in here.
 
 One `BlockReader` lives in each decoding actor. It keeps Parquet files open, the row groups of the current shuffle
-window, and the encoded reports it has seen.
+window (rows.py), and the encoded reports it has seen.
 """
 
 from __future__ import annotations
 
+import json
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,13 +15,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pyarrow as pa
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from medim_ray import types
 from medim_ray.data.plan import Block, StreamPlan
+from medim_ray.data.rows import RowReader, ShardFiles
 from medim_ray.data.transforms import Crop, CropPlan, cut
 from medim_ray.draws import Draws
 from medim_ray.masking.base import Masking, Samples
@@ -27,46 +27,10 @@ from medim_ray.reports.sections import split_sentences
 from medim_ray.reports.tagger import Mention, Tagger
 from medim_ray.reports.tokens import EncodedReport, encode
 
-COLUMNS = ("image_id", "image", "report")
-
-# Names of the columns of a block that are not plan columns.
-STEP, EPOCH, IMAGE_ID, VIEW = "step", "epoch", "image_id", "view/"
-
-
-def decode_gray(encoded: bytes, image_id: str) -> NDArray[np.uint8]:
-    """[H, W] uint8 of an encoded 8- or 16-bit grayscale image; ValueError names the image if it can't be decoded."""
-    image = cv2.imdecode(np.frombuffer(encoded, dtype=np.uint8), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
-    if image is None:
-        raise ValueError(f"image {image_id!r} can't be decoded: run `medim-ray shards verify` on data.shards")
-    if image.dtype == np.uint16:
-        image = (image >> 8).astype(np.uint8)
-    return image
-
-
-class RowStore:
-    """Random access to rows of Parquet files, a row group at a time; keeps the last `num_groups` groups it read."""
-
-    def __init__(
-        self, files: Sequence[str], filesystem: pafs.FileSystem, columns: Sequence[str], num_groups: int
-    ) -> None:
-        self._paths = list(files)
-        self._filesystem = filesystem
-        self._columns = list(columns)
-        self._num_groups = num_groups
-        self._open: dict[int, pq.ParquetFile] = {}
-        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
-
-    def group(self, file: int, index: int) -> pa.Table:
-        """Row group `index` of file number `file`, the store's columns only."""
-        key = (file, index)
-        if key not in self._groups:
-            if file not in self._open:
-                self._open[file] = pq.ParquetFile(self._filesystem.open_input_file(self._paths[file]))
-            self._groups[key] = self._open[file].read_row_group(index, columns=self._columns)
-            while len(self._groups) > self._num_groups:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(key)
-        return self._groups[key]
+# Names of the columns of a block that are not plan columns. BROKEN: JSON list of the rows that this sample stands in
+# for (rows.BrokenRow), "" for most. SECONDS: [K, stages] seconds that the block has cost, shared out over its samples.
+STEP, EPOCH, IMAGE_ID, VIEW, BROKEN, SECONDS = "step", "epoch", "image_id", "view/", "broken", "seconds"
+STAGES = ("read", "decode", "crop", "text", "plan", "cpu")  # cpu: processor seconds of all of them
 
 
 class ReportEncoder:
@@ -137,25 +101,29 @@ class BlockReader:
     def __init__(
         self,
         plan: StreamPlan,
-        files: Sequence[str],
-        filesystem: pafs.FileSystem,
+        files: ShardFiles,
         crop: Crop,
         masking: Masking,
         grid: types.Grid,
         reports: ReportEncoder | None,
+        max_broken_ratio: float,
     ) -> None:
         self._plan, self._crop, self._masking, self._grid, self._reports = plan, crop, masking, grid, reports
-        columns = COLUMNS if reports is not None else COLUMNS[:2]
-        self._store = RowStore(files, filesystem, columns, num_groups=2 * plan.window_groups)
+        self._read = RowReader(plan, files, max_broken_ratio)
 
     def __call__(self, block: Block) -> dict[str, NDArray[Any]]:
-        rows = self._rows(block.rows_K)
-        image_ids = [row["image_id"] for row in rows]
-        images = [decode_gray(row["image"], row["image_id"]) for row in rows]
+        cv2.setNumThreads(1)  # an actor is one core; more come from more actors
+        cpu = time.thread_time()
+        read = self._read(block)
+        laps = [time.perf_counter()]
+        block, images, image_ids = read.block, [row.image_HW for row in read.rows], [row.image_id for row in read.rows]
         draws = Draws.of(self._plan.seed, block.epochs_K, image_ids)
         plans = dict(self._crop.plan(np.array([image.shape for image in images]), draws))
+        laps.append(time.perf_counter())
         columns = crop_views(images, self._crop, plans)
-        text = text_rows(self._reports, image_ids, [row.get("report", "") for row in rows])
+        laps.append(time.perf_counter())
+        text = text_rows(self._reports, image_ids, [row.report for row in read.rows])
+        laps.append(time.perf_counter())
         samples = Samples(
             image_ids=image_ids,
             boxes_B4=columns[types.BOX],
@@ -167,23 +135,17 @@ class BlockReader:
             global_batch=self._plan.global_batch,
             seed=self._plan.seed,
         )
+        masks = self._masking.plan(samples, self._grid, draws)
+        laps.append(time.perf_counter())
+        crop_plan_s, crop_s, text_s, mask_plan_s = np.diff(laps)
+        stages = [read.read_s, read.decode_s, crop_s, text_s, crop_plan_s + mask_plan_s, time.thread_time() - cpu]
         return {
             STEP: block.steps_K,
             EPOCH: block.epochs_K,
             IMAGE_ID: np.array(image_ids, dtype=object),
+            BROKEN: np.array([json.dumps(met) if met else "" for met in read.broken_records()], dtype=object),
+            SECONDS: np.tile(np.array(stages, dtype=np.float32) / len(images), (len(images), 1)),
             **columns,
             **text.columns,
-            **self._masking.plan(samples, self._grid, draws),
+            **masks,
         }
-
-    def _rows(self, rows_K: NDArray[np.int64]) -> list[dict[str, Any]]:
-        """Rows of the corpus in the order asked for, each row group touched once."""
-        groups_K, within_K = self._plan.locate(rows_K)
-        rows: list[dict[str, Any]] = [{} for _ in rows_K]
-        for group in np.unique(groups_K):
-            where = np.flatnonzero(groups_K == group)
-            row_group = self._plan.row_groups[group]
-            table = self._store.group(row_group.file, row_group.index).take(pa.array(within_K[where]))
-            for place, row in zip(where, table.to_pylist(), strict=True):
-                rows[place] = row
-        return rows

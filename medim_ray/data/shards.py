@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from medim_ray.data.storage import committed, missing_packages, sizes
 
-SCHEMA_VERSION = 2  # 2: hashes of the pixels, duplicates
-READABLE = (1, 2)
+SCHEMA_VERSION = 3  # 2: hashes of the pixels, duplicates; 3: a checksum a row
+READABLE = (1, 2, 3)
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.parquet"
 DUPLICATES = "duplicates.json"
@@ -57,6 +57,10 @@ SCHEMA = pa.schema(
         ("flags", pa.list_(pa.string())),
         ("pixel_hash", pa.string()),  # of the stored pixels before encoding: equal for exact duplicates
         ("perceptual_hash", pa.string()),  # 64 + 256 bits in hexadecimal digits: few differ for near duplicates
+        (
+            "checksum",
+            pa.int64(),
+        ),  # of image_id, image and report (fingerprint.row_checksum)
     ],
     metadata={"medim_ray.schema_version": str(SCHEMA_VERSION)},
 )
@@ -134,7 +138,7 @@ class Manifest:
             raise ValueError(f"{url} is damaged, it is no manifest: run `medim-ray prepare` again") from None
         if version not in READABLE:
             fix = "update medim-ray" if version > SCHEMA_VERSION else "run `medim-ray prepare` again into a new folder"
-            known = " and ".join(str(v) for v in READABLE)
+            known = f"{', '.join(str(v) for v in READABLE[:-1])} and {READABLE[-1]}"
             raise ValueError(f"{url}: shards of schema version {version}, this medim-ray reads {known}: {fix}")
         if tree.pop("checksum", None) != _checksum(tree):
             raise ValueError(

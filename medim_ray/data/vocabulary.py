@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from medim_ray.data.shards import TOKENIZER, OtherFile, ShardFile, describe_file
+from medim_ray.reports.wordpiece import train_tokenizer
 
 _MAX_PATIENTS = 50_000  # more teach a vocabulary nothing; keeps the memory bounded
 
@@ -37,8 +38,6 @@ def write_vocabulary(
     files: Sequence[ShardFile], config: VocabularyConfig, fs: fsspec.AbstractFileSystem, root: str
 ) -> list[OtherFile]:
     """Trains on the training files of root, writes root/tokenizer; [] where no word has enough patients."""
-    from medim_ray.models.text import train_tokenizer  # loads torch: the driver only, and only here
-
     with tempfile.TemporaryDirectory() as folder:
         try:
             train_tokenizer(_texts(files, fs, root), folder, vocab_size=config.size, min_reports=config.min_patients)

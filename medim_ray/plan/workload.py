@@ -24,7 +24,7 @@ from medim_ray.plan.flops import Pass, Vit, meta_encoder, mlp_pass, traced_pass,
 # Bytes that a row of prototype scores keeps per prototype: two tensors in the model's format, scores, scores over
 # temperature and targets in float32, and their product while it is summed (objectives/dino_losses.py).
 _SCORE_FLOAT32_BYTES = 16
-# Tokens of the vocabulary: that of `prepare` (models/text.py, train_tokenizer), and Bio_ClinicalBERT's.
+# Tokens of the vocabulary: that of `prepare` (reports/wordpiece.py), and Bio_ClinicalBERT's.
 _VOCABULARY = {"bert": 2_000, "hf": 28_996}
 
 

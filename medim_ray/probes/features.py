@@ -16,7 +16,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from medim_ray.data.reader import VIEW, crop_views, decode_gray
+from medim_ray.data.reader import VIEW, crop_views
+from medim_ray.data.rows import decode_gray
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.transforms import Crop
 from medim_ray.probes.rows import RowList, RowReader, work_items

@@ -15,7 +15,7 @@ from ray.train import PreemptionError, TrainingFailedError
 from medim_ray.config.schema import TrainConfig
 from medim_ray.train.control import Outcome
 
-Kind = Literal["preemption", "loss", "error", "numbers"]
+Kind = Literal["preemption", "loss", "error", "numbers", "data"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ def of_outcome(outcome: Outcome) -> Failure | None:
     """The failure that the workers told of themselves, None where they ended as they should."""
     if outcome.kind == "preempted":
         return Failure("preemption", None, outcome.message)
+    if outcome.kind == "broken_rows":
+        return Failure("data", None, outcome.message)
     return Failure("numbers", None, outcome.message) if outcome.kind == "bad_step" else None
 
 
@@ -51,6 +53,11 @@ def of_error(error: TrainingFailedError) -> Failure:
         inner = getattr(one, "health_check_failure", one)
         if isinstance(inner, ray.exceptions.RayActorError) and inner.preempted:
             return Failure("preemption", rank, "its node was taken away")
+    for one in (*worker_failures.values(), error):
+        for line in str(one).splitlines():
+            _, name, message = line.partition("ShardFaultError: ")  # raised in a decoding actor, told as text by Ray
+            if name:
+                return Failure("data", None, message.strip())
     for rank, one in sorted(worker_failures.items()):
         inner = getattr(one, "health_check_failure", one)
         if isinstance(inner, ray.exceptions.RayActorError):
@@ -89,6 +96,8 @@ class Budgets:
         if failure.kind == "numbers":
             # A step that is left out can't fail again, so policies other than stop need no bound.
             return "train.on_bad_step=stop" if self.train.on_bad_step == "stop" else None
+        if failure.kind == "data":
+            return "trying again would meet the same rows"
         if failure.kind == "error":
             enough = spent >= self.train.max_errors
             return f"the same step failed {spent} times (train.max_errors)" if enough else None

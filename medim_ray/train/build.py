@@ -14,6 +14,7 @@ import torch
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.plan import RowGroup, StreamPlan
 from medim_ray.data.reader import BlockReader, ReportEncoder
+from medim_ray.data.rows import ShardFiles
 from medim_ray.data.shards import TOKENIZER, ShardSet
 from medim_ray.data.transforms import CROPS, Crop
 from medim_ray.masking import MASKINGS
@@ -102,18 +103,18 @@ def open_tokenizer(config: RunConfig, shards: ShardSet) -> Any:
 
 def make_reader(config: RunConfig, shards: ShardSet) -> BlockReader:
     """The reader of the decoding actors; it holds nothing that loads torch or timm when it is unpickled there."""
-    grid = ImageEncoder.grid_of(config.encoder)
+    grid, files = ImageEncoder.grid_of(config.encoder), shards.files(config.data.split)
     reports = None
     if needs_text(config):
         reports = ReportEncoder(open_tokenizer(config, shards), config.text.num_tokens)
     return BlockReader(
         stream_plan(config, shards),
-        [shards.path(file) for file in shards.files(config.data.split)],
-        shards.arrow_fs(),
+        ShardFiles(shards.root, [f.path for f in files], [f.bytes for f in files], shards.arrow_fs()),
         build_crop(config),
         build_masking(config),
         grid,
         reports,
+        config.data.max_broken_ratio,
     )
 
 

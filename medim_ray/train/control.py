@@ -23,9 +23,9 @@ _PREEMPTION_EVERY_S = 2.0
 @dataclass(frozen=True)
 class Outcome:
     """What a worker returns. kind: finished (train.steps or stop_after), stopped (asked to), preempted (its node goes
-    away), bad_step (health.py). step: optimizer steps that are committed."""
+    away), bad_step (health.py), broken_rows (feed.py). step: optimizer steps that are committed."""
 
-    kind: Literal["finished", "stopped", "preempted", "bad_step"]
+    kind: Literal["finished", "stopped", "preempted", "bad_step", "broken_rows"]
     step: int
     message: str = ""
 
@@ -63,8 +63,12 @@ class RunControl:
             self._next_look = time.monotonic() + _PREEMPTION_EVERY_S
         return {STOP: float(stop), WARNED: float(_sigterm.is_set()), PREEMPTION: float(look)}
 
-    def decide(self, sums: dict[str, float]) -> tuple[Literal["stopped", "preempted"], str] | None:
-        """Collective in the sense that every rank calls it with the same sums: how the run ends now, if it does."""
+    def decide(
+        self, sums: dict[str, float], too_many_broken: str = ""
+    ) -> tuple[Literal["stopped", "preempted", "broken_rows"], str] | None:
+        """Collective in the sense that every rank calls it with the same values: how the run ends now, if it does."""
+        if too_many_broken:
+            return "broken_rows", too_many_broken
         if sums[STOP]:
             return "stopped", "asked to stop"
         if sums[WARNED]:

@@ -20,6 +20,7 @@ from medim_ray.data.transforms import View
 from medim_ray.draws import name_key, step_draws
 from medim_ray.schedules import Schedule
 from medim_ray.train.control import Outcome, RunControl
+from medim_ray.train.feed import BrokenRows, feed_record, feed_sums
 from medim_ray.train.health import NumberGuard
 from medim_ray.train.loss_scale import engine_numbers
 from medim_ray.train.metrics import peak_bytes, reduce_logs
@@ -51,6 +52,7 @@ class Trainer:
     weight_decay: Schedule
     guard: NumberGuard
     control: RunControl
+    broken: BrokenRows
     recorder: Recorder
     checkpoints: Checkpoints
     first_step: int
@@ -68,7 +70,7 @@ def train(run: Trainer) -> Outcome:
         waited = time.perf_counter() - started
         logs, sums = train_step(run, step, columns)
         run.recorder.log(record(run, step, logs, sums, time.perf_counter() - started, waited))
-        ends = run.control.decide(sums)
+        ends = run.control.decide(sums, too_many_broken=run.broken.settle(step, columns, sums))
         if (step + 1) % run.config.checkpoint_every == 0 or step + 1 == last or ends:
             run.checkpoints.save(step + 1)
         if ends and step + 1 < last:
@@ -85,7 +87,7 @@ def train_step(run: Trainer, step: int, columns: Columns) -> tuple[dict[str, flo
     for group in run.engine.optimizer.param_groups:
         group["lr"] = run.lr(step) * group["lr_ratio"] * (step >= group["frozen_steps"])
         group["weight_decay"] = run.weight_decay(step) * group["decay_ratio"]
-    sums = {**run.control.wishes(), "samples_key": samples_key(columns)}
+    sums = {**run.control.wishes(), **feed_sums(columns), "samples_key": samples_key(columns)}
     if step in run.guard.omitted:
         return reduce_logs([], sums, run.device)
     logs: list[dict[str, Tensor]] = []
@@ -132,6 +134,7 @@ def record(
         "grad_norm": None if omitted else grad_norm(run.engine),
         **({} if omitted else engine_numbers(run.engine)),
         "samples_key": int(sums["samples_key"]),
+        **feed_record(sums),
         "samples_per_s": run.config.global_batch / elapsed,
         "step_s": elapsed,
         "data_wait_ratio": waited / elapsed,

@@ -30,6 +30,7 @@ from medim_ray.track.tracker import TrackerClient
 from medim_ray.train import checkpoint
 from medim_ray.train.build import build_crop, build_objective, stream_plan
 from medim_ray.train.control import Outcome, RunControl
+from medim_ray.train.feed import BrokenRows
 from medim_ray.train.health import BadStep, NumberGuard, omitted_steps, write_bad_step, write_batch_plan
 from medim_ray.train.loop import Trainer, train
 from medim_ray.train.metrics import METRICS, JsonLinesFile, read_metrics
@@ -165,6 +166,7 @@ def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> Outcome
         weight_decay=cosine(config.train.weight_decay, _end_of_decay(config.train), config.train.steps),
         guard=NumberGuard(config.train, _omitted(config.run.dir), BadStepReport(config, rank)),
         control=RunControl(recorder.tracker),
+        broken=BrokenRows(config.run.dir, shards.num_rows(config.data.split), config.data.max_broken_ratio),
         recorder=recorder,
         checkpoints=RunCheckpoints(config, hashes, engine, recorder),
         first_step=first_step,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -21,6 +24,7 @@ from medim_ray.data.plan import StreamPlan
 from medim_ray.data.shards import ShardSet
 from medim_ray.draws import name_key
 from medim_ray.train.build import stream_plan
+from medim_ray.train.feed import read_quarantine
 from medim_ray.train.launch import launch
 from medim_ray.train.metrics import read_lines, read_metrics
 from medim_ray.train.runs import load_run, open_config
@@ -118,18 +122,38 @@ def test_a_signal_commits_a_checkpoint_and_the_sharded_float32_teacher_goes_on_b
     assert any((value != value.bfloat16().float()).any() for value in teacher.values()), "rounded to bf16"
 
 
-def test_one_and_two_workers_agree_at_each_step(phantom_shards: str, tmp_path: Path) -> None:
-    losses = []
+def flip_a_bit(shards: ShardSet) -> dict[str, Any]:
+    """Damages one stored image of the training split; where it lies."""
+    file = shards.files("train")[-1]
+    path = Path(shards.path(file))
+    row = pq.read_table(path).to_pylist()[3]
+    data = bytearray(path.read_bytes())
+    data[data.index(row["image"]) + len(row["image"]) // 2] ^= 16
+    path.write_bytes(bytes(data))
+    return {"shard": file.path, "row": 3, "image_id": row["image_id"], "reason": "its checksum does not fit"}
+
+
+def test_one_and_two_workers_agree_at_each_step_also_about_a_broken_row(phantom_shards: str, tmp_path: Path) -> None:
+    shutil.copytree(phantom_shards, tmp_path / "shards")
+    broken = flip_a_bit(ShardSet.open(str(tmp_path / "shards")))
+    options = ["train.steps=20", "train.zero=0", "data.max_broken_ratio=0.02"]
+    runs, quarantined = [], []
     for num_workers in (1, 2):
         run_dir = tmp_path / f"{num_workers}w"
-        config = config_of(
-            MAE, phantom_shards, run_dir, "train.steps=20", f"train.num_workers={num_workers}", "train.zero=0"
-        )
-        launch(config)
-        losses.append([record["loss"] for record in read_metrics(str(run_dir))])
+        launch(config_of(MAE, str(tmp_path / "shards"), run_dir, *options, f"train.num_workers={num_workers}"))
+        runs.append(read_metrics(str(run_dir)))
+        quarantined.append(read_quarantine(str(run_dir)))
+    losses = [[record["loss"] for record in records] for records in runs]
     assert len(losses[0]) == 20
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert losses[0][-1] < losses[0][0]
+    for name in ("samples_key", "broken_rows"):
+        assert [record[name] for record in runs[0]] == [record[name] for record in runs[1]]
+    assert 1 <= sum(record["broken_rows"] for record in runs[0]) <= 3, "once an epoch"
+    first = next(record["step"] for record in runs[0] if record["broken_rows"])
+    assert quarantined == [[{**broken, "step": first}]] * 2
+    seconds = [name for name in runs[0][0] if name.startswith("stream_")]
+    assert len(seconds) == 6 and all(record[name] >= 0 for record in runs[0] for name in seconds)
 
 
 @pytest.mark.chaos

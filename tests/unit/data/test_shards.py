@@ -136,11 +136,11 @@ def test_a_changed_manifest_is_found(tmp_path: Path) -> None:
         ShardSet.open(str(tmp_path))
 
 
-@pytest.mark.parametrize(("version", "fix"), [(3, "update medim-ray"), (0, "run `medim-ray prepare` again")])
+@pytest.mark.parametrize(("version", "fix"), [(4, "update medim-ray"), (0, "run `medim-ray prepare` again")])
 def test_another_schema_version_says_what_to_do(tmp_path: Path, version: int, fix: str) -> None:
     path = write_set(tmp_path) / shards.MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": version}))
-    with pytest.raises(ValueError, match=rf"schema version {version}.*reads 1 and 2: {fix}"):
+    with pytest.raises(ValueError, match=rf"schema version {version}.*reads 1, 2 and 3: {fix}"):
         ShardSet.open(str(tmp_path))
 
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 import transformers
 
-from medim_ray.models.text import TextEncoder, load_tokenizer, train_tokenizer
+from medim_ray.models.text import TextEncoder, load_tokenizer
 from medim_ray.reports.sections import split_sentences
 from medim_ray.reports.tokens import encode
+from medim_ray.reports.wordpiece import train_tokenizer
 
 TEXT = "the heart is mildly enlarged . no pneumothorax or pleural effusion in left right lower lobe opacity edema"
 
@@ -73,7 +74,7 @@ def test_padding_is_inert(folder: Path) -> None:
 
 
 def test_vocabulary_is_the_same_in_any_process_and_order(folder: Path, tmp_path: Path) -> None:
-    code = "import sys\nfrom medim_ray.models.text import train_tokenizer\n"
+    code = "import sys\nfrom medim_ray.reports.wordpiece import train_tokenizer\n"
     code += "train_tokenizer(sys.stdin.read().splitlines(), sys.argv[1], vocab_size=120)"
     text = "\n".join(reversed(reports()))
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], input=text, text=True, check=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,12 @@ from torch import Tensor, nn
 
 from medim_ray.config.schema import TrainConfig
 from medim_ray.data.collate import Columns
-from medim_ray.data.reader import EPOCH, IMAGE_ID, STEP, VIEW
+from medim_ray.data.reader import BROKEN, EPOCH, IMAGE_ID, SECONDS, STAGES, STEP, VIEW
 from medim_ray.data.transforms import View
 from medim_ray.objectives.base import ParameterGroup, default_groups
+from medim_ray.train.attempts import Budgets, of_outcome
 from medim_ray.train.control import STOP, RunControl
+from medim_ray.train.feed import BrokenRows, read_quarantine
 from medim_ray.train.health import BadStep, NumberGuard
 from medim_ray.train.loop import Trainer, train
 from medim_ray.train.zero import build_engine
@@ -74,7 +78,7 @@ class Mailbox:
         return len(self._records.logs) >= self._after
 
 
-def steps(bad: bool, first: int = 0) -> Iterator[Columns]:
+def steps(bad: bool, broken: Mapping[int, list[dict[str, Any]]], first: int = 0) -> Iterator[Columns]:
     for step in range(first, STEPS):
         pixels = np.random.default_rng(step).integers(0, 200, (4, 1, 2, 2), dtype=np.uint8)
         if bad and step == BAD:
@@ -83,6 +87,8 @@ def steps(bad: bool, first: int = 0) -> Iterator[Columns]:
             STEP: np.full(4, step),
             EPOCH: np.zeros(4, dtype=np.int64),
             IMAGE_ID: np.array([f"{step}-{i}" for i in range(4)], dtype=object),
+            BROKEN: np.array([json.dumps(broken[step]) if step in broken else "", "", "", ""], dtype=object),
+            SECONDS: np.full((4, len(STAGES)), 0.5, dtype=np.float32),
             f"{VIEW}image": pixels,
             f"{VIEW}image/jitter_BK3": np.tile(np.array([1, 1, 0], dtype=np.float32), (4, 1, 1)),
             "mask/uniform_BN": np.zeros((4, 4), dtype=np.bool_),
@@ -90,7 +96,12 @@ def steps(bad: bool, first: int = 0) -> Iterator[Columns]:
 
 
 def trainer(
-    config: TrainConfig, bad: bool, omitted: dict[int, str], stop_after: int | None = None
+    config: TrainConfig,
+    bad: bool,
+    omitted: dict[int, str],
+    stop_after: int | None = None,
+    broken: Mapping[int, list[dict[str, Any]]] = MappingProxyType({}),
+    run_dir: str = "memory://run",
 ) -> tuple[Trainer, Records, list[BadStep]]:
     torch.manual_seed(0)
     records, told = Records(), list[BadStep]()
@@ -100,11 +111,12 @@ def trainer(
         engine=build_engine(Mean(), config),
         device=torch.device("cpu"),
         views=(View("image", 1, 2, 1),),
-        steps=steps(bad),
+        steps=steps(bad, broken),
         lr=lambda step: 1e-2,
         weight_decay=lambda step: 0.1,
         guard=NumberGuard(config, omitted, lambda bad, columns: told.append(bad)),
         control=RunControl(None if stop_after is None else Mailbox(records, stop_after)),
+        broken=BrokenRows(run_dir, num_rows=40, max_ratio=0.05),
         recorder=records,
         checkpoints=records,
         first_step=0,
@@ -117,6 +129,25 @@ def trainer(
 
 def weights(run: Trainer) -> list[Tensor]:
     return [p.detach().clone() for p in run.engine.module.parameters()]
+
+
+def broken_rows(folder: str) -> None:
+    rows = [{"shard": "train/00000.parquet", "row": row, "image_id": f"i{row}", "reason": "r"} for row in range(3)]
+    met = {1: rows[:1], 3: rows[:2]}
+    run, records, _ = trainer(CONFIG, bad=False, omitted={}, broken=met, run_dir=folder)
+    assert train(run).kind == "finished"
+    assert [r["broken_rows"] for r in records.logs] == [0, 1, 0, 1, 0, 0, 0, 0]
+    assert records.logs[0]["stream_decode_s"] == 2.0, "the seconds of four samples"
+    assert read_quarantine(folder) == [{**rows[0], "step": 1}, {**rows[1], "step": 3}]
+
+    run, records, _ = trainer(CONFIG, bad=False, omitted={}, broken=met | {5: rows}, run_dir=folder)
+    outcome = train(run)
+    assert (outcome.kind, outcome.step, records.saved) == ("broken_rows", 6, [6])
+    assert "3 of 40 rows" in outcome.message and "data.max_broken_ratio=0.05" in outcome.message
+    assert [one["step"] for one in read_quarantine(folder)] == [1, 3, 5]
+    failure = of_outcome(outcome)
+    assert failure is not None and Budgets(CONFIG).exhausted_by(failure, 6)
+    Path(folder, "done").touch()
 
 
 def policies(folder: str) -> None:
@@ -144,10 +175,10 @@ def policies(folder: str) -> None:
     run, records, _ = trainer(CONFIG, bad=False, omitted={}, stop_after=2)
     outcome = train(run)
     assert (outcome.kind, outcome.step, records.saved) == ("stopped", 3, [3])
-    Path(folder, "done").touch()
+    broken_rows(folder)
 
 
-def test_policies_for_bad_steps_and_stops(tmp_path: Path) -> None:
+def test_policies_for_bad_steps_broken_rows_and_stops(tmp_path: Path) -> None:
     on_ranks(1, policies, str(tmp_path))
     assert (tmp_path / "done").exists()
 
