@@ -1,10 +1,10 @@
 """Question: what does `medim-ray prepare` cost above the bare work, in images per CPU-second?
 
 The bare loop reads, decodes, resizes and encodes the same files in one process with the same functions, and keeps
-nothing. `prepare` does that on Ray Data, hashes pixels, cuts reports, commits parts, finds copies, writes checked
+nothing. `prepare` does that in Ray tasks, hashes pixels, cuts reports, commits parts, finds copies, writes checked
 Parquet files, trains the vocabulary. CPU time is user + system of every process of the tree, Ray's own included.
 
-    python benchmarks/prepare.py --num 1500 --size 1024 --format png --pairs 5
+    python -m benchmarks.prepare --num 1500 --size 1024 --format png --pairs 5
 
 Runs are paired and alternate in one process tree; Ray is up, and a first `prepare` of the same job (workers import
 OpenCV, Pillow, PyArrow) is reported apart.
@@ -21,9 +21,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import psutil
 import ray
 
+from benchmarks.process_tree import tree_seconds
 from medim_ray.data.images import ImageEncoder, decode_file
 from medim_ray.data.ingest import PrepareConfig, prepare
 from medim_ray.data.sources import SOURCES
@@ -49,20 +49,6 @@ def bare(files: list[Path]) -> float:
     for file in files:
         encoder.encode(encoder.prepare(decode_file(file.read_bytes())))
     return time.process_time() - start
-
-
-def tree_seconds() -> float:
-    """CPU seconds so far of this process and everything below it."""
-    me = psutil.Process()
-    total = 0.0
-    for process in [me, *me.children(recursive=True)]:
-        try:
-            times = process.cpu_times()
-        except psutil.Error:
-            continue
-        total += times.user + times.system
-    own = me.cpu_times()
-    return total + own.children_user + own.children_system
 
 
 def prepared(table: Path, out: Path) -> tuple[float, float]:

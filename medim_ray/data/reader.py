@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -20,63 +18,15 @@ from numpy.typing import NDArray
 from medim_ray import types
 from medim_ray.data.plan import Block, StreamPlan
 from medim_ray.data.rows import RowReader, ShardFiles
+from medim_ray.data.texts import ReportEncoder, text_rows
 from medim_ray.data.transforms import Crop, CropPlan, cut
 from medim_ray.draws import Draws
 from medim_ray.masking.base import Masking, Samples
-from medim_ray.reports.sections import split_sentences
-from medim_ray.reports.tagger import Mention, Tagger
-from medim_ray.reports.tokens import EncodedReport, encode
 
 # Names of the columns of a block that are not plan columns. BROKEN: JSON list of the rows that this sample stands in
 # for (rows.BrokenRow), "" for most. SECONDS: [K, stages] seconds that the block has cost, shared out over its samples.
 STEP, EPOCH, IMAGE_ID, VIEW, BROKEN, SECONDS = "step", "epoch", "image_id", "view/", "broken", "seconds"
 STAGES = ("read", "decode", "crop", "text", "plan", "cpu")  # cpu: processor seconds of all of them
-
-
-class ReportEncoder:
-    """Tokens and mentions of a report, computed once per image id and kept for up to `capacity` of them."""
-
-    def __init__(self, tokenizer: Any, num_tokens: int, capacity: int = 50_000) -> None:
-        self._tokenizer = tokenizer
-        self._num_tokens = num_tokens
-        self._tagger = Tagger()
-        self._capacity = capacity
-        self._seen: OrderedDict[str, tuple[EncodedReport, list[Mention]]] = OrderedDict()
-
-    def __call__(self, image_id: str, report: str) -> tuple[EncodedReport, list[Mention]]:
-        if image_id not in self._seen:
-            mentions = self._tagger.tag(report)
-            encoded = encode(report, self._tokenizer, mentions, split_sentences(report), self._num_tokens)
-            self._seen[image_id] = (encoded, mentions)
-            if len(self._seen) > self._capacity:
-                self._seen.popitem(last=False)
-        return self._seen[image_id]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextRows:
-    """The text of B samples: columns of medim_ray.types and the mentions."""
-
-    columns: dict[str, NDArray[Any]]
-    mentions: list[list[Mention]]
-
-
-def text_rows(encoder: ReportEncoder | None, image_ids: Sequence[str], reports: Sequence[str]) -> TextRows:
-    """Encodes the reports of a granule; no columns where the run has no text encoder."""
-    if encoder is None:
-        return TextRows(columns={}, mentions=[[] for _ in image_ids])
-    rows = [encoder(image_id, report) for image_id, report in zip(image_ids, reports, strict=True)]
-    fields: dict[str, Callable[[EncodedReport], NDArray[Any]]] = {
-        types.TOKEN_IDS: lambda e: e.token_ids_T,
-        types.TOKEN_IS_PAD: lambda e: e.token_is_pad_T,
-        types.WORD_OF_TOKEN: lambda e: e.word_of_token_T,
-        types.WORD_IS_PAD: lambda e: e.word_is_pad_W,
-        types.MESH_FLAG: lambda e: e.mesh_flag_W,
-        types.ASSERTION: lambda e: e.assertion_W,
-        types.SENTENCE_ID: lambda e: e.sentence_id_W,
-    }
-    columns = {name: np.stack([get(e) for e, _ in rows]) for name, get in fields.items()}
-    return TextRows(columns=columns, mentions=[m for _, m in rows])
 
 
 def crop_views(images: Sequence[NDArray[np.uint8]], crop: Crop, plans: dict[str, CropPlan]) -> dict[str, NDArray[Any]]:

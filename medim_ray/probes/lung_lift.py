@@ -24,8 +24,8 @@ from rich.table import Table
 from torch import Tensor
 
 from medim_ray.data.collate import to_batch
-from medim_ray.data.reader import ReportEncoder, TextRows
 from medim_ray.data.rows import decode_gray
+from medim_ray.data.texts import ReportEncoder, TextRows
 from medim_ray.draws import Draws
 from medim_ray.masking.anatomy import AnatomyMasking
 from medim_ray.masking.block import BlockMasking

@@ -11,8 +11,8 @@ import torch
 
 from medim_ray.config.loader import from_tree, to_tree
 from medim_ray.config.schema import RunConfig
-from medim_ray.data.reader import ReportEncoder
 from medim_ray.data.shards import ShardSet
+from medim_ray.data.texts import ReportEncoder
 from medim_ray.data.transforms import Crop
 from medim_ray.train.build import build_crop, build_objective, open_tokenizer
 from medim_ray.train.runs import LoadedRun

@@ -19,8 +19,8 @@ from scipy.special import gammaln
 from medim_ray import types
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.collate import to_batch
-from medim_ray.data.reader import ReportEncoder, TextRows, text_rows
 from medim_ray.data.shards import ShardSet
+from medim_ray.data.texts import ReportEncoder, TextRows, text_rows
 from medim_ray.objectives.pixels import whole_images
 from medim_ray.probes.bootstrap import Estimate, Floats, average, bootstrap, mean
 from medim_ray.probes.classify import METRICS, estimates

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from medim_ray import types
-from medim_ray.data.reader import EPOCH, IMAGE_ID, STEP, ReportEncoder, TextRows, crop_views, text_rows
+from medim_ray.data.reader import EPOCH, IMAGE_ID, STEP, crop_views
 from medim_ray.data.rows import decode_gray
 from medim_ray.data.shards import ShardSet
+from medim_ray.data.texts import ReportEncoder, TextRows, text_rows
 from medim_ray.data.transforms import Crop
 from medim_ray.draws import Draws
 from medim_ray.masking.base import Samples

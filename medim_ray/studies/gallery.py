@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medim_ray.data.collate import to_batch
-from medim_ray.data.reader import ReportEncoder, TextRows
 from medim_ray.data.rows import decode_gray
+from medim_ray.data.texts import ReportEncoder, TextRows
 from medim_ray.data.transforms import cut
 from medim_ray.masking.anatomy import AnatomyMasking
 from medim_ray.masking.base import Masks

@@ -13,9 +13,10 @@ import torch
 
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.plan import RowGroup, StreamPlan
-from medim_ray.data.reader import BlockReader, ReportEncoder
+from medim_ray.data.reader import BlockReader
 from medim_ray.data.rows import ShardFiles
 from medim_ray.data.shards import TOKENIZER, ShardSet
+from medim_ray.data.texts import ReportEncoder
 from medim_ray.data.transforms import CROPS, Crop
 from medim_ray.masking import MASKINGS
 from medim_ray.masking.base import Masking
