@@ -3,10 +3,10 @@
     python -m benchmarks.stream --shards /tmp/shards --num 2000 --pairs 5 [--recipe rad_dino] [--peers PYTHON]
 
 All do the same work with the same functions on the same images (stream_contenders.py): decode 512 px JPEG, resize,
-crop, tokens, mask plan, batches; so what differs is what carries them. Each is a process of its own that stays up and is
-asked for samples in turn; the processor time is user + system of it and everything below it, Ray's own included. What
-comes before the first measurement (start, caches of tokens, a pass over the images) is reported apart. --peers names
-the interpreter of `make peers`.
+crop, tokens, mask plan, batches; so what differs is what carries them. Each is a process of its own that stays up and
+is asked for samples in turn; its processor time is user + system of it and all below it, Ray's own included. What comes
+before the first measurement (start, caches of tokens, a pass over the images) is reported apart. --peers names the
+interpreter of `make peers`.
 """
 
 from __future__ import annotations

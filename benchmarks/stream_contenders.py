@@ -180,7 +180,7 @@ def _rows_of(shards: str) -> Iterator[dict[str, Any]]:
 
 def webdataset(config: RunConfig, work: Work, workers: int) -> Iterator[Columns]:
     """WebDataset over tars of 500 images, batches made in the workers of its loader."""
-    import webdataset as wds  # type: ignore[import-not-found, unused-ignore]
+    import webdataset as wds
 
     folder = Path(f"{config.data.shards}-wds")
     if not folder.exists():
@@ -213,7 +213,7 @@ def webdataset(config: RunConfig, work: Work, workers: int) -> Iterator[Columns]
 
 def mosaicml(config: RunConfig, work: Work, workers: int) -> Iterator[Columns]:
     """mosaicml-streaming over local MDS shards, batches made in the workers of a DataLoader."""
-    from streaming import MDSWriter, StreamingDataset  # type: ignore[import-not-found, unused-ignore]
+    from streaming import MDSWriter, StreamingDataset
     from torch.utils.data import DataLoader
 
     folder = Path(f"{config.data.shards}-mds")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -57,9 +57,10 @@ class BlockReader:
         grid: types.Grid,
         reports: ReportEncoder | None,
         max_broken_ratio: float,
+        decode: Literal["full", "scaled"],
     ) -> None:
         self._plan, self._crop, self._masking, self._grid, self._reports = plan, crop, masking, grid, reports
-        self._read = RowReader(plan, files, max_broken_ratio)
+        self._read = RowReader(plan, files, max_broken_ratio, crop.shrink if decode == "scaled" else None)
 
     def __call__(self, block: Block) -> dict[str, NDArray[Any]]:
         cv2.setNumThreads(1)  # an actor is one core; more come from more actors
@@ -68,7 +69,7 @@ class BlockReader:
         laps = [time.perf_counter()]
         block, images, image_ids = read.block, [row.image_HW for row in read.rows], [row.image_id for row in read.rows]
         draws = Draws.of(self._plan.seed, block.epochs_K, image_ids)
-        plans = dict(self._crop.plan(np.array([image.shape for image in images]), draws))
+        plans = dict(self._crop.plan(np.array([(row.height, row.width) for row in read.rows]), draws))
         laps.append(time.perf_counter())
         columns = crop_views(images, self._crop, plans)
         laps.append(time.perf_counter())

@@ -52,6 +52,10 @@ class Crop(Protocol):
         """Crops by view name for images of (height, width) `shapes_B2`; draws None: the centre, nothing random."""
         ...
 
+    def shrink(self, height: int, width: int) -> float:
+        """The least factor by which any crop of such an image is reduced; below 1 where one is enlarged."""
+        ...
+
 
 CROPS: Registry[Any] = Registry("crop")
 
@@ -110,6 +114,9 @@ class PadCrop:
         boxes = boxes_B4[:, None, :].astype(np.float32)
         return {"image": CropPlan(boxes_BK4=boxes, flips_BK=np.zeros((num, 1), bool), jitter_BK3=jitter)}
 
+    def shrink(self, height: int, width: int) -> float:
+        return max(height, width) / self.config.resize_ratio / self.views[0].size
+
 
 @CROPS.register("multi_crop")
 class MultiCrop:
@@ -150,6 +157,12 @@ class MultiCrop:
     def plan(self, shapes_B2: NDArray[np.int64], draws: Draws | None) -> Mapping[str, CropPlan]:
         areas = {"global": self.config.global_area, "local": self.config.local_area}
         return {v.name: self._plan_view(v, areas[v.name], shapes_B2, draws) for v in self.views}
+
+    def shrink(self, height: int, width: int) -> float:
+        areas = {"global": self.config.global_area[0], "local": self.config.local_area[0]}
+        # The side that the smallest area has at the aspect that shortens it most, or all of a narrow image.
+        sides = {name: min(math.sqrt(0.75 * area * height * width), height, width) for name, area in areas.items()}
+        return min(sides[view.name] / view.size for view in self.views)
 
     def _plan_view(
         self, view: View, area: tuple[float, float], shapes_B2: NDArray[np.int64], draws: Draws | None

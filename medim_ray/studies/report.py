@@ -29,6 +29,8 @@ from medim_ray.probes.tables import title
 from medim_ray.studies.figures import curve, interval_bar
 from medim_ray.studies.gallery import Gallery, make_gallery, templates
 from medim_ray.studies.origin import package_commit, this_machine
+from medim_ray.studies.waiting import why_it_waits
+from medim_ray.train.feed import BROKEN_ROWS, STREAM_SECONDS
 from medim_ray.train.fit import estimate
 from medim_ray.train.metrics import METRICS, read_metrics
 from medim_ray.train.runs import CONFIG, load_run, open_config
@@ -45,7 +47,7 @@ _THROUGHPUT = {
     "data_wait_ratio": ("share of the step spent waiting for data", "median {:.1%}"),
 }
 _OPTIMISER = {"lr": "learning rate", "grad_norm": "gradient norm"}
-_HIDDEN = {*_PLACE, *_THROUGHPUT, *_OPTIMISER, *ADDED, "step_s"}
+_HIDDEN = {*_PLACE, *_THROUGHPUT, *_OPTIMISER, *ADDED, "step_s", BROKEN_ROWS, *STREAM_SECONDS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,7 @@ def write_report(run_dir: str, num_images: int = _NUM_IMAGES, text: bool = True)
             prevalence=_prevalence(result),
             protocols=sorted({task["protocol"] for task in result["labels"].values()}) if result else [],
             bar=interval_bar,
-            groups=[*chart_groups(records), *_validation(read_validation(run_dir))],
+            groups=[*chart_groups(records), *_waiting(records, config), *_validation(read_validation(run_dir))],
             gallery=gallery,
             gallery_note=gallery_note,
             config_text=config_text,
@@ -163,6 +165,12 @@ def _validation(rows: Sequence[Mapping[str, Any]]) -> list[ChartGroup]:
     failed = sum("error" in row for row in rows)
     note = f"{failed} checkpoints were not validated: validation.jsonl says why." if failed else ""
     return [ChartGroup(title="Validation during the run", note=note, charts=_drawn(charts))] if rows else []
+
+
+def _waiting(records: Sequence[Mapping[str, Any]], config: RunConfig) -> list[ChartGroup]:
+    """What the run waits for, where it waits for data."""
+    note = why_it_waits(records, config)
+    return [ChartGroup(title="Waiting for data", note=note, charts=[])] if note else []
 
 
 def _drawn(charts: Sequence[Chart | None]) -> list[Chart]:

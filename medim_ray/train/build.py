@@ -116,6 +116,7 @@ def make_reader(config: RunConfig, shards: ShardSet) -> BlockReader:
         grid,
         reports,
         config.data.max_broken_ratio,
+        config.data.decode,
     )
 
 

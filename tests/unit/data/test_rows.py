@@ -18,19 +18,20 @@ from medim_ray.data.plan import RowGroup, StreamPlan
 from medim_ray.data.rows import COLUMNS, RowReader, RowStore, ShardFaultError, ShardFiles
 from medim_ray.data.shards import SCHEMA
 
-FILES, GROUPS, ROWS = 2, 3, 8
+FILES, GROUPS, ROWS, SIDE = 2, 3, 8, 24
 NUM = FILES * GROUPS * ROWS
 
 
 def image_of(row: int) -> bytes:
-    pixels = np.random.default_rng(row).integers(0, 255, (24, 24), dtype=np.uint8)
+    pixels = np.random.default_rng(row).integers(0, 255, (SIDE, SIDE), dtype=np.uint8)
     return bytes(cv2.imencode(".jpg", pixels)[1].tobytes())
 
 
 def row_values(row: int, checked: bool) -> dict[str, object]:
     image_id, report = f"i{row}", f"Report {row}."
     checksum = row_checksum(image_id.encode(), image_of(row), report.encode()) if checked else None
-    return {"image_id": image_id, "image": image_of(row), "report": report, "checksum": checksum}
+    values = {"image_id": image_id, "image": image_of(row), "report": report, "checksum": checksum}
+    return values | {"height": SIDE, "width": SIDE}
 
 
 def write(root: Path, checked: bool = True) -> ShardFiles:
