@@ -19,15 +19,14 @@ def tree_seconds() -> float:
     return total + own.children_user + own.children_system
 
 
-def tree_bytes() -> tuple[int, int]:
-    """Private memory of this process and everything below it (its proportional share of what several of them map), and
-    the shared memory in it, which Ray's object store is part of."""
-    total = shared = 0
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+def tree_bytes(pid: int) -> int:
+    """Memory that a process and everything below it hold now; what several of them map, Ray's object store among it,
+    counts once (proportional set size)."""
+    top = psutil.Process(pid)
+    total = 0
+    for process in [top, *top.children(recursive=True)]:
         try:
-            info = process.memory_full_info()
+            total += process.memory_full_info().pss
         except psutil.Error:
             continue
-        total += info.pss
-        shared += info.pss - info.uss
-    return total, shared
+    return total

@@ -22,7 +22,7 @@ from torch import Tensor
 from medim_ray import types
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.collate import to_batch
-from medim_ray.data.reader import TextRows
+from medim_ray.data.texts import TextRows
 from medim_ray.draws import Draws
 from medim_ray.masking.prior import patch_maps, places_of
 from medim_ray.masking.report import WORDS, ReportMasking

@@ -109,13 +109,17 @@ def test_shard_row_and_reason_are_told_of_each_broken_row(tmp_path: Path) -> Non
 def test_an_image_that_no_longer_decodes_is_a_broken_row(tmp_path: Path) -> None:
     files = write(tmp_path)
     table = pq.read_table(tmp_path / "0.parquet").to_pylist()
-    table[5] |= {"image": b"no image", "checksum": row_checksum(b"i5", b"no image", b"Report 5.")}
+    for row, image in ((5, b"no image"), (6, image_of(6)[:40]), (7, b"")):
+        checksum = row_checksum(f"i{row}".encode(), image, f"Report {row}.".encode())
+        table[row] |= {"image": image, "checksum": checksum}
     rows = pa.Table.from_pylist(table, schema=pq.read_schema(tmp_path / "0.parquet"))
     pq.write_table(rows, tmp_path / "0.parquet", row_group_size=ROWS)
     files = files._replace(sizes=[p.stat().st_size for p in sorted(tmp_path.glob("*.parquet"))])
     plan = plan_of(window_steps=6, granules=1)
-    (place,) = (read := RowReader(plan, files, 0.2)(plan.block(0, 0))).broken
-    assert [one.reason for one in read.broken[place]] == ["its image can't be decoded"]
+    met = RowReader(plan, files, 0.2)(plan.block(0, 0)).broken.values()
+    assert {(one.image_id, one.reason) for (one, *_) in met} == {
+        (f"i{row}", "its image can't be decoded") for row in (5, 6, 7)
+    }
 
 
 def test_too_many_broken_rows_stop_with_the_fix(tmp_path: Path) -> None:
