@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -37,6 +38,17 @@ def first_batch(config: RunConfig) -> Batch:
     blocks = dataset.iter_batches(batch_size=None, batch_format="numpy")
     columns = next(steps_of_rank(blocks, plan.granules_per_step))
     return to_batch(columns, build_crop(config).views, torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_shard_that_is_gone_ends_the_stream_with_its_name(phantom_shards: str, tmp_path: Path) -> None:
+    shutil.copytree(phantom_shards, tmp_path / "shards")
+    config = config_of(str(tmp_path / "shards"))
+    shards = ShardSet.open(config.data.shards)
+    gone = shards.files("train")[0]
+    Path(shards.path(gone)).unlink()
+    with pytest.raises(Exception, match=rf"ShardFaultError: data.shards: {gone.path} is missing: .*shards verify"):
+        first_batch(config)
 
 
 def numpy_words() -> Any:
