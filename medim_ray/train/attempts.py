@@ -97,7 +97,7 @@ class Budgets:
             # A step that is left out can't fail again, so policies other than stop need no bound.
             return "train.on_bad_step=stop" if self.train.on_bad_step == "stop" else None
         if failure.kind == "data":
-            return "trying again would meet the same rows"
+            return "trying again would meet the same shards"
         if failure.kind == "error":
             enough = spent >= self.train.max_errors
             return f"the same step failed {spent} times (train.max_errors)" if enough else None

@@ -121,9 +121,7 @@ def test_killed_while_encoding_and_while_writing_it_goes_on_to_the_same_bytes(
         wait_for(lambda: len(list(entries.glob("*.json"))) >= 2, job)
         job.kill()
     assert all(path.stat().st_mtime_ns == encoded[path] for path in encoded)
-    listed = {
-        path.stem.replace("-", "/") for path in entries.glob("*.json")
-    }  # a file without its entry is written anew
+    listed = {path.stem.replace("-", "/") for path in entries.glob("*.json")}  # others are written anew
     written = {out / f"{name}.parquet": (out / f"{name}.parquet").stat().st_mtime_ns for name in listed}
     torn = min((out / WORK / "parts").glob("*.arrow"))
     torn.write_bytes(torn.read_bytes()[:100])  # as a disk might after a power cut

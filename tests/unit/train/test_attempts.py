@@ -27,9 +27,20 @@ def test_of_an_exception_of_many_lines_the_first_is_told() -> None:
     assert of_error(WorkerGroupError("one", {0: ValueError(text)})).message == "ValueError: no weights"
 
 
-@pytest.mark.parametrize(
-    ("kind", "expected"), [("finished", None), ("stopped", None), ("preempted", "preemption"), ("bad_step", "numbers")]
-)
+def test_shards_that_are_gone_end_the_run_at_once() -> None:
+    text = (
+        'Traceback:\n  File "rows.py", line 3, in _input\n    raise\nmedim_ray.data.rows.ShardFaultError: data.shards: '
+        "train/00000.parquet is missing: `medim-ray shards verify` tells what is damaged"
+    )
+    failure = of_error(WorkerGroupError("two", {0: ActorDiedError(), 1: RuntimeError(text)}))
+    assert failure.kind == "data" and str(failure).startswith("data.shards: train/00000.parquet is missing: `medim-ray")
+    assert Budgets(TrainConfig(max_errors=3)).exhausted_by(failure, 4) == "trying again would meet the same shards"
+
+
+_OF_OUTCOME = [("finished", None), ("stopped", None), ("preempted", "preemption"), ("bad_step", "numbers")]
+
+
+@pytest.mark.parametrize(("kind", "expected"), [*_OF_OUTCOME, ("broken_rows", "data")])
 def test_outcomes(kind: str, expected: str | None) -> None:
     failure = of_outcome(Outcome(kind=kind, step=3, message="m"))  # type: ignore[arg-type]
     assert (failure.kind if failure else None) == expected
