@@ -43,6 +43,10 @@ def decoders() -> dict[str, Callable[[bytes], Gray]]:
     def pillow(data: bytes) -> Gray:
         return np.asarray(Image.open(io.BytesIO(data)))
 
+    def opencv(data: bytes) -> Gray:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
+        return np.asarray(pixels)
+
     def of_torchvision(data: bytes) -> Gray:
         pixels: Any = torchvision.io.decode_jpeg(
             torch.frombuffer(bytearray(data), dtype=torch.uint8), torchvision.io.ImageReadMode.GRAY
@@ -51,7 +55,7 @@ def decoders() -> dict[str, Callable[[bytes], Gray]]:
 
     known: dict[str, Callable[[bytes], Gray]] = {
         BASE: pillow,
-        "OpenCV": lambda data: cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH),
+        "OpenCV": opencv,
         "OpenCV, half size": lambda data: decode_gray(data, "", 2.0),
         "imagecodecs": lambda data: np.asarray(imagecodecs.jpeg8_decode(data)),
         "torchvision": of_torchvision,
@@ -100,10 +104,10 @@ def main() -> None:
     for name in known:
         same = all(np.array_equal(a, b) for a, b in zip(pixels[name], pixels[BASE], strict=True))
         apart = np.mean([np.abs(a.astype(int) - b).mean() for a, b in zip(crops(pixels[name]), whole, strict=True)])
-        decode, crop = statistics.median(decode_us[name]), statistics.median(crop_us[name])
-        table[name] = {"decode_us": decode, "crop_us": crop, "same_pixels": same, "crop_difference": float(apart)}
+        each, crop = statistics.median(decode_us[name]), statistics.median(crop_us[name])
+        table[name] = {"decode_us": each, "crop_us": crop, "same_pixels": same, "crop_difference": float(apart)}
         print(
-            f"{name:22} {decode:6.0f} us to decode, {crop:6.0f} us to crop; pixels {'equal' if same else 'differ'}; "
+            f"{name:22} {each:6.0f} us to decode, {crop:6.0f} us to crop; pixels {'equal' if same else 'differ'}; "
             f"crops differ by {apart:.2f} grey levels"
         )
     names = ("pillow", "opencv-python-headless", "imagecodecs", "torchvision", "simplejpeg", "numpy")

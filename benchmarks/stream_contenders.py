@@ -10,7 +10,7 @@ import os
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from medim_ray.models.vit import ImageEncoder
 from medim_ray.train.build import build_crop, build_masking, needs_text, open_tokenizer, stream_plan
 from medim_ray.types import BOX
 
-Columns = dict[str, NDArray[Any]]
+Columns = Mapping[str, NDArray[Any]]
 Rows = tuple[Sequence[str], Sequence[Any], Sequence[str]]  # ids, encoded images, reports
 RECIPES = {
     "medim": ("configs/debug/medim-vit_tiny-2w-z1.yaml", 256, ("encoder.image_size=224",)),

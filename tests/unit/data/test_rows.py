@@ -30,7 +30,7 @@ def image_of(row: int) -> bytes:
 def row_values(row: int, checked: bool) -> dict[str, object]:
     image_id, report = f"i{row}", f"Report {row}."
     checksum = row_checksum(image_id.encode(), image_of(row), report.encode()) if checked else None
-    values = {"image_id": image_id, "image": image_of(row), "report": report, "checksum": checksum}
+    values: dict[str, object] = {"image_id": image_id, "image": image_of(row), "report": report, "checksum": checksum}
     return values | {"height": SIDE, "width": SIDE}
 
 
