@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export RAY_DATA_DISABLE_PROGRESS_BARS ?= 1
 
-.PHONY: demo test test-chaos studies lint clean
+.PHONY: demo peers test test-chaos studies lint clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -18,6 +18,13 @@ demo: .venv/installed
 	$(BIN)/medim-ray probe run=demo/run
 	$(BIN)/medim-ray masks run=demo/run out=demo/masks.html
 	$(BIN)/medim-ray report demo/run
+
+# What benchmarks/stream.py is measured against: an environment over ours that holds nothing but the peers.
+PEERS := webdataset mosaicml-streaming braceexpand brotli catalogue cramjam python-snappy zstd
+peers: .venv/installed
+	$(PYTHON) -m venv .venv-peers
+	cd .venv-peers/lib/python3*/site-packages && echo $(CURDIR)/.venv/lib/python3*/site-packages > ours.pth
+	.venv-peers/bin/pip install --quiet --no-deps $(PEERS)
 
 test: .venv/installed
 	$(BIN)/pytest -m "not chaos"
@@ -43,4 +50,4 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .hypothesis build *.egg-info demo
+	rm -rf .venv .venv-peers .mypy_cache .ruff_cache .hypothesis build *.egg-info demo
