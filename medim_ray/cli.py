@@ -185,12 +185,18 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
+    import psutil
+
     from medim_ray.config.schema import RunConfig
     from medim_ray.train.launch import launch, summary
     from medim_ray.train.signals import exit_code
+    from medim_ray.train.startup import Startup
 
+    startup = Startup(began=psutil.Process().create_time())
     config = load(RunConfig, args.config, args.overrides)
-    result = launch(config, validate=_validation() if config.validate.labels else None)
+    validate = _validation() if config.validate.labels else None
+    startup.mark("imports of the command")
+    result = launch(config, validate=validate, startup=startup)
     print(summary(result))
     return exit_code(result.signal) if result.signal else 0
 

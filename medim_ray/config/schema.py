@@ -85,6 +85,19 @@ class TrainConfig:
         50, "steps between checkpoints; one is always committed at the end", hashed=False, fixed=False
     )
     keep_last: int = option(2, "newest checkpoints that are kept", hashed=False, fixed=False)
+    max_pending_saves: int = option(
+        1,
+        "checkpoints that may be on their way to the storage while training goes on (each is a copy of the state in "
+        "memory); a save beyond waits",
+        hashed=False,
+        fixed=False,
+    )
+    storage_patience_s: float = option(
+        180.0,
+        "seconds in which a storage of run.dir that fails for a moment (503, cut connections) is asked again",
+        hashed=False,
+        fixed=False,
+    )
     use_gpu: bool = option(False, "one GPU per worker", hashed=False, fixed=False)
     cpus_per_worker: float = option(1.0, "logical CPUs of Ray per worker", hashed=False, fixed=False)
     max_failures: int = option(
@@ -119,7 +132,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.min_workers < 1 or self.min_workers > self.max_workers:
             raise ValueError(f"num_workers={self.num_workers}: a number from 1 on, or [least, most]")
-        for key in ("steps", "global_batch", "checkpoint_every", "keep_last", "max_errors"):
+        for key in ("steps", "global_batch", "checkpoint_every", "keep_last", "max_pending_saves", "max_errors"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 1")
         if self.zero not in (0, 1, 2, 3, "auto"):
@@ -151,7 +164,7 @@ class TrainConfig:
             raise ValueError(f"spike_factor={self.spike_factor}: must be above 1, e.g. 10, or 0 for none")
         if self.max_preemptions < -1:
             raise ValueError(f"max_preemptions={self.max_preemptions}: a number from 0 on, or -1 for no bound")
-        for key in ("lr", "min_lr", "weight_decay", "clip_norm", "max_failures"):
+        for key in ("lr", "min_lr", "weight_decay", "clip_norm", "max_failures", "storage_patience_s"):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 0")
         if self.clip_by == "part" and not self.clip_norm:

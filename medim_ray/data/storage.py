@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.config import conf
@@ -27,6 +27,9 @@ _PACKAGES |= {"http": "aiohttp", "https": "aiohttp", "sftp": "paramiko", "ssh": 
 _ENVIRONMENT = copy.deepcopy(conf)  # what fsspec took from files and FSSPEC_… variables, before this module adds to it
 _ATTEMPTS = 4  # of ours; clients of object stores try several times themselves
 _LASTING = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # waiting makes no room
+_LONGEST_PAUSE_S = 5.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +135,21 @@ def retried(url: str, read: Callable[[], bytes]) -> bytes:
                 raise RuntimeError(f"the storage of the images keeps failing ({_words(cause)})") from None
             time.sleep(0.2 * 3**attempt)
     raise AssertionError
+
+
+def patiently(do: Callable[[], T], patience_s: float) -> T:
+    """What `do` returns. Where the storage fails in a way that may pass it is asked again, in growing intervals, for
+    `patience_s` seconds; then its error is raised, as is at once any that is there to stay (no permission, disk full).
+    """
+    until, pause = time.monotonic() + patience_s, 0.2
+    while True:
+        try:
+            return do()
+        except Exception as error:
+            if not _passing(error) or getattr(error, "errno", None) in _FULL or time.monotonic() + pause > until:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
 def read_bytes(url: str) -> bytes:

@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 _LOG = logging.getLogger(__name__)
 VALIDATION = "validation/"  # names of numbers of an earlier checkpoint in a record of metrics.jsonl
 _MAX_PENDING = 64
+_MAX_WORDS = 100  # different warnings that are kept for the screen
 _RUN_FILE = "aim_run"
 
 
@@ -27,9 +28,11 @@ class Tracker:
     def __init__(self, aim_repo: str, run_dir: str, params: dict[str, Any]) -> None:
         self._latest: dict[str, Any] | None = None
         self._dropped = 0
+        self._startup: dict[str, float] = {}
+        self._told: dict[str, int] = {}
         self._run: Any = None
         self._last_step = -1
-        self._stop = False
+        self._wish = ""
         self._news: dict[str, Any] = {}
         if aim_repo:
             try:
@@ -58,14 +61,18 @@ class Tracker:
         self._last_step = self._run.get("last_step", -1)  # steps that are done again are not shown twice
         fs.pipe_file(file, f"{self._run.hash}\n".encode())
 
-    def log(self, record: dict[str, Any], dropped: int) -> tuple[bool, dict[str, Any]]:
-        """A record of metrics.jsonl, and how many the sender has dropped so far; whether the run is asked to stop, and
-        what was validated since the last call."""
+    def log(self, record: dict[str, Any], dropped: int) -> tuple[str, dict[str, Any]]:
+        """A record of metrics.jsonl, and how many the sender has dropped so far; what the workers are asked for (see
+        `ask`), and what was validated since the last call."""
+        self._startup = record.get("startup_s", self._startup)
+        for words in record.get("warnings", []):
+            if len(self._told) < _MAX_WORDS:
+                self._told.setdefault(words, record["step"])
         self._latest, self._dropped = record, dropped
         if self._run is not None and record["step"] > self._last_step:
             self._track(record)
         news, self._news = self._news, {}
-        return self._stop, news
+        return self._wish, news
 
     def validated(self, step: int, numbers: dict[str, float]) -> None:
         """Numbers of the checkpoint after `step` steps: to Aim, and on to the next record of metrics.jsonl."""
@@ -84,13 +91,20 @@ class Tracker:
                 with contextlib.suppress(Exception):
                     self._run.track(value, name=name, step=record["step"], epoch=record["epoch"])
 
-    def request_stop(self) -> None:
-        """The run is to commit a checkpoint and end: the answers to `log` say so from now on."""
-        self._stop = True
+    def ask(self, wish: str) -> None:
+        """The workers are to commit a checkpoint and end (train/control.py knows the reasons): the answers to `log`
+        say so from now on."""
+        self._wish = wish
+
+    def begin(self) -> None:
+        """A new group of workers starts: nothing is asked of it, and it has logged nothing."""
+        self._wish, self._latest = "", None
 
     def latest(self) -> dict[str, Any] | None:
-        """The newest record, for the progress line."""
-        return self._latest
+        """The newest record of this group of workers, for the progress line, with what its start took; `told`: what any
+        record warned of so far, with the first step of each."""
+        known = {"startup_s": self._startup, "told": self._told}
+        return None if self._latest is None else self._latest | known
 
     def close(self) -> int:
         """Flushes Aim; the number of dropped records."""
@@ -114,12 +128,12 @@ class TrackerClient:
         self._tracker = tracker
         self._pending: list[Any] = []
         self._dropped = 0
-        self._stop = False
+        self._wish = ""
         self._news: dict[str, Any] = {}
 
-    def stop_requested(self) -> bool:
-        """Whether an answer so far said that the run is to stop."""
-        return self._stop
+    def wish(self) -> str:
+        """What the newest answer asked the workers for, "" where nothing."""
+        return self._wish
 
     def news(self) -> dict[str, Any]:
         """What was validated since the last call, for the record of this step."""
@@ -131,8 +145,8 @@ class TrackerClient:
         if self._pending:
             answered, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
             with contextlib.suppress(ray.exceptions.RayError):  # the actor is a view: it may die and be started again
-                for stop, news in ray.get(answered):
-                    self._stop, self._news = self._stop or stop, self._news | news
+                for wish, news in ray.get(answered):
+                    self._wish, self._news = wish, self._news | news
         if len(self._pending) >= _MAX_PENDING:
             self._dropped += 1
             return

@@ -15,12 +15,13 @@ from ray.train import PreemptionError, TrainingFailedError
 from medim_ray.config.schema import TrainConfig
 from medim_ray.train.control import Outcome
 
-Kind = Literal["preemption", "loss", "error", "numbers", "data"]
+Kind = Literal["preemption", "loss", "error", "numbers", "data", "growth"]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended early. rank: of the worker that is to blame, where one is; details: its traceback."""
+    """Why an attempt ended early; growth is no fault. rank: of the worker that is to blame, where one is; details: its
+    traceback."""
 
     kind: Kind
     rank: int | None
@@ -34,11 +35,14 @@ class Failure:
 
 def of_outcome(outcome: Outcome) -> Failure | None:
     """The failure that the workers told of themselves, None where they ended as they should."""
-    if outcome.kind == "preempted":
-        return Failure("preemption", None, outcome.message)
-    if outcome.kind == "broken_rows":
-        return Failure("data", None, outcome.message)
-    return Failure("numbers", None, outcome.message) if outcome.kind == "bad_step" else None
+    kinds: dict[str, Kind] = {
+        "preempted": "preemption",
+        "resized": "growth",
+        "bad_step": "numbers",
+        "broken_rows": "data",
+    }
+    kind = kinds.get(outcome.kind)
+    return None if kind is None else Failure(kind, None, outcome.message)
 
 
 def of_error(error: TrainingFailedError) -> Failure:
@@ -98,6 +102,8 @@ class Budgets:
             return "train.on_bad_step=stop" if self.train.on_bad_step == "stop" else None
         if failure.kind == "data":
             return "trying again would meet the same shards"
+        if failure.kind == "growth":
+            return None
         if failure.kind == "error":
             enough = spent >= self.train.max_errors
             return f"the same step failed {spent} times (train.max_errors)" if enough else None

@@ -6,27 +6,50 @@ them back exactly, and nothing is unpickled. Ray and the loop are not known here
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from medim_ray.train import loss_scale, zero
 from medim_ray.train.store import SCHEMA_VERSION, Checkpoint, CheckpointStore
 
+_PIECE_BYTES = 4 << 20  # written at a time: a larger one would hold up the training thread (a copy keeps the GIL)
+_DTYPES = {  # the names of the format
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
-def save(store: CheckpointStore, engine: Any, step: int, facts: dict[str, Any]) -> str:
-    """Collective: commits the state after `step` optimizer steps; returns the checkpoint's name on every rank."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    names = [store.next_name(step) if rank == 0 else ""]
-    dist.broadcast_object_list(names)
-    name = names[0]
+
+@dataclass(frozen=True)
+class State:
+    """One rank's part of the training state after a step, copied: nothing that the next step changes."""
+
+    step: int
+    optimizer_step: float
+    loss_scale: dict[str, Any]
+    tensors: dict[str, Tensor]  # "name|kind" -> flat, on the host
+    index: dict[str, Any]  # name -> its place in the full tensor, as the manifest has it
+
+
+@torch.no_grad()
+def copy_state(engine: Any, step: int, spare: Mapping[str, Tensor]) -> State:
+    """What this rank has to save of the state after `step` optimizer steps; the one part of a save that a step waits
+    for. spare: tensors of a state that is written, to be filled again (fresh memory costs more than the copy)."""
     tensors: dict[str, Tensor] = {}
     index: dict[str, Any] = {}
     for fragment in zero.fragments(engine, own=True):
@@ -37,29 +60,76 @@ def save(store: CheckpointStore, engine: Any, step: int, facts: dict[str, Any]) 
             "kinds": list(fragment.tensors),
         }
         for kind, tensor in fragment.tensors.items():
-            tensors[f"{fragment.name}|{kind}"] = tensor.detach().cpu().clone()
-    with tempfile.TemporaryDirectory(prefix="medim-ray-") as folder:
-        file = Path(folder) / f"rank-{rank:05d}.safetensors"
-        save_file(tensors, file)
-        entry = store.write(file, name) | {"tensors": index}
-    entries: list[Any] = [None] * world_size
-    dist.all_gather_object(entries, {file.name: entry})
+            key = f"{fragment.name}|{kind}"
+            room = spare.get(key)
+            if room is None or (room.shape, room.dtype) != (tensor.shape, tensor.dtype):
+                room = torch.empty(tensor.shape, dtype=tensor.dtype)
+            tensors[key] = room.copy_(tensor)
+    return State(step, zero.optimizer_step(engine), loss_scale.scaler_state(engine), tensors, index)
+
+
+def write_state(
+    store: CheckpointStore, name: str, state: State, facts: dict[str, Any], before: Callable[[], None], group: Any
+) -> str:
+    """Collective over `group`: every rank calls `before` and writes its file, then rank 0 the manifest, which commits.
+
+    Returns why there is no such checkpoint, in words and on every rank; "" where it is committed.
+    """
+    rank = dist.get_rank()
+    file = f"rank-{rank:05d}.safetensors"
+    entry: dict[str, Any] = {}
+    problem = ""
+    try:
+        before()
+        entry = store.write(name, file, lambda: _serialized(state.tensors)) | {"tensors": state.index}
+    except Exception as error:  # whatever it is, the other ranks wait to hear of it
+        problem = f"rank {rank}: {_words(error)}"
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (file, entry, problem), group=group)
+    problem = "; ".join(told for *_, told in parts if told)
     if rank == 0:
-        files = {file: facts for one in entries for file, facts in one.items()}
-        store.commit(
-            name,
-            {
-                "schema_version": SCHEMA_VERSION,
-                "step": step,
-                "world_size": world_size,
-                "optimizer_step": zero.optimizer_step(engine),
-                "loss_scale": loss_scale.scaler_state(engine),
-                **facts,
-                "files": files,
-            },
-        )
-    dist.barrier()
-    return name
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "step": state.step,
+            "world_size": len(parts),
+            "optimizer_step": state.optimizer_step,
+            "loss_scale": state.loss_scale,
+            **facts,
+            "files": {file: entry for file, entry, _ in parts},
+        }
+        try:
+            if problem:
+                store.remove(name)
+            else:
+                store.commit(name, manifest)
+        except Exception as error:
+            problem = problem or _words(error)
+    verdict = [problem]
+    dist.broadcast_object_list(verdict, group=group)
+    return verdict[0]
+
+
+def _words(error: Exception) -> str:
+    """The first line of an error, after its kind where that says more."""
+    text = next(iter(str(error).splitlines()), "")
+    return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
+
+
+def _serialized(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The bytes of a safetensors file in pieces, without a second copy of the tensors (the package would make one)."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # keeps each one aligned
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for _, tensor in ordered:
+        data = memoryview(tensor.contiguous().view(torch.uint8).numpy())
+        for at in range(0, len(data), _PIECE_BYTES):
+            yield data[at : at + _PIECE_BYTES]
 
 
 class SavedTensors:
@@ -102,16 +172,6 @@ class SavedTensors:
         kind = "buffer" if "buffer" in self.kinds[name] else "param"
         shape = self.shapes[name]
         return self.read(name, kind, 0, int(torch.Size(shape).numel())).view(shape)
-
-
-def agree_on_newest(store: CheckpointStore, report: Callable[[str], None]) -> Checkpoint | None:
-    """Collective: the newest checkpoint that can be used. Rank 0 verifies it, once for all."""
-    names: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        newest = store.newest(report)
-        names = [newest.name if newest is not None else None]
-    dist.broadcast_object_list(names)
-    return store.open(names[0]) if names[0] is not None else None
 
 
 @torch.no_grad()

@@ -16,16 +16,17 @@ from typing import Any, Literal
 import ray
 import ray.train
 
-STOP, WARNED, PREEMPTION = "stop", "warned", "preemption"  # names of the flags in the reduction
+STOP, RESIZE, WARNED, PREEMPTION = "stop", "resize", "warned", "preemption"  # names of the flags in the reduction
 _PREEMPTION_EVERY_S = 2.0
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a worker returns. kind: finished (train.steps or stop_after), stopped (asked to), preempted (its node goes
-    away), bad_step (health.py), broken_rows (feed.py). step: optimizer steps that are committed."""
+    away), resized (a larger group has room), bad_step (health.py), broken_rows (feed.py). step: optimizer steps that
+    are committed."""
 
-    kind: Literal["finished", "stopped", "preempted", "bad_step", "broken_rows"]
+    kind: Literal["finished", "stopped", "preempted", "resized", "bad_step", "broken_rows"]
     step: int
     message: str = ""
 
@@ -47,7 +48,7 @@ def catch_sigterm() -> None:
 class RunControl:
     """One rank's view. `wishes` goes into the reduction of a step, `decide` reads its sum.
 
-    mailbox: on rank 0, tells whether the driver wants a stop (TrackerClient); None on the others.
+    mailbox: on rank 0, tells what the driver wants, STOP or RESIZE (TrackerClient); None on the others.
     """
 
     def __init__(self, mailbox: Any | None) -> None:
@@ -55,17 +56,18 @@ class RunControl:
         self._next_look = time.monotonic()
 
     def wishes(self) -> dict[str, float]:
-        """{STOP: the driver asked for it, WARNED: this worker got SIGTERM, PREEMPTION: it is time to ask Ray}, as
-        numbers to be summed."""
-        stop = self._mailbox is not None and self._mailbox.stop_requested()
+        """{STOP, RESIZE: the driver asked for it, WARNED: this worker got SIGTERM, PREEMPTION: it is time to ask Ray},
+        as numbers to be summed."""
+        wish = self._mailbox.wish() if self._mailbox is not None else ""
         look = self._mailbox is not None and time.monotonic() >= self._next_look
         if look:
             self._next_look = time.monotonic() + _PREEMPTION_EVERY_S
-        return {STOP: float(stop), WARNED: float(_sigterm.is_set()), PREEMPTION: float(look)}
+        asked = {name: float(wish == name) for name in (STOP, RESIZE)}
+        return {**asked, WARNED: float(_sigterm.is_set()), PREEMPTION: float(look)}
 
     def decide(
         self, sums: dict[str, float], too_many_broken: str = ""
-    ) -> tuple[Literal["stopped", "preempted", "broken_rows"], str] | None:
+    ) -> tuple[Literal["stopped", "preempted", "resized", "broken_rows"], str] | None:
         """Collective in the sense that every rank calls it with the same values: how the run ends now, if it does."""
         if too_many_broken:
             return "broken_rows", too_many_broken
@@ -73,6 +75,8 @@ class RunControl:
             return "stopped", "asked to stop"
         if sums[WARNED]:
             return "preempted", f"{sums[WARNED]:.0f} workers got SIGTERM"
+        if sums[RESIZE]:
+            return "resized", "there is room for more workers"
         if sums[PREEMPTION]:
             # A barrier over the ranks, so it is asked seldom and by all in the same step.
             info = ray.train.get_preemption_info()

@@ -38,18 +38,21 @@ from medim_ray.data.storage import is_local, storage_faults
 from medim_ray.models.vit import INITS
 from medim_ray.track.tracker import start_tracker
 from medim_ray.train.attempts import Budgets, of_error, of_outcome
-from medim_ray.train.backend import WarnedTorchConfig
+from medim_ray.train.backend import WorkerBackend
 from medim_ray.train.build import build_masking, needs_text, stream_plan
-from medim_ray.train.control import Outcome
+from medim_ray.train.control import RESIZE, STOP, Outcome
 from medim_ray.train.fit import Estimate, estimate, resolve_stage
+from medim_ray.train.growth import Growth
 from medim_ray.train.progress import progress
 from medim_ray.train.runs import read_config, write_config
 from medim_ray.train.signals import aside, stop_signals
-from medim_ray.train.store import Checkpoint, CheckpointStore
+from medim_ray.train.startup import Startup
+from medim_ray.train.store import Checkpoint, CheckpointStore, Start
 from medim_ray.train.stream import StreamFactory, reader_factory, run_worker
 from medim_ray.train.validation import Validate, validation
 
 LEASE = ".lease"  # in the run folder, while a job trains there
+_NEVER_S = 1e9
 _START_S = 30.0  # seconds after a stop signal in which workers that are starting may make their first step
 
 
@@ -64,14 +67,19 @@ class RunResult:
     signal: int = 0
 
 
-def launch(config: RunConfig, console: Console | None = None, validate: Validate | None = None) -> RunResult:
+def launch(
+    config: RunConfig,
+    console: Console | None = None,
+    validate: Validate | None = None,
+    startup: Startup | None = None,
+) -> RunResult:
     """Trains to the end of the run or to `train.stop_after`, from wherever its newest checkpoint is; SIGTERM, SIGINT
     and SIGUSR1 make it commit a checkpoint and return. validate: probes a committed checkpoint, where
-    `validate.labels` names what (train/validation.py).
+    `validate.labels` names what (train/validation.py). startup: of the command, where its time counts.
 
     ValueError for what the user can mend; RuntimeError, with the workers' error, where training failed.
     """
-    console = console or Console(stderr=True)
+    console, startup = console or Console(stderr=True), startup or Startup()
     console.soft_wrap = not console.is_terminal  # a message of a log file is one line
     shards = check(config)
     config = absolute_paths(config)
@@ -81,15 +89,17 @@ def launch(config: RunConfig, console: Console | None = None, validate: Validate
             raise ValueError(f"run.dir={config.run.dir} is a file: give a folder, it is made where it is not there")
         try:
             with Lease(fs, f"{root.rstrip('/')}/{LEASE}", what=f"run.dir={config.run.dir}"):
-                return _launch(config, shards, console, validate)
+                return _launch(config, shards, console, validate, startup)
         finally:
             if is_local(fs):  # what was refused before it began leaves nothing behind
                 with contextlib.suppress(OSError):
                     Path(root).rmdir()
 
 
-def _launch(config: RunConfig, shards: ShardSet, console: Console, validate: Validate | None) -> RunResult:
-    launched_at = time.time()
+def _launch(
+    config: RunConfig, shards: ShardSet, console: Console, validate: Validate | None, startup: Startup
+) -> RunResult:
+    launched_at = startup.began
     newest = _newest(config, shards, lambda text: console.print(f"[yellow]{text}"))
     done = newest.step if newest is not None else 0
     if done >= config.train.last_step:
@@ -99,17 +109,20 @@ def _launch(config: RunConfig, shards: ShardSet, console: Console, validate: Val
         console.print(f"[yellow]text.* is set, but objective.name={config.objective.name} reads no report")
     if newest is not None:
         console.print(f"resuming {config.run.dir} from {newest.name} (step {done} of {config.train.steps})")
+    startup.mark("checks")
     with ThreadPoolExecutor(1) as pool:
         # Looks at encoder and tokenizer, for which it loads timm: seconds that Ray takes to start.
         reader = pool.submit(reader_factory, config, shards)
         plan = pool.submit(estimate, config)
         with ray_session(config.run.ray_address, _cpus(config)):
+            startup.mark("starting Ray")
             _look_at_resources(config, console)
             make_reader = reader.result()
             config, flops_per_image = _with_stage(config, plan, console)
+            startup.mark("looking at the model")
             pace = {"launched_at": launched_at, "flops_per_image": flops_per_image}
-            signal_number = _attempts(config, shards, make_reader, done, console, validate, pace)
-    step = _committed(config)
+            signal_number = _attempts(config, shards, make_reader, newest, console, validate, startup, pace)
+    step = _store(config).committed_step()
     if step < config.train.last_step and not signal_number:
         raise RuntimeError(
             f"the workers ended, but {config.run.dir} holds no checkpoint of step {config.train.last_step} here: "
@@ -153,7 +166,7 @@ def _look_at_resources(config: RunConfig, console: Console) -> None:
 
 def _newest(config: RunConfig, shards: ShardSet, report: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint that the run goes on from; ValueError where it was trained on other data."""
-    newest = CheckpointStore(config.run.dir).newest(report)
+    newest = _store(config).newest(report)
     if newest is not None and newest.manifest["data_hash"] != shards.content_hash:
         raise ValueError(
             f"{config.run.dir} was trained on other shards: data.shards={config.data.shards} has content "
@@ -163,19 +176,18 @@ def _newest(config: RunConfig, shards: ShardSet, report: Callable[[str], None]) 
     return newest
 
 
-def _committed(config: RunConfig) -> int:
-    """Optimizer steps behind the newest committed checkpoint."""
-    newest = CheckpointStore(config.run.dir).newest()
-    return newest.step if newest is not None else 0
+def _store(config: RunConfig) -> CheckpointStore:
+    return CheckpointStore(config.run.dir, config.train.storage_patience_s)
 
 
 def _attempts(
     config: RunConfig,
     shards: ShardSet,
     reader: ReaderFactory,
-    done: int,
+    newest: Checkpoint | None,
     console: Console,
     validate: Validate | None,
+    startup: Startup,
     pace: dict[str, float | None],
 ) -> int:
     """Groups of workers, one after the other, until the run is where it should be; the signal that ended it before.
@@ -186,27 +198,34 @@ def _attempts(
     tree = to_tree(config)
     tracker = start_tracker(_aim_repo(config) if config.track.aim else "", config.run.dir, tree)
     budgets = Budgets(config.train)
+    growth = Growth(config.train)
+    store = _store(config)
+    start = _start(newest, store.next_attempt())
     try:
         with (
-            progress(config.train.last_step, done, tracker, console),
+            progress(config.train.last_step, start.step, tracker, console),
             stop_signals() as received,
             validation(config, validate, tracker, received, console),
         ):
             while True:
                 try:
-                    failure = of_outcome(_fit(_trainer(config, shards, reader, tracker, pace), tracker, received))
+                    trainer = _trainer(config, shards, reader, tracker, {"start": start, "startup": startup, **pace})
+                    failure = of_outcome(_fit(trainer, tracker, received, growth))
                 except ray.train.TrainingFailedError as error:
                     failure, cause = of_error(error), error
                 else:
                     cause = None
                 if failure is None or received:
                     return received[0] if received else 0
-                step = _committed(config)
-                why_enough = budgets.exhausted_by(failure, step)
+                startup = Startup()
+                newest = store.newest(lambda text: console.print(f"[yellow]{escape(text)}", highlight=False))
+                start = _start(newest, max(start.attempt, store.next_attempt() - 1) + 1)
+                why_enough = budgets.exhausted_by(failure, start.step)
                 if why_enough:
                     console.print(failure.details, markup=False, highlight=False)
-                    raise RuntimeError(f"training ended after step {step}: {failure} ({why_enough})") from cause
-                console.print(f"[yellow]{escape(str(failure))}: going on from step {step}")
+                    raise RuntimeError(f"training ended after step {start.step}: {failure} ({why_enough})") from cause
+                startup.mark("verifying the checkpoint")
+                console.print(f"[yellow]{escape(str(failure))}: going on from step {start.step}")
     finally:
         with contextlib.suppress(ray.exceptions.RayError):  # Aim is a view: its end must not hold up the run's
             dropped = ray.get(tracker.close.remote(), timeout=20)
@@ -215,18 +234,29 @@ def _attempts(
         ray.kill(tracker)
 
 
-def _fit(trainer: TorchTrainer, tracker: Any, received: list[int]) -> Outcome:
-    """What the workers return; the first signal received asks them to commit a checkpoint and end."""
+def _start(newest: Checkpoint | None, attempt: int) -> Start:
+    return Start("", 0, attempt) if newest is None else Start(newest.name, newest.step, attempt)
+
+
+def _fit(trainer: TorchTrainer, tracker: Any, received: list[int], growth: Growth) -> Outcome:
+    """What the workers return; the first signal received asks them to commit a checkpoint and end, and so does room for
+    a larger group."""
+    ray.get(tracker.begin.remote())
+    growth.begin()
     future: Future[Outcome] = aside(lambda: trainer.fit().return_value)
     asked_at: float | None = None
     while not wait([future], timeout=0.2).done:
         if received and asked_at is None:
-            tracker.request_stop.remote()
+            tracker.ask.remote(STOP)
             asked_at = time.monotonic()
         elif (
             asked_at is not None and time.monotonic() > asked_at + _START_S and ray.get(tracker.latest.remote()) is None
         ):
             return Outcome(kind="stopped", step=0, message="no worker has started")  # there is no state to commit
+        elif asked_at is None and growth.is_due():
+            record = ray.get(tracker.latest.remote())
+            if record is not None and growth.look(record["num_workers"]):
+                tracker.ask.remote(RESIZE)
     return future.result()
 
 
@@ -329,11 +359,13 @@ def _aim_repo(config: RunConfig) -> str:
 
 
 def _trainer(
-    config: RunConfig, shards: ShardSet, reader: ReaderFactory, tracker: Any, pace: dict[str, float | None]
+    config: RunConfig, shards: ShardSet, reader: ReaderFactory, tracker: Any, settings: dict[str, Any]
 ) -> TorchTrainer:
-    """One group of workers. Ray Train retries nothing by itself: attempts.py tells failures apart."""
+    """One group of workers; settings: for each, beside the configuration. Ray Train retries nothing by itself:
+    attempts.py tells failures apart."""
     train = config.train
-    stream = StreamFactory(stream_plan(config, shards), reader, config.run.dir, train.last_step, config.data.num_actors)
+    plan = stream_plan(config, shards)
+    stream = StreamFactory(plan, reader, settings["start"].step, train.last_step, config.data.num_actors)
     fs, root = fsspec.core.url_to_fs(config.run.dir)
     env = {"OMP_NUM_THREADS": str(max(1, int(train.cpus_per_worker)))}
     if not train.use_gpu:
@@ -342,11 +374,12 @@ def _trainer(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(train.hang_timeout_s)
-    elastic = {} if isinstance(train.num_workers, int) else {"elastic_resize_monitor_interval_s": train.resize_every_s}
+    # Ray Train takes as many workers as there is room for; when to grow is decided here (growth.py).
+    elastic = {} if isinstance(train.num_workers, int) else {"elastic_resize_monitor_interval_s": _NEVER_S}
     return TorchTrainer(
         run_worker,
-        train_loop_config={"config": to_tree(config), "tracker": tracker, **pace},
-        torch_config=WarnedTorchConfig(backend=None if train.use_gpu else "gloo"),
+        train_loop_config={"config": to_tree(config), "tracker": tracker, **settings},
+        torch_config=WorkerBackend("nccl" if train.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,
             use_gpu=train.use_gpu,

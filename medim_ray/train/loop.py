@@ -133,6 +133,7 @@ def record(
         "lr": run.lr(step),
         "grad_norm": None if omitted else grad_norm(run.engine),
         **({} if omitted else engine_numbers(run.engine)),
+        "num_workers": run.config.num_workers,
         "samples_key": int(sums["samples_key"]),
         **feed_record(sums),
         "samples_per_s": run.config.global_batch / elapsed,

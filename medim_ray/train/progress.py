@@ -10,9 +10,11 @@ from typing import Any
 
 import ray
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from medim_ray.train.startup import describe_startup
 from medim_ray.train.throughput import ADDED
 
 _LOG_EVERY_S = 10.0
@@ -36,15 +38,19 @@ def progress(last_step: int, done: int, tracker: Any, console: Console) -> Itera
     task = bar.add_task("pretrain", total=last_step, completed=done, terms="starting workers")
     stop = threading.Event()
     told_words: set[str] = set()
+    told_starts: list[dict[str, float]] = []
 
     def show() -> int:
         with contextlib.suppress(ray.exceptions.RayError):
             record = ray.get(tracker.latest.remote(), timeout=5)
             if record is not None:
-                for words in record.get("warnings", []):
+                for words, step in record["told"].items():
                     if words not in told_words:  # once a launch; metrics.jsonl has every step
                         told_words.add(words)
-                        console.print(f"[yellow]step {record['step']}: {words}")
+                        console.print(f"[yellow]step {step}: {escape(words)}", highlight=False)
+                if record["startup_s"] not in told_starts:
+                    told_starts.append(record["startup_s"])
+                    console.print(describe_startup(record["startup_s"]), highlight=False, soft_wrap=True)
                 bar.update(task, completed=record["step"] + 1, terms=describe(record))
                 return int(record["step"]) + 1
         return 0

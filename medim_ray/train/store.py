@@ -10,18 +10,20 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
-from medim_ray.data.storage import committed, is_local
+from medim_ray.data.storage import committed, is_local, patiently
 
 SCHEMA_VERSION = 2  # 2: the manifest tells which tensors lie in which file, and the data
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})-(\d+)$")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,33 +35,57 @@ class Checkpoint:
     manifest: dict[str, Any]
 
 
-class CheckpointStore:
-    """The checkpoints of a run under RUN/checkpoints, on any fsspec filesystem."""
+@dataclass(frozen=True)
+class Start:
+    """What a group of workers begins with, as the driver found it: a checkpoint that it has verified ("": none), the
+    steps behind it, and the number of the group's attempt."""
 
-    def __init__(self, run_dir: str) -> None:
+    checkpoint: str
+    step: int
+    attempt: int
+
+
+def checkpoint_name(step: int, attempt: int) -> str:
+    """The folder of the state after `step` optimizer steps. attempt: of the group of workers that saves it; no two
+    groups of a run have the same number, so none writes into a folder of another one."""
+    return f"step-{step:08d}-{attempt}"
+
+
+class CheckpointStore:
+    """The checkpoints of a run under RUN/checkpoints, on any fsspec filesystem.
+
+    patience_s: how long a storage that fails for a moment is asked again (besides what its client does by itself).
+    """
+
+    def __init__(self, run_dir: str, patience_s: float = 0.0) -> None:
         self._fs, root = fsspec.core.url_to_fs(run_dir)
         self.root = f"{root.rstrip('/')}/checkpoints"
-        self.is_local = is_local(self._fs)
+        self._is_local = is_local(self._fs)
+        self._patience_s = patience_s
+
+    def _ask(self, do: Callable[[], T]) -> T:
+        return patiently(do, self._patience_s)
 
     def names(self) -> list[str]:
         """Folders of checkpoints, committed or not, newest step first (of one step, the latest attempt first)."""
-        self._fs.invalidate_cache()
-        if not self._fs.exists(self.root):
-            return []
-        found = (Path(entry).name for entry in self._fs.ls(self.root, detail=False))
+
+        def listing() -> list[str]:
+            self._fs.invalidate_cache()
+            return list(self._fs.ls(self.root, detail=False)) if self._fs.exists(self.root) else []
+
+        found = (Path(entry).name for entry in self._ask(listing))
         keyed = [(int(m[1]), int(m[2]), name) for name in found if (m := _NAME.fullmatch(name))]
         return [name for _, _, name in sorted(keyed, reverse=True)]
 
-    def next_name(self, step: int) -> str:
-        """A name for step `step` that no attempt has used."""
-        attempts = [int(m[2]) for name in self.names() if (m := _NAME.fullmatch(name)) and int(m[1]) == step]
-        return f"step-{step:08d}-{max(attempts, default=-1) + 1}"
+    def next_attempt(self) -> int:
+        """A number that no group of workers has used so far."""
+        return max((_attempt(name) for name in self.names()), default=-1) + 1
 
     def problem(self, name: str) -> str | None:
         """Why a checkpoint can't be used, or None: the manifest is there and every file has its size and checksum."""
         folder = f"{self.root}/{name}"
         try:
-            manifest = json.loads(self._fs.cat_file(f"{folder}/{MANIFEST}"))
+            manifest = self._manifest(name)
         except FileNotFoundError:
             return "it was never committed (no manifest)"
         except ValueError:
@@ -68,13 +94,19 @@ class CheckpointStore:
             return f"its schema version is {manifest.get('schema_version')}, this package reads {SCHEMA_VERSION}"
         for file, facts in manifest["files"].items():
             try:
-                with self._fs.open(f"{folder}/{file}", "rb") as stream:
-                    digest = hashlib.file_digest(stream, "blake2b").hexdigest()
+                digest = self._ask(partial(self._digest, f"{folder}/{file}"))
             except FileNotFoundError:
                 return f"{file} is missing"
             if digest != facts["blake2b"]:
                 return f"{file} differs from its checksum"
         return None
+
+    def _manifest(self, name: str) -> dict[str, Any]:
+        return dict(json.loads(self._ask(lambda: self._fs.cat_file(f"{self.root}/{name}/{MANIFEST}"))))
+
+    def _digest(self, path: str) -> str:
+        with self._fs.open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "blake2b").hexdigest()
 
     def newest(self, report: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
         """The newest checkpoint that can be used; `report` is told which ones were passed over and why."""
@@ -87,52 +119,81 @@ class CheckpointStore:
 
     def is_committed(self, name: str) -> bool:
         """Its manifest is there; whether the files fit it is the question of `problem`."""
-        return bool(self._fs.exists(f"{self.root}/{name}/{MANIFEST}"))
+        return bool(self._ask(lambda: self._fs.exists(f"{self.root}/{name}/{MANIFEST}")))
+
+    def committed_step(self) -> int:
+        """Optimizer steps behind the newest committed checkpoint, 0 where there is none; no file is looked at."""
+        return next((self.open(name).step for name in self.names() if self.is_committed(name)), 0)
 
     def open(self, name: str) -> Checkpoint:
         """A committed checkpoint by its name; its files are not looked at."""
-        manifest = json.loads(self._fs.cat_file(f"{self.root}/{name}/{MANIFEST}"))
+        manifest = self._manifest(name)
         return Checkpoint(name, manifest["step"], manifest)
 
     def prune(self, keep_last: int, current: str, also: Collection[str] = ()) -> None:
         """Keeps `current`, which was just committed, the `keep_last` - 1 committed ones before it, and `also`.
 
-        Later steps belong to a time line that was rolled back (a damaged newest checkpoint was passed over): they go,
-        and so does whatever was never committed.
+        Later steps of other attempts belong to a time line that was rolled back (a damaged newest checkpoint was passed
+        over): they go, and so does whatever was never committed. Later steps of the same attempt are being written.
         """
         names = self.names()
-        before = names[names.index(current) + 1 :]
-        usable = [name for name in before if self.is_committed(name)]
-        for name in set(names) - {current, *usable[: keep_last - 1], *also}:
-            with contextlib.suppress(FileNotFoundError):
-                self._fs.rm(f"{self.root}/{name}", recursive=True)
+        at = names.index(current)
+        usable = [name for name in names[at + 1 :] if self.is_committed(name)]
+        writing = [name for name in names[:at] if _attempt(name) == _attempt(current)]
+        for name in set(names) - {current, *usable[: keep_last - 1], *writing, *also}:
+            self.remove(name)
+
+    def remove(self, name: str) -> None:
+        """Removes a checkpoint, the manifest first: what is left of it if this is cut short does not count."""
+
+        def gone() -> None:
+            for path, recursive in ((f"{self.root}/{name}/{MANIFEST}", False), (f"{self.root}/{name}", True)):
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.rm(path, recursive=recursive)
+
+        self._ask(gone)
 
     @contextlib.contextmanager
     def local_files(self, name: str) -> Iterator[Callable[[str], Path]]:
         """A function from a file's name to its local path: in place on a local disk, otherwise downloaded when asked
         for, so that a rank fetches what it needs and not the whole checkpoint."""
-        if self.is_local:
+        if self._is_local:
             yield lambda file: Path(self.root) / name / file
             return
         with tempfile.TemporaryDirectory(prefix="medim-ray-") as folder:
 
             def fetch(file: str) -> Path:
                 local = Path(folder) / file
-                self._fs.get_file(f"{self.root}/{name}/{file}", str(local))
+                self._ask(lambda: self._fs.get_file(f"{self.root}/{name}/{file}", str(local)))
                 return local
 
             yield fetch
 
-    def write(self, local: Path, name: str) -> dict[str, Any]:
-        """Copies one file into the checkpoint; its bytes and checksum for the manifest."""
-        with local.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "blake2b").hexdigest()
-        self._fs.makedirs(f"{self.root}/{name}", exist_ok=True)
-        self._fs.put_file(str(local), f"{self.root}/{name}/{local.name}")
-        return {"bytes": local.stat().st_size, "blake2b": digest}
+    def write(self, name: str, file: str, chunks: Callable[[], Iterable[memoryview]]) -> dict[str, Any]:
+        """Writes one file of a checkpoint; its bytes and checksum for the manifest. chunks: called for each try."""
+        folder = f"{self.root}/{name}"
+
+        def once() -> dict[str, Any]:
+            digest, num_bytes = hashlib.blake2b(), 0
+            with committed(self._fs, f"{folder}/{file}", folder) as out:
+                for chunk in chunks():
+                    digest.update(chunk)
+                    out.write(chunk)
+                    num_bytes += chunk.nbytes
+            return {"bytes": num_bytes, "blake2b": digest.hexdigest()}
+
+        return self._ask(once)
 
     def commit(self, name: str, manifest: dict[str, Any]) -> None:
         """Writes the manifest: from here on the checkpoint exists."""
-        folder = f"{self.root}/{name}"
-        with committed(self._fs, f"{folder}/{MANIFEST}", folder) as file:
-            file.write(json.dumps(manifest, indent=1).encode())
+        folder, text = f"{self.root}/{name}", json.dumps(manifest, indent=1).encode()
+
+        def once() -> None:
+            with committed(self._fs, f"{folder}/{MANIFEST}", folder) as out:
+                out.write(text)
+
+        self._ask(once)
+
+
+def _attempt(name: str) -> int:
+    return int(name.rpartition("-")[2])

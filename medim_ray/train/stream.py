@@ -15,7 +15,6 @@ from ray.data import Dataset
 
 from medim_ray.data.pipeline import ReaderFactory, train_stream
 from medim_ray.data.plan import StreamPlan
-from medim_ray.train.store import CheckpointStore
 
 if TYPE_CHECKING:
     from medim_ray.config.schema import RunConfig
@@ -35,6 +34,7 @@ def reader_factory(config: RunConfig, shards: ShardSet) -> ReaderFactory:
 
 def run_worker(settings: dict[str, Any]) -> Outcome:
     """Entry point of a Ray Train worker. settings: those of train_worker."""
+    settings["startup"].mark("starting the workers")
     blocks = ray.train.get_dataset_shard("train").iter_batches(
         batch_size=None, batch_format="numpy", prefetch_batches=settings["config"]["data"]["prefetch_blocks"]
     )
@@ -55,15 +55,13 @@ def early(items: Iterable[T]) -> Iterator[T]:
 
 @dataclass(frozen=True)
 class StreamFactory:
-    """Called by Ray Train at every start of the worker group: the stream from the newest checkpoint on."""
+    """Called by Ray Train when it starts a group of workers: the stream of the steps [first_step, last_step)."""
 
     plan: StreamPlan
     make_reader: ReaderFactory
-    run_dir: str
+    first_step: int
     last_step: int
     num_actors: int
 
     def __call__(self) -> Dataset:
-        newest = CheckpointStore(self.run_dir).newest()
-        first_step = newest.step if newest is not None else 0
-        return train_stream(self.plan, self.make_reader, first_step, self.last_step, self.num_actors)
+        return train_stream(self.plan, self.make_reader, self.first_step, self.last_step, self.num_actors)

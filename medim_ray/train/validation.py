@@ -61,7 +61,7 @@ class _Watcher:
 
     def __init__(self, config: RunConfig, validate: Validate, tracker: Any, console: Console) -> None:
         self._config, self._tracker, self._console = config, tracker, console
-        self._store = CheckpointStore(config.run.dir)
+        self._store = CheckpointStore(config.run.dir, config.train.storage_patience_s)
         self._rows = read_validation(config.run.dir)
         # Not in a placement group that this process may be in: a trial of a sweep has room for itself alone.
         options = {"num_cpus": config.validate.num_cpus, "scheduling_strategy": "DEFAULT", "max_retries": 0}

@@ -1,16 +1,18 @@
 """What runs in each Ray Train worker: build the pieces, restore, hand them to the loop. The stream starts elsewhere.
 
-The controller builds the stream from the newest checkpoint at every start of the worker group (launch.py); the worker
-restores the same checkpoint, and the loop checks that both are at the same step.
+The driver verifies the newest checkpoint and tells it to both (launch.py): the controller builds the stream from its
+step on, the worker restores it, and the loop checks that both are at the same step.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import queue
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from medim_ray.config.schema import RunConfig, TrainConfig
 from medim_ray.data.collate import Columns, steps_of_rank
 from medim_ray.data.reader import STEP
 from medim_ray.data.shards import ShardSet
+from medim_ray.data.storage import patiently
 from medim_ray.plan.probe import worker_peak
 from medim_ray.schedules import cosine
 from medim_ray.track.tracker import TrackerClient
@@ -34,20 +37,27 @@ from medim_ray.train.feed import BrokenRows
 from medim_ray.train.health import BadStep, NumberGuard, omitted_steps, write_bad_step, write_batch_plan
 from medim_ray.train.loop import Trainer, train
 from medim_ray.train.metrics import METRICS, JsonLinesFile, read_metrics
-from medim_ray.train.store import CheckpointStore
+from medim_ray.train.saver import Saver
+from medim_ray.train.startup import Startup
+from medim_ray.train.store import CheckpointStore, Start
 from medim_ray.train.throughput import Meter, Pace
 from medim_ray.train.validation import read_best
 from medim_ray.train.zero import build_engine
 
 _LOG = logging.getLogger(__name__)
+_LAST_SAVE_S = 20.0  # for a save that is under way when an exception ends this worker
 
 
 class RunRecorder:
-    """metrics.jsonl and the tracker, on rank 0; nothing on the others."""
+    """metrics.jsonl and the tracker, on rank 0; nothing on the others. startup: goes into the first record."""
 
-    def __init__(self, run_dir: str, first_step: int, tracker: Any, pace: Pace | None, train: TrainConfig) -> None:
+    def __init__(
+        self, run_dir: str, first_step: int, tracker: Any, pace: Pace | None, train: TrainConfig, startup: Startup
+    ) -> None:
         """pace: None on all ranks but the first. Steps after `first_step` belong to an attempt that was rolled back."""
         self._train = train
+        self._startup: Startup | None = startup
+        self._words: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._file: JsonLinesFile | None = None
         self._meter: Meter | None = None
         if pace is not None:
@@ -57,9 +67,20 @@ class RunRecorder:
             self._file = JsonLinesFile(run_dir, METRICS, kept)
         self.tracker = TrackerClient(tracker) if pace is not None and tracker is not None else None
 
+    def tell(self, words: str) -> None:
+        """For the `warnings` of the next record; from any thread."""
+        _LOG.warning(words)
+        self._words.put(words)
+
     def log(self, record: dict[str, Any]) -> None:
         if self._file is None or self._meter is None:
             return
+        if self._startup is not None:
+            self._startup.mark("first step")
+            record, self._startup = record | {"startup_s": self._startup.parts}, None
+        words = [self._words.get() for _ in range(self._words.qsize())]
+        if words:
+            record = record | {"warnings": [*record.get("warnings", []), *words]}
         done = record["step"] + 1
         record = self._meter.add(record, done % self._train.checkpoint_every == 0 or done == self._train.last_step)
         if self.tracker is not None:
@@ -87,26 +108,44 @@ class RunRecorder:
 
 
 class RunCheckpoints:
-    """Commits checkpoints of this run and prunes old ones."""
+    """Checkpoints of this run, written behind it (saver.py); rank 0 removes old ones."""
 
-    def __init__(self, config: RunConfig, hashes: dict[str, str], engine: Any, recorder: RunRecorder) -> None:
+    def __init__(
+        self, config: RunConfig, attempt: int, hashes: dict[str, str], engine: Any, recorder: RunRecorder
+    ) -> None:
         self._config, self._engine, self._recorder = config, engine, recorder
-        self._store = CheckpointStore(config.run.dir)
-        self._facts = {
-            **hashes,
-            "objective": config.objective.name,
-            "zero": config.train.zero,
-        }
+        self._store = CheckpointStore(config.run.dir, config.train.storage_patience_s)
+        facts = {**hashes, "objective": config.objective.name, "zero": config.train.zero}
+        self._saver = Saver(
+            self._store,
+            attempt,
+            facts,
+            max_pending=config.train.max_pending_saves,
+            # The lines of the steps that a checkpoint has behind it are there when it is.
+            before=partial(patiently, recorder.sync, config.train.storage_patience_s),
+            committed=self._prune,
+            told=recorder.tell,
+        )
 
     def save(self, step: int) -> None:
         started = time.perf_counter()
-        self._recorder.sync()
-        name = checkpoint.save(self._store, self._engine, step, self._facts)
+        self._saver.save(self._engine, step)
+        self._recorder.checkpointed(time.perf_counter() - started)
+
+    def finish(self) -> None:
+        """RuntimeError where the last save did not commit."""
+        started = time.perf_counter()
+        self._saver.finish()
+        self._recorder.checkpointed(time.perf_counter() - started)
+
+    def settle(self, seconds: float) -> None:
+        """Lets what is under way come to its end, for so long."""
+        self._saver.settle(seconds)
+
+    def _prune(self, name: str) -> None:
         if dist.get_rank() == 0:
             best = read_best(self._config.run.dir)
             self._store.prune(self._config.train.keep_last, name, also=[best] if best else [])
-        ray.train.report({"step": step, "checkpoint": name})
-        self._recorder.checkpointed(time.perf_counter() - started)
 
 
 class BadStepReport:
@@ -131,8 +170,11 @@ class BadStepReport:
 
 
 def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> Outcome:
-    """Trains on this rank's blocks. settings: config (plain tree), tracker (actor handle), launched_at (Unix time at
-    which the command began), flops_per_image (None where the planner has no model of the run)."""
+    """Trains on this rank's blocks. settings: config (plain tree), tracker (actor handle), start (Start), startup
+    (Startup), launched_at (Unix time at which the command began), flops_per_image (None where the planner has no model
+    of the run)."""
+    startup: Startup = settings["startup"]
+    startup.mark("imports of the worker")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     asked = from_tree(RunConfig, settings["config"])
     config = of_this_group(asked, dist.get_world_size())
@@ -140,23 +182,29 @@ def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> Outcome
     device = ray.train.torch.get_device()
     objective = build_objective(config, shards)
     engine = build_engine(objective, config.train)  # type: ignore[arg-type]
-    store = CheckpointStore(config.run.dir)
-    newest = checkpoint.agree_on_newest(store, _LOG.warning)
-    if newest is not None:
-        checkpoint.restore(store, newest, engine)
-    first_step = newest.step if newest is not None else 0
+    startup.mark("model and DeepSpeed")
+    start: Start = settings["start"]
+    if start.checkpoint:
+        store = CheckpointStore(config.run.dir, config.train.storage_patience_s)
+        checkpoint.restore(store, store.open(start.checkpoint), engine)
+        startup.mark("restoring")
+    first_step = start.step
     rank = dist.get_rank()
     hashes = {"run_hash": run_hash(asked), "data_hash": shards.content_hash}  # as config.yaml has them
     pace = _pace(settings, config.train, device) if rank == 0 else None
-    recorder = RunRecorder(config.run.dir, first_step, settings["tracker"], pace, config.train)
+    startup.mark("probing the device")
+    recorder = RunRecorder(config.run.dir, first_step, settings["tracker"], pace, config.train, startup)
+    checkpoints = RunCheckpoints(config, start.attempt, hashes, engine, recorder)
     plan = stream_plan(config, shards)
+    steps = _steps(blocks, first_step, config.granules_per_step // config.train.max_workers)
+    startup.mark("waiting for the first batch")
     run = Trainer(
         config=config.train,
         seed=config.seed,
         engine=engine,
         device=device,
         views=build_crop(config).views,
-        steps=_steps(blocks, first_step, config.granules_per_step // config.train.max_workers),
+        steps=steps,
         lr=cosine(
             config.train.lr,
             config.train.min_lr,
@@ -168,15 +216,20 @@ def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> Outcome
         control=RunControl(recorder.tracker),
         broken=BrokenRows(config.run.dir, shards.num_rows(config.data.split), config.data.max_broken_ratio),
         recorder=recorder,
-        checkpoints=RunCheckpoints(config, hashes, engine, recorder),
+        checkpoints=checkpoints,
         first_step=first_step,
         rank=rank,
         samples_per_epoch=plan.steps_per_epoch * plan.global_batch,
     )
     try:
         outcome = train(run)
+        checkpoints.finish()
     except BadStep as bad:
+        checkpoints.settle(config.train.storage_patience_s)
         outcome = Outcome(kind="bad_step", step=first_step, message=str(bad))
+    except Exception:
+        checkpoints.settle(_LAST_SAVE_S)  # or the next group would begin further back
+        raise
     recorder.end(outcome.step)
     return outcome
 

@@ -8,6 +8,10 @@ import torch
 
 from medim_ray.config.loader import load
 from medim_ray.config.schema import RunConfig
+from medim_ray.data.plan import StreamPlan
+from medim_ray.data.shards import ShardSet
+from medim_ray.draws import name_key
+from medim_ray.train.build import stream_plan
 from medim_ray.train.checkpoint import load_weights
 from medim_ray.train.store import CheckpointStore
 
@@ -34,3 +38,17 @@ def assert_same_weights(one: Path | str, other: Path | str) -> None:
     left, right = weights(one), weights(other)
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def planned_keys(config: RunConfig, num_steps: int) -> list[int]:
+    """What metrics.jsonl must tell of each step's samples, from the plan and the shards alone."""
+    shards = ShardSet.open(config.data.shards)
+    plan: StreamPlan = stream_plan(config, shards)
+    ids = shards.read_rows("train", ["image_id"])["image_id"].to_pylist()
+    keys = [0] * num_steps
+    for index in range(plan.num_blocks(0, num_steps)):
+        block = plan.block(index, 0)
+        for step, row in zip(block.steps_K, block.rows_K, strict=True):
+            if step < num_steps:
+                keys[step] += name_key(ids[row]) >> 32
+    return keys

@@ -5,20 +5,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import psutil
 import pytest
+import s3fs
+from moto.server import ThreadedMotoServer
 
 from medim_ray.train.metrics import read_lines, read_metrics
+from medim_ray.train.runs import open_config
 from medim_ray.train.store import CheckpointStore
-from tests.system.runs import MAE, SMALL, assert_same_weights
+from tests.system.faulty_proxy import FaultyProxy
+from tests.system.runs import MAE, SMALL, assert_same_weights, planned_keys
 
 pytestmark = [pytest.mark.system, pytest.mark.chaos]
 NUM_STEPS = 12
@@ -33,7 +38,7 @@ def straight(phantom_shards: str, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def pretrain(shards: str, run_dir: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    """`medim-ray pretrain` as a user starts it."""
+    """`medim-ray pretrain` as a user starts it; its log is beside the local folder `run_dir`."""
     options = [f"data.shards={shards}", f"run.dir={run_dir}", f"train.steps={NUM_STEPS}", "train.checkpoint_every=3"]
     command = [sys.executable, "-m", "medim_ray.cli", "pretrain", "--config", str(MAE), *options, *SMALL, *overrides]
     with (run_dir.parent / f"{run_dir.name}.log").open("ab") as log:
@@ -56,7 +61,7 @@ def log_of(run_dir: Path) -> str:
     return (run_dir.parent / f"{run_dir.name}.log").read_text()
 
 
-def assert_same_run(run_dir: Path, straight: Path) -> None:
+def assert_same_run(run_dir: Path | str, straight: Path) -> None:
     assert_same_weights(straight, run_dir)
     ours, theirs = (
         [(r["step"], r["samples_key"], r["loss"]) for r in read_metrics(str(d))] for d in (run_dir, straight)
@@ -132,17 +137,63 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(
     assert_same_run(tmp_path / "run", straight)
 
 
-@pytest.mark.parametrize("fate", ["removed", "drained"])
+@pytest.fixture
+def lake(phantom_shards: str) -> Iterator[FaultyProxy]:
+    """s3://lake with the shards, behind a proxy that can fail, for this process and those that it starts."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch, FaultyProxy(*server.get_host_and_port()).running() as faulty:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "of the tests")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", faulty.url)
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("lake")
+        s3fs.S3FileSystem().put(f"{phantom_shards}/", "lake/shards/", recursive=True)
+        yield faulty
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def test_a_run_on_a_bucket_that_stumbles_stops_and_goes_on_bit_equal(
+    lake: FaultyProxy, tmp_path: Path, straight: Path
+) -> None:
+    """Shards, checkpoints and metrics on s3://; every twentieth request is answered by 503, and once all are."""
+    outage: list[float] = []
+
+    def stumble(number: int, method: str, path: str) -> tuple[int, str, str] | None:
+        if method == "PUT" and "step-00000003" in path and not outage:
+            outage.append(time.monotonic())  # the first save meets a storage that is down
+        down = bool(outage) and time.monotonic() < outage[0] + 5
+        return (503, "SlowDown", "Reduce your request rate.") if down or number % 20 == 0 else None
+
+    lake.judge, before = stumble, lake.seen["503"]
+    options = ["run.dir=s3://lake/run"]
+    assert pretrain("s3://lake/shards", tmp_path / "run", *options, "train.stop_after=7").wait(timeout=400) == 0
+    assert pretrain("s3://lake/shards", tmp_path / "run", *options).wait(timeout=400) == 0, log_of(tmp_path / "run")
+    lake.judge = lambda *request: None
+    assert outage and lake.seen["503"] - before > 20
+    assert_same_run("s3://lake/run", straight)
+    assert "resuming s3://lake/run from step-00000007-0" in log_of(tmp_path / "run")
+
+
+@pytest.mark.parametrize("fate", ["removed", "drained", "replaced"])
 def test_a_node_that_goes_away_costs_no_sample(phantom_shards: str, tmp_path: Path, straight: Path, fate: str) -> None:
-    """Two nodes of one worker each; one is removed without grace, or drained with a deadline: one worker goes on."""
+    """Two nodes of one worker each; one is removed without grace, or drained with a deadline: one worker goes on; where
+    another node takes its place, two do."""
     command = [sys.executable, "-m", "tests.system.test_chaos", phantom_shards, str(tmp_path / "run"), fate]
     with (tmp_path / "run.log").open("wb") as log:
         done = subprocess.run(command, stdout=log, stderr=log, timeout=500, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, log_of(tmp_path / "run")
-    told = json.loads((tmp_path / "told.json").read_text())
-    assert told["worlds"][0] == 2 and 1 in told["worlds"], told
-    keys = [[r["samples_key"] for r in read_metrics(str(d))] for d in (tmp_path / "run", straight)]
-    assert keys[0][:NUM_STEPS] == keys[1], "other samples than planned went into the weights"
+    records = read_metrics(str(tmp_path / "run"))
+    worlds = [num for num, _ in groupby(record["num_workers"] for record in records)]
+    assert worlds == ([2, 1, 2] if fate == "replaced" else [2, 1]), log_of(tmp_path / "run")
+    planned = planned_keys(open_config(str(tmp_path / "run")), len(records))
+    assert [record["samples_key"] for record in records] == planned, "other samples than planned went into the weights"
+    assert [record["step"] for record in records] == list(range(len(planned)))
+    if fate == "replaced":
+        assert "there is room for more workers: going on from step" in log_of(tmp_path / "run")
+        return
     if fate == "drained":
         assert "1 nodes go away" in log_of(tmp_path / "run")
         return  # a run of another length has other learning rates
@@ -167,26 +218,38 @@ def _lose_a_node(shards: str, run_dir: Path, fate: str) -> None:
 
     def lose() -> None:
         wait_for_steps(run_dir, 4)
+        while not CheckpointStore(str(run_dir)).committed_step():
+            time.sleep(0.02)
         if fate == "drained":
             gcs = ray._raylet.GcsClient(address=cluster.gcs_address)
             deadline_ms = int((time.time() + 30) * 1e3)
             gcs.drain_node(node.node_id, 2, "the spot node is wanted back", deadline_ms)  # 2: preemption
             wait_for_outcome(run_dir)
         cluster.remove_node(node, allow_graceful=False)
+        if fate == "replaced":
+            wait_for_workers(run_dir, 1)
+            cluster.add_node(num_cpus=2)
+            wait_for_workers(run_dir, 2)
+            os.kill(os.getpid(), signal.SIGTERM)  # enough was seen
 
     thread = threading.Thread(target=lose, daemon=True)
     thread.start()
     options = ["train.checkpoint_every=3", "train.num_workers=[1, 2]", "train.cpus_per_worker=2", "train.zero=1"]
-    # Ray tells of a drain after seconds, so there the run is long enough to be in the middle by then.
-    num_steps = NUM_STEPS if fate == "removed" else 10 * NUM_STEPS
-    options += [f"train.steps={num_steps}", "train.resize_every_s=1000"]
+    # Ray tells of a drain, or of a node, after seconds: there the run is long enough to be in the middle by then.
+    num_steps = {"removed": NUM_STEPS, "drained": 10 * NUM_STEPS, "replaced": 1000 * NUM_STEPS}[fate]
+    options += [f"train.steps={num_steps}", f"train.resize_every_s={2 if fate == 'replaced' else 1000}"]
     launch(config_of(MAE, shards, run_dir, *options))
     thread.join()
-    store = CheckpointStore(str(run_dir))
-    worlds = [store.open(name).manifest["world_size"] for name in reversed(store.names())]
-    (run_dir.parent / "told.json").write_text(json.dumps({"worlds": [2, *worlds]}))
     ray.shutdown()
     cluster.shutdown()
+
+
+def wait_for_workers(run_dir: Path, num_workers: int) -> None:
+    """Until the run makes its steps with so many workers."""
+    until = time.monotonic() + 240
+    while [record["num_workers"] for record in read_metrics(str(run_dir))[-1:]] != [num_workers]:
+        assert time.monotonic() < until, f"no step with {num_workers} workers"
+        time.sleep(0.2)
 
 
 def wait_for_outcome(run_dir: Path) -> None:

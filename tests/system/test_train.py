@@ -20,16 +20,13 @@ import torch
 
 from medim_ray.config.loader import from_tree, to_tree
 from medim_ray.config.schema import RunConfig
-from medim_ray.data.plan import StreamPlan
 from medim_ray.data.shards import ShardSet
-from medim_ray.draws import name_key
-from medim_ray.train.build import stream_plan
 from medim_ray.train.feed import read_quarantine
 from medim_ray.train.launch import launch
 from medim_ray.train.metrics import read_lines, read_metrics
 from medim_ray.train.runs import load_run, open_config
 from medim_ray.train.throughput import throughput
-from tests.system.runs import MAE, MEDIM, RAD_DINO, assert_same_weights, config_of, weights
+from tests.system.runs import MAE, MEDIM, RAD_DINO, assert_same_weights, config_of, planned_keys, weights
 
 pytestmark = [pytest.mark.system, pytest.mark.usefixtures("ray_session")]
 
@@ -51,20 +48,6 @@ def train_workers() -> list[psutil.Process]:
     """Ray Train's workers below this process, by rank of their start."""
     found = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
     return sorted(found, key=lambda process: process.pid)
-
-
-def planned_keys(config: RunConfig, num_steps: int) -> list[int]:
-    """What metrics.jsonl must tell of each step's samples, from the plan and the shards alone."""
-    shards = ShardSet.open(config.data.shards)
-    plan: StreamPlan = stream_plan(config, shards)
-    ids = shards.read_rows("train", ["image_id"])["image_id"].to_pylist()
-    keys = [0] * num_steps
-    for index in range(plan.num_blocks(0, num_steps)):
-        block = plan.block(index, 0)
-        for step, row in zip(block.steps_K, block.rows_K, strict=True):
-            if step < num_steps:
-                keys[step] += name_key(ids[row]) >> 32
-    return keys
 
 
 def test_a_stopped_run_goes_on_bit_equal(phantom_shards: str, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from medim_ray.data.storage import (
     StorageConfig,
     committed,
     filesystem,
+    patiently,
     retried,
     sizes,
     sources_open_with,
@@ -123,3 +126,16 @@ def test_faults_are_told_in_plain_words(error: Exception, message: str) -> None:
         raise error
     with pytest.raises(KeyError), storage_faults("out=x"):
         raise KeyError("a fault of ours")
+
+
+def test_patience_is_for_what_may_pass_and_has_an_end() -> None:
+    busy = OSError(errno.EBUSY, "Reduce your request rate.")
+    assert patiently(failing(2, busy), patience_s=5.0) == b"data"
+    began = time.monotonic()
+    with pytest.raises(OSError, match="Reduce"):
+        patiently(failing(99, busy), patience_s=0.5)
+    assert time.monotonic() - began < 1.0
+    for lasting in (OSError(errno.ENOSPC, "disk full"), PermissionError(errno.EACCES, "no"), FileNotFoundError("x")):
+        with pytest.raises(type(lasting)):
+            patiently(failing(1, lasting), patience_s=60.0)
+    assert time.monotonic() - began < 5.0

@@ -40,7 +40,7 @@ def test_shards_that_are_gone_end_the_run_at_once() -> None:
 _OF_OUTCOME = [("finished", None), ("stopped", None), ("preempted", "preemption"), ("bad_step", "numbers")]
 
 
-@pytest.mark.parametrize(("kind", "expected"), [*_OF_OUTCOME, ("broken_rows", "data")])
+@pytest.mark.parametrize(("kind", "expected"), [*_OF_OUTCOME, ("resized", "growth"), ("broken_rows", "data")])
 def test_outcomes(kind: str, expected: str | None) -> None:
     failure = of_outcome(Outcome(kind=kind, step=3, message="m"))  # type: ignore[arg-type]
     assert (failure.kind if failure else None) == expected
@@ -59,3 +59,4 @@ def test_budgets_are_separate() -> None:
     assert Budgets(TrainConfig(on_bad_step="rewind")).exhausted_by(Failure("numbers", None, ""), 1) is None
     for _ in range(50):
         assert Budgets(TrainConfig()).exhausted_by(taken, 1) is None
+        assert Budgets(TrainConfig()).exhausted_by(Failure("growth", None, ""), 1) is None

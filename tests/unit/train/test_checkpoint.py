@@ -15,6 +15,7 @@ from medim_ray.models.norms import BatchNorm
 from medim_ray.objectives.base import ParameterGroup, default_groups
 from medim_ray.train import checkpoint, zero
 from medim_ray.train.checkpoint import SavedTensors
+from medim_ray.train.saver import Saver
 from medim_ray.train.store import CheckpointStore
 from tests.unit.train.ranks import on_ranks
 
@@ -67,7 +68,15 @@ def write_after(
         first = newest.step
     for number in range(first, steps):
         step(engine, number)
-    checkpoint.save(store, engine, steps, {})
+    save(store, engine, steps)
+
+
+def save(store: CheckpointStore, engine: Any, steps: int) -> None:
+    attempts = [store.next_attempt()]
+    torch.distributed.broadcast_object_list(attempts)
+    saver = Saver(store, attempts[0], {})
+    saver.save(engine, steps)
+    saver.finish()
 
 
 def tensors(url: str) -> dict[str, Tensor]:
@@ -183,7 +192,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason(
     written: Path, tmp_path: Path, damage: str, reason: str
 ) -> None:
     store = damaged(written, tmp_path)
-    folder = Path(store.root) / "step-00000002-0"
+    folder = Path(store.root) / "step-00000002-1"
     tensor_file, manifest = folder / "rank-00000.safetensors", folder / "manifest.json"
     if damage == "flip":
         content = bytearray(tensor_file.read_bytes())
@@ -198,20 +207,28 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason(
     said: list[str] = []
     newest = store.newest(said.append)
     assert newest is not None and newest.step == 1
-    assert said == [f"checkpoint step-00000002-0 is passed over: {reason}"]
+    assert said == [f"checkpoint step-00000002-1 is passed over: {reason}"]
 
 
 def test_prune_keeps_the_newest_and_sweeps_what_was_never_committed(written: Path, tmp_path: Path) -> None:
     store = damaged(written, tmp_path)
     (Path(store.root) / "step-00000009-0").mkdir()
-    store.prune(keep_last=1, current="step-00000002-0")
-    assert store.names() == ["step-00000002-0"]
-    assert store.next_name(2) == "step-00000002-1"
+    store.prune(keep_last=1, current="step-00000002-1")
+    assert store.names() == ["step-00000002-1"]
+    assert store.next_attempt() == 2
+
+
+def test_prune_leaves_what_this_attempt_is_still_writing(written: Path, tmp_path: Path) -> None:
+    store = damaged(written, tmp_path)
+    for name in ("step-00000001-7", "step-00000009-0", "step-00000009-1"):
+        (Path(store.root) / name).mkdir()
+    store.prune(keep_last=2, current="step-00000002-1")
+    assert store.names() == ["step-00000009-1", "step-00000002-1", "step-00000001-0"]
 
 
 def test_prune_drops_what_was_rolled_back_and_never_the_checkpoint_just_made(written: Path, tmp_path: Path) -> None:
     store = damaged(written, tmp_path)
-    tensor_file = Path(store.root) / "step-00000002-0" / "rank-00000.safetensors"
+    tensor_file = Path(store.root) / "step-00000002-1" / "rank-00000.safetensors"
     tensor_file.write_bytes(tensor_file.read_bytes()[:-1])
     store.prune(keep_last=1, current="step-00000001-0")
     assert store.names() == ["step-00000001-0"]

@@ -20,7 +20,7 @@ from medim_ray.data.reader import BROKEN, EPOCH, IMAGE_ID, SECONDS, STAGES, STEP
 from medim_ray.data.transforms import View
 from medim_ray.objectives.base import ParameterGroup, default_groups
 from medim_ray.train.attempts import Budgets, of_outcome
-from medim_ray.train.control import STOP, RunControl
+from medim_ray.train.control import PREEMPTION, RESIZE, STOP, WARNED, RunControl
 from medim_ray.train.feed import BrokenRows, read_quarantine
 from medim_ray.train.health import BadStep, NumberGuard
 from medim_ray.train.loop import Trainer, train
@@ -74,8 +74,8 @@ class Mailbox:
     def __init__(self, records: Records, after: int) -> None:
         self._records, self._after = records, after
 
-    def stop_requested(self) -> bool:
-        return len(self._records.logs) >= self._after
+    def wish(self) -> str:
+        return STOP if len(self._records.logs) >= self._after else ""
 
 
 def steps(bad: bool, broken: Mapping[int, list[dict[str, Any]]], first: int = 0) -> Iterator[Columns]:
@@ -196,7 +196,9 @@ def test_a_spike_is_measured_against_the_median_of_what_came_before() -> None:
 
 def test_wishes_are_summed_by_name() -> None:
     control = RunControl(None)
-    assert set(control.wishes()) == {"stop", "warned", "preemption"} and not any(control.wishes().values())
-    assert control.decide({STOP: 1.0, "warned": 0.0, "preemption": 0.0}) == ("stopped", "asked to stop")
-    assert control.decide({STOP: 0.0, "warned": 2.0, "preemption": 0.0}) == ("preempted", "2 workers got SIGTERM")
-    assert control.decide(dict.fromkeys((STOP, "warned", "preemption"), 0.0)) is None
+    assert set(control.wishes()) == {"stop", "resize", "warned", "preemption"} and not any(control.wishes().values())
+    none = dict.fromkeys((STOP, RESIZE, WARNED, PREEMPTION), 0.0)
+    assert control.decide(none | {STOP: 1.0, RESIZE: 1.0}) == ("stopped", "asked to stop")
+    assert control.decide(none | {WARNED: 2.0}) == ("preempted", "2 workers got SIGTERM")
+    assert control.decide(none | {RESIZE: 1.0}) == ("resized", "there is room for more workers")
+    assert control.decide(none) is None
