@@ -130,16 +130,18 @@ class CheckpointStore:
         manifest = self._manifest(name)
         return Checkpoint(name, manifest["step"], manifest)
 
-    def prune(self, keep_last: int, current: str, also: Collection[str] = ()) -> None:
+    def prune(
+        self, keep_last: int, current: str, also: Collection[str] = (), *, writing_attempt: int | None = None
+    ) -> None:
         """Keeps `current`, which was just committed, the `keep_last` - 1 committed ones before it, and `also`.
 
-        Later steps of other attempts belong to a time line that was rolled back (a damaged newest checkpoint was passed
-        over): they go, and so does whatever was never committed. Later steps of the same attempt are being written.
+        Later steps belong to a time line that was rolled back (a damaged newest checkpoint was passed over): they go,
+        and so does whatever was never committed; but what the group of `writing_attempt` is still writing stays.
         """
         names = self.names()
         at = names.index(current)
         usable = [name for name in names[at + 1 :] if self.is_committed(name)]
-        writing = [name for name in names[:at] if _attempt(name) == _attempt(current)]
+        writing = [name for name in names[:at] if _attempt(name) == writing_attempt]
         for name in set(names) - {current, *usable[: keep_last - 1], *writing, *also}:
             self.remove(name)
 

@@ -113,7 +113,7 @@ class RunCheckpoints:
     def __init__(
         self, config: RunConfig, attempt: int, hashes: dict[str, str], engine: Any, recorder: RunRecorder
     ) -> None:
-        self._config, self._engine, self._recorder = config, engine, recorder
+        self._config, self._engine, self._recorder, self._attempt = config, engine, recorder, attempt
         self._store = CheckpointStore(config.run.dir, config.train.storage_patience_s)
         facts = {**hashes, "objective": config.objective.name, "zero": config.train.zero}
         self._saver = Saver(
@@ -145,7 +145,8 @@ class RunCheckpoints:
     def _prune(self, name: str) -> None:
         if dist.get_rank() == 0:
             best = read_best(self._config.run.dir)
-            self._store.prune(self._config.train.keep_last, name, also=[best] if best else [])
+            also = [best] if best else []
+            self._store.prune(self._config.train.keep_last, name, also, writing_attempt=self._attempt)
 
 
 class BadStepReport:

@@ -222,7 +222,7 @@ def test_prune_leaves_what_this_attempt_is_still_writing(written: Path, tmp_path
     store = damaged(written, tmp_path)
     for name in ("step-00000001-7", "step-00000009-0", "step-00000009-1"):
         (Path(store.root) / name).mkdir()
-    store.prune(keep_last=2, current="step-00000002-1")
+    store.prune(keep_last=2, current="step-00000002-1", writing_attempt=1)
     assert store.names() == ["step-00000009-1", "step-00000002-1", "step-00000001-0"]
 
 
