@@ -34,7 +34,7 @@ def engine() -> Any:
 
 
 def main(folder: str) -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/.meeting", rank=0, world_size=1)
     store, trained = CheckpointStore(folder), engine()
     saver = Saver(store, 0, {}, committed=lambda name: store.prune(1, name))
     pairs = []

@@ -127,7 +127,7 @@ def _serialized(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for _, tensor in ordered:
-        data = memoryview(tensor.contiguous().view(torch.uint8).numpy())
+        data = tensor.contiguous().view(torch.uint8).numpy().data
         for at in range(0, len(data), _PIECE_BYTES):
             yield data[at : at + _PIECE_BYTES]
 

@@ -16,7 +16,7 @@ from medim_ray.train.health import BadStep, NumberGuard
 from medim_ray.train.loss_scale import engine_numbers, restore_scaler, scaler_state
 from medim_ray.train.store import CheckpointStore
 from tests.unit.train.ranks import on_ranks
-from tests.unit.train.test_checkpoint import Net, tensors
+from tests.unit.train.test_checkpoint import Net, save, tensors
 
 CONFIG = TrainConfig(steps=9, num_workers=2, global_batch=12, precision="fp16", use_gpu=True, lr=1e-2)
 STEPS = 6
@@ -53,12 +53,12 @@ def stages(folder: str) -> None:
         losses = train(engine, 0, STEPS)
         scale = engine_numbers(engine)["loss_scale"]
         assert 1.0 < scale < 2.0**16, f"stage {stage}: no step overflowed, the case is too easy ({scale})"
-        checkpoint.save(CheckpointStore(f"{folder}/straight-{stage}"), engine, STEPS, {})
+        save(CheckpointStore(f"{folder}/straight-{stage}"), engine, STEPS)
 
         url = f"{folder}/stopped-{stage}"
         first = engine_of(config)
         train(first, 0, 2)
-        checkpoint.save(CheckpointStore(url), first, 2, {})
+        save(CheckpointStore(url), first, 2)
         again = engine_of(config)
         newest = CheckpointStore(url).newest()
         assert newest is not None
@@ -66,7 +66,7 @@ def stages(folder: str) -> None:
         assert scaler_state(again) == scaler_state(first)
         train(again, 2, STEPS)
         assert engine_numbers(again)["loss_scale"] == scale
-        checkpoint.save(CheckpointStore(url), again, STEPS, {})
+        save(CheckpointStore(url), again, STEPS)
         if stage == 2:  # another kind of stage takes over the scale alone
             other = engine_of(replace(CONFIG, zero=0))
             restore_scaler(other, scaler_state(engine))
