@@ -65,8 +65,9 @@ class Experiment(Protocol):
         ...
 
 
-def execute(experiment: Experiment, console: Console, received: Sequence[int] = ()) -> Table:
-    """Runs the trials that are not done and writes the experiment's files after each, until `received` has a signal.
+def execute(experiment: Experiment, console: Console) -> tuple[Table, int]:
+    """Runs the trials that are not done and writes the experiment's files after each; the table, and the signal that
+    ended it before the end, 0 where none did.
 
     ValueError for what the user can mend. A trial that fails is a row of the table; it ends nothing.
     """
@@ -76,6 +77,7 @@ def execute(experiment: Experiment, console: Console, received: Sequence[int] = 
         with (
             Lease(fs, f"{root.rstrip('/')}/{LEASE}", what=f"out={experiment.config.out}"),
             ray_session(experiment.config.runner.ray_address, experiment.group.logical_cpus),
+            stop_signals() as received,  # after Ray's start, which puts a handler of its own over ours
         ):
             at_once = trials_at_once(experiment.group, experiment.config.runner)
             console.print(f"{_progress(experiment, table_of(experiment))}; {at_once} at once", highlight=False)
@@ -88,7 +90,7 @@ def execute(experiment: Experiment, console: Console, received: Sequence[int] = 
             for search in experiment.searches():
                 if not received:
                     run_trials(experiment.job, search, experiment.group, runner, experiment.began, ended, received)
-            return _write(experiment, out)
+            return _write(experiment, out), received[0] if received else 0
 
 
 def command(experiment: Experiment, dry_run: bool) -> int:
@@ -102,12 +104,13 @@ def command(experiment: Experiment, dry_run: bool) -> int:
         for line in dry_lines(experiment):
             console.print(line, highlight=False, markup=False)
         return 0
-    with stop_signals() as received:
-        table = execute(experiment, console, received)
+    table, signal_number = execute(experiment, console)
     wide = Console()
     print_table(experiment.study(table), table, wide if wide.is_terminal else Console(width=140))
     console.print(f"{experiment.config.out.rstrip('/')}/{REPORT}", highlight=False)
-    return exit_code(received[0]) if received else int(any(c.state not in ("finished", "stopped") for c in table.cells))
+    if signal_number:
+        return exit_code(signal_number)
+    return int(any(cell.state not in ("finished", "stopped") for cell in table.cells))
 
 
 def table_of(experiment: Experiment) -> Table:

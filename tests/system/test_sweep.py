@@ -36,7 +36,9 @@ def _file(folder: Path, shards: str, **more: Any) -> Path:
 
 
 def _run(file: Path) -> Table:
-    return execute(check_sweep(load_sweep(str(file), [])), Console(file=sys.stderr))
+    table, signal_number = execute(check_sweep(load_sweep(str(file), [])), Console(file=sys.stderr))
+    assert not signal_number
+    return table
 
 
 def _attempts(table: Table, folder: Path) -> dict[str, int]:
@@ -131,7 +133,7 @@ def test_an_arm_begins_from_the_run_of_another(ray_session: None, phantom_shards
         metric="loss",
         reference="first",
     )
-    table = execute(check_study(config), Console(file=sys.stderr))
+    table, _ = execute(check_study(config), Console(file=sys.stderr))
     losses = {cell.values["arm"]: cell.numbers["loss"].value for cell in table.cells}
     assert losses["second"] is not None and losses["first"] is not None and losses["second"] != losses["first"]
     stored = read_study(str(tmp_path / "out"))
