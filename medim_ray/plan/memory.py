@@ -25,7 +25,8 @@ PREFETCH_BUCKET = 50_000_000
 class Memory:
     """Bytes of one device at its peak. optimizer: AdamW's moments and the float32 master copy; teacher: frozen
     parameters; gathered: full parameters that stage 3 holds while it computes; buffers: what reducing gradients and the
-    optimizer's step take beside, the larger of the two; runtime: the process."""
+    optimizer's step take beside, the larger of the two; saves: copies of the state on their way to the storage, which a
+    GPU's host holds for it; runtime: the process."""
 
     parameters: float
     gradients: float
@@ -35,6 +36,7 @@ class Memory:
     buffers: float
     activations: float
     images: float
+    saves: float
     runtime: float
 
     @property
@@ -74,6 +76,7 @@ def memory(
         buffers=max(buffers, 0.0),
         activations=activations,
         images=images,
+        saves=work.pending_saves * _saved(work, stage, share) if on_cpu else 0.0,
         runtime=_runtime(work, on_cpu),
     )
 
@@ -82,6 +85,12 @@ def _gathered(trained: float, size: float, num_gpus: int, on_cpu: bool) -> float
     """Full parameters at stage 3; gloo gathers a bucket into a buffer of its own (measured: 200 MB for 200 MB)."""
     copy = size * min(trained, PREFETCH_BUCKET) if on_cpu and num_gpus > 1 else 0.0
     return size * min(trained, MAX_LIVE_PARAMETERS) + copy
+
+
+def _saved(work: Workload, stage: int, share: float) -> float:
+    """What a rank writes of a checkpoint, in float32: parameters and both moments, replicas by rank 0 alone."""
+    frozen = share if stage == 3 else 1.0
+    return 12.0 * work.num_trained * (share if stage else 1.0) + 4.0 * work.num_frozen * frozen
 
 
 def _runtime(work: Workload, on_cpu: bool) -> float:

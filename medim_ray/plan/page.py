@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ from medim_ray.plan import constants, tables
 from medim_ray.plan.compare import Comparison
 from medim_ray.plan.curves import Point, interval_curve
 from medim_ray.plan.facts import Check
+from medim_ray.plan.memory import Memory
 from medim_ray.plan.planner import Plan
 
 PAGE = "plan.html"
-_PARTS = ("parameters", "gradients", "optimizer", "teacher", "gathered", "buffers", "activations", "images", "runtime")
+_PARTS = tuple(part.name for part in dataclasses.fields(Memory))
 
 _PAGE = jinja2.Template(
     """<!doctype html>

@@ -140,7 +140,7 @@ def memory_table(plan: Plan) -> Table:
             plain.gradients,
             plain.optimizer,
             plain.teacher,
-            plain.gathered + plain.buffers + plain.runtime,
+            plain.gathered + plain.buffers + plain.saves + plain.runtime,
             plain.activations + plain.images,
         ]
         table.add_row(

@@ -18,7 +18,7 @@ from medim_ray.masking import MASKINGS
 from medim_ray.models.text import TextEncoder
 from medim_ray.objectives import OBJECTIVES
 from medim_ray.objectives.base import Parts
-from medim_ray.plan.constants import Code, assumption
+from medim_ray.plan.constants import OUR_CODE, Code, assumption
 from medim_ray.plan.flops import Pass, Vit, meta_encoder, mlp_pass, traced_pass, vit_of, vit_pass
 
 # Bytes that a row of prototype scores keeps per prototype: two tensors in the model's format, scores, scores over
@@ -35,7 +35,8 @@ class Workload:
     passes: what is computed for it. num_trained, num_frozen: parameters with and without gradient (an EMA teacher);
     frozen ones are float32; num_tensors: both. views: the crops that are cut for it. reads_text: a report belongs to
     it. image_bytes: its pixels on the device. stored_pixels: of the image in the shard; cut_pixels: source pixels
-    under all crops. offloaded: float32 parameters and moments are in the host's memory.
+    under all crops. offloaded: float32 parameters and moments are in the host's memory. pending_saves: checkpoints that
+    may be on their way to the storage.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Workload:
     stored_pixels: float
     cut_pixels: float
     offloaded: bool = False
+    pending_saves: int = 0
 
     def flops(self, checkpointed: bool) -> float:
         """Operations of one image, forward and backward; with checkpointing some passes run forward twice."""
@@ -97,6 +99,7 @@ def workload(config: RunConfig, code: Code) -> Workload:
         stored_pixels=stored,
         cut_pixels=stored * sum(v.num_crops * _mean_area(config.crop, v) for v in views),
         offloaded=config.train.offload_optimizer,
+        pending_saves=config.train.max_pending_saves if code.name == OUR_CODE else 0,
     )
 
 

@@ -6,7 +6,7 @@ The model and its check against measured peaks are in medim_ray/plan; here are o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import psutil
 import torch
@@ -46,8 +46,7 @@ class Estimate:
     def line(self, stage: int) -> str:
         """What a user reads before the start."""
         need = self.by_stage[stage]
-        parts = ("parameters", "gradients", "optimizer", "teacher", "gathered", "buffers", "activations", "runtime")
-        told = ", ".join(f"{name} {_gb(getattr(need, name))}" for name in parts if getattr(need, name) >= 5e6)
+        told = ", ".join(f"{name} {_gb(size)}" for name, size in asdict(need).items() if size >= 5e6)
         others = ", ".join(f"{s}: {_gb(m.total)}" for s, m in self.by_stage.items())
         room = "" if self.device_bytes is None else f" of {_gb(self.device_bytes)}"
         return f"memory a worker at ZeRO {stage}: {_gb(need.total)}{room} GB ({told}); by stage {others}"

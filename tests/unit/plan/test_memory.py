@@ -55,6 +55,14 @@ def test_states_in_fp32_on_one_worker_are_sixteen_bytes_a_parameter() -> None:
     assert need.gathered == 0
 
 
+def test_a_save_on_its_way_is_a_copy_of_the_state_and_on_a_gpu_the_hosts() -> None:
+    work = dataclasses.replace(WORK, passes=real_work().passes, num_frozen=500_000, pending_saves=2)
+    layout = {"num_gpus": 4, "micro_batch": 1, "checkpointed": False}
+    saves = [memory(work, stage=stage, on_cpu=True, **layout).saves for stage in STAGES]  # type: ignore[arg-type]
+    assert saves == [2 * (12e6 + 2e6), *[2 * (3e6 + 2e6)] * 2, 2 * (3e6 + 0.5e6)]
+    assert memory(work, stage=0, **layout).saves == 0  # type: ignore[arg-type]
+
+
 def test_bf16_without_shards_is_autocast_over_float32() -> None:
     """train/zero.py: 4 bytes each for parameters, gradients and both moments, 2 for the 16-bit copies of a forward."""
     work = dataclasses.replace(WORK, passes=real_work().passes)
