@@ -127,7 +127,7 @@ class TrackerClient:
     def __init__(self, tracker: Any) -> None:
         self._tracker = tracker
         self._pending: list[Any] = []
-        self._dropped = 0
+        self.dropped = 0  # records so far
         self._wish = ""
         self._news: dict[str, Any] = {}
 
@@ -148,6 +148,6 @@ class TrackerClient:
                 for wish, news in ray.get(answered):
                     self._wish, self._news = wish, self._news | news
         if len(self._pending) >= _MAX_PENDING:
-            self._dropped += 1
+            self.dropped += 1
             return
-        self._pending.append(self._tracker.log.remote(record, self._dropped))
+        self._pending.append(self._tracker.log.remote(record, self.dropped))

@@ -227,10 +227,12 @@ def _attempts(
                 startup.mark("verifying the checkpoint")
                 console.print(f"[yellow]{escape(str(failure))}: going on from step {start.step}")
     finally:
-        with contextlib.suppress(ray.exceptions.RayError):  # Aim is a view: its end must not hold up the run's
+        try:  # Aim is a view: its end must not hold up the run's
             dropped = ray.get(tracker.close.remote(), timeout=20)
             if dropped:
                 console.print(f"{dropped} records did not reach Aim; metrics.jsonl is complete")
+        except ray.exceptions.RayError:
+            console.print("[yellow]Aim did not take the last records in time; metrics.jsonl is complete")
         ray.kill(tracker)
 
 

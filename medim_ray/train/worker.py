@@ -85,6 +85,8 @@ class RunRecorder:
         record = self._meter.add(record, done % self._train.checkpoint_every == 0 or done == self._train.last_step)
         if self.tracker is not None:
             record = record | self.tracker.news()
+            if self.tracker.dropped:
+                record["tracker_dropped"] = self.tracker.dropped
         self._file.write(record)
         if self.tracker is not None:
             self.tracker.log(record)
