@@ -12,6 +12,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from medim_ray.data.shards import ShardSet
-from medim_ray.masking.uniform import UniformMasking
+from medim_ray.masking import MASKINGS
 from medim_ray.models.vit import ImageEncoder
 from medim_ray.objectives.base import Parts
 from medim_ray.objectives.mae import Mae
@@ -42,6 +43,7 @@ class Images(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         image = cv2.imdecode(np.frombuffer(self.encoded[index], np.uint8), cv2.IMREAD_GRAYSCALE)
+        assert image is not None
         ratio = LONGEST / max(image.shape)
         image = cv2.resize(image, (round(image.shape[1] * ratio), round(image.shape[0] * ratio)))
         square = np.zeros((LONGEST, LONGEST), np.uint8)
@@ -64,7 +66,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     encoder = ImageEncoder(ImageEncoder.Config(name="vit_small_patch16_224"))
-    masking = UniformMasking(UniformMasking.Config())
+    masking: Any = MASKINGS["uniform"](MASKINGS["uniform"].Config())
     parts = Parts(encoder=encoder, text=None, masking=masking, num_steps=args.steps, global_batch=args.micro)
     model = DistributedDataParallel(Mae(Mae.Config(), parts))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05)

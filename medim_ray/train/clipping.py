@@ -44,7 +44,8 @@ class Clipping:
         """Stage 0: every rank has all gradients, reduced."""
         optimizer = self._engine.optimizer
         groups = [[p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
-        self._by_group = [torch.nn.utils.get_total_norm([p.grad for p in group]) for group in groups]
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
+        self._by_group = [norm.to(self._engine.device) for norm in norms]
         total = _combined(self._by_group)
         self._tell(scale=1.0)
         for i, group in enumerate(groups):
