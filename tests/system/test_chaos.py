@@ -215,6 +215,7 @@ def _lose_a_node(shards: str, run_dir: Path, fate: str) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
     node = cluster.add_node(num_cpus=2)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="WARNING")
+    joined: list[subprocess.Popen[bytes]] = []
 
     def lose() -> None:
         wait_for_steps(run_dir, 4)
@@ -228,7 +229,7 @@ def _lose_a_node(shards: str, run_dir: Path, fate: str) -> None:
         cluster.remove_node(node, allow_graceful=False)
         if fate == "replaced":
             wait_for_workers(run_dir, 1)
-            cluster.add_node(num_cpus=2)
+            joined.append(join(cluster.address, num_cpus=2))
             wait_for_workers(run_dir, 2)
             os.kill(os.getpid(), signal.SIGTERM)  # enough was seen
 
@@ -240,8 +241,17 @@ def _lose_a_node(shards: str, run_dir: Path, fate: str) -> None:
     options += [f"train.steps={num_steps}", f"train.resize_every_s={2 if fate == 'replaced' else 1000}"]
     launch(config_of(MAE, shards, run_dir, *options))
     thread.join()
+    for one in joined:
+        one.terminate()
+        one.wait()
     ray.shutdown()
     cluster.shutdown()
+
+
+def join(address: str, num_cpus: int) -> subprocess.Popen[bytes]:
+    """One more node, by a command: Cluster.add_node works in a main thread only, where the run is."""
+    node = ["start", f"--address={address}", f"--num-cpus={num_cpus}", f"--object-store-memory={150 << 20}", "--block"]
+    return subprocess.Popen([sys.executable, "-m", "ray.scripts.scripts", *node])
 
 
 def wait_for_workers(run_dir: Path, num_workers: int) -> None:
