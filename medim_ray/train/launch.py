@@ -243,7 +243,8 @@ def _start(newest: Checkpoint | None, attempt: int) -> Start:
 def _fit(trainer: TorchTrainer, tracker: Any, received: list[int], growth: Growth) -> Outcome:
     """What the workers return; the first signal received asks them to commit a checkpoint and end, and so does room for
     a larger group."""
-    ray.get(tracker.begin.remote())
+    with contextlib.suppress(ray.exceptions.RayError):  # the tracker is a view: it may be starting again
+        ray.get(tracker.begin.remote(), timeout=20)
     growth.begin()
     future: Future[Outcome] = aside(lambda: trainer.fit().return_value)
     asked_at: float | None = None
@@ -256,9 +257,10 @@ def _fit(trainer: TorchTrainer, tracker: Any, received: list[int], growth: Growt
         ):
             return Outcome(kind="stopped", step=0, message="no worker has started")  # there is no state to commit
         elif asked_at is None and growth.is_due():
-            record = ray.get(tracker.latest.remote())
-            if record is not None and growth.look(record["num_workers"]):
-                tracker.ask.remote(RESIZE)
+            with contextlib.suppress(ray.exceptions.RayError):
+                record = ray.get(tracker.latest.remote(), timeout=20)
+                if record is not None and growth.look(record["num_workers"]):
+                    tracker.ask.remote(RESIZE)
     return future.result()
 
 

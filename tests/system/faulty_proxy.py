@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+import s3fs
+from moto.server import ThreadedMotoServer
+
 ERROR = (
     '<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{message}</Message>'
     "<RequestId>1</RequestId></Error>"
@@ -111,3 +115,20 @@ class FaultyProxy:
             self._server.shutdown()
             self._server.server_close()
             thread.join()
+
+
+@contextmanager
+def faulty_lake() -> Iterator[FaultyProxy]:
+    """s3://lake on a server of its own behind such a proxy, for this process and those that it starts."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch, FaultyProxy(*server.get_host_and_port()).running() as faulty:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "of the tests")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", faulty.url)
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("lake")
+        yield faulty
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()

@@ -17,12 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 import s3fs
-from moto.server import ThreadedMotoServer
 
 from medim_ray.train.metrics import read_lines, read_metrics
 from medim_ray.train.runs import open_config
 from medim_ray.train.store import CheckpointStore
-from tests.system.faulty_proxy import FaultyProxy
+from tests.system.faulty_proxy import FaultyProxy, faulty_lake
 from tests.system.runs import MAE, SMALL, assert_same_weights, planned_keys
 
 pytestmark = [pytest.mark.system, pytest.mark.chaos]
@@ -139,20 +138,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(
 
 @pytest.fixture
 def lake(phantom_shards: str) -> Iterator[FaultyProxy]:
-    """s3://lake with the shards, behind a proxy that can fail, for this process and those that it starts."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch, FaultyProxy(*server.get_host_and_port()).running() as faulty:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "of the tests")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", faulty.url)
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("lake")
+    """s3://lake with the shards."""
+    with faulty_lake() as faulty:
         s3fs.S3FileSystem().put(f"{phantom_shards}/", "lake/shards/", recursive=True)
         yield faulty
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 def test_a_run_on_a_bucket_that_stumbles_stops_and_goes_on_bit_equal(

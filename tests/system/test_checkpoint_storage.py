@@ -14,14 +14,13 @@ import pytest
 import s3fs
 import torch
 import torch.distributed as dist
-from moto.server import ThreadedMotoServer
 from torch import nn
 
 from medim_ray.train.checkpoint import load_weights
 from medim_ray.train.saver import Saver
 from medim_ray.train.store import CheckpointStore
 from medim_ray.train.zero import MOMENTS
-from tests.system.faulty_proxy import FaultyProxy
+from tests.system.faulty_proxy import FaultyProxy, faulty_lake
 
 pytestmark = pytest.mark.system
 UNAVAILABLE = (503, "SlowDown", "Reduce your request rate.")
@@ -30,19 +29,8 @@ FULL = (400, "QuotaExceeded", "The bucket is full")
 
 @pytest.fixture(scope="module")
 def proxy() -> Iterator[FaultyProxy]:
-    """s3://lake for this process, behind a proxy that can fail."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch, FaultyProxy(*server.get_host_and_port()).running() as faulty:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "of the tests")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", faulty.url)
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("lake")
+    with faulty_lake() as faulty:
         yield faulty
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 @pytest.fixture(scope="module", autouse=True)
