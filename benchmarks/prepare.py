@@ -72,7 +72,7 @@ def main() -> None:
         root.mkdir()
         table = make_corpus(root, args.num, args.size, args.format)
         files = sorted(root.glob(f"*.{args.format}"))
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         bare(files[:50])
         warm_cpu, warm_s = prepared(table, Path(folder) / "warm")
         print(f"warm-up: {args.num / warm_cpu:.1f} images per CPU-second, {warm_s:.1f} s")
