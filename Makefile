@@ -20,7 +20,7 @@ demo: .venv/installed
 	$(BIN)/medim-ray report demo/run
 
 # What benchmarks/stream.py is measured against: an environment over ours that holds nothing but the peers.
-PEERS := webdataset mosaicml-streaming braceexpand brotli catalogue cramjam python-snappy zstd
+PEERS := webdataset mosaicml-streaming braceexpand brotli catalogue cramjam python-snappy zstd simplejpeg
 peers: .venv/installed
 	$(PYTHON) -m venv .venv-peers
 	cd .venv-peers/lib/python3*/site-packages && echo $(CURDIR)/.venv/lib/python3*/site-packages > ours.pth
