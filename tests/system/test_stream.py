@@ -168,7 +168,8 @@ def attack(shards: str, told: Path) -> None:
 
 
 class Killer(threading.Thread):
-    """Kills a decoding process every now and then, and the node after the second one."""
+    """Kills three decoding processes at random times, and the node after the second one. More of them would kill each
+    new one before it has decoded anything, on a busy machine."""
 
     def __init__(self, cluster: Any, node: Any, rng: np.random.Generator) -> None:
         super().__init__(daemon=True)
@@ -177,7 +178,7 @@ class Killer(threading.Thread):
         self.num_killed, self.node_lost = 0, False
 
     def run(self) -> None:
-        while not self._stop_now.wait(float(self._rng.uniform(0.5, 2.0))):
+        while self.num_killed < 3 and not self._stop_now.wait(float(self._rng.uniform(0.5, 2.0))):
             below = psutil.Process().children(recursive=True)
             decoders = [process for process in below if "MapWorker" in " ".join(command_of(process))]
             if not decoders:
