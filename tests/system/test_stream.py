@@ -162,7 +162,7 @@ def attack(shards: str, told: Path) -> None:
         killer.end()
         facts = {"workers": num_workers, "prefetch": prefetch, "killed": killer.num_killed}
         cases.append({**facts, "node_lost": killer.node_lost, "same": rows == planned})
-    told.write_text(json.dumps(cases))
+        told.write_text(json.dumps(cases))
     ray.shutdown()
     cluster.shutdown()
 
