@@ -152,8 +152,8 @@ def list_jobs() -> int:
     for record in rows:
         try:
             said: str = _target(record.target).status(record, _job(record)).state
-        except (TargetError, OSError, ValueError):
-            said = "unknown: the target does not answer"
+        except (TargetError, OSError, ValueError) as error:
+            said = f"unknown: {error}"
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.submitted_at))
         print(f"{record.name:{_WIDTH}} {record.target:8} {when}  {record.handle}  {said}")
     if not rows:
@@ -225,7 +225,14 @@ def _record(name: str) -> Record:
 
 
 def _job(record: Record) -> Job:
-    return Job(spec=from_tree(JobSpec, record.spec, where=str(state.state_file())), attempt=record.attempt)
+    try:
+        spec = from_tree(JobSpec, record.spec, where=record.name)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} ({record.target} {record.handle} was submitted by another version of medim-ray: use that one, or "
+            f"take its record out of {state.state_file()})"
+        ) from None
+    return Job(spec=spec, attempt=record.attempt)
 
 
 def _target(name: str) -> Any:

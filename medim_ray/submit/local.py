@@ -31,6 +31,8 @@ from medim_ray.submit.base import (
 )
 
 LOG = "log"
+_HANDLE = "process"
+_BY_US = "stopped by `medim-ray jobs stop`"
 
 
 @TARGETS.register("local")
@@ -44,6 +46,7 @@ class LocalTarget:
         lines = [
             "#!/bin/bash",
             f"trap 'echo $? >{shlex.quote(str(job.folder / EXIT_CODE))}' EXIT",
+            "trap 'exit 143' TERM INT HUP # else the code would be that of the last line that ended, 0",
             f"cd {shlex.quote(str(working_dir(job)))} || exit 1",
             "unset RAY_ADDRESS # a Ray of its own",
             *environment(job),
@@ -55,6 +58,9 @@ class LocalTarget:
         )
 
     def submit(self, job: Job, plan: Plan) -> str:
+        handle = job.folder / _HANDLE
+        if handle.is_file() and _process(handle.read_text()) is not None:
+            return handle.read_text()  # our record of it is gone, it is not
         folder = new_folder(job)
         (folder / "job.sh").write_text(plan.text)
         with (folder / LOG).open("wb") as log:
@@ -65,10 +71,11 @@ class LocalTarget:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        return f"{process.pid}@{psutil.Process(process.pid).create_time():.2f}"
+        handle.write_text(f"{process.pid}@{psutil.Process(process.pid).create_time():.2f}")
+        return handle.read_text()
 
     def status(self, record: Record, job: Job) -> Status:
-        if _process(record) is not None:
+        if _process(record.handle) is not None:
             return Status(state="running")
         return file_status(job.folder) or Status(
             state="lost", reason="its process is gone without an exit code: killed, or a restart"
@@ -78,7 +85,7 @@ class LocalTarget:
         return tail(job.folder / LOG, lambda: follow and self.status(record, job).state == "running")
 
     def stop(self, record: Record, job: Job) -> None:
-        process = _process(record)
+        process = _process(record.handle)
         if process is None:
             return
         (job.folder / STOPPED).touch()
@@ -90,14 +97,14 @@ class LocalTarget:
                 left.kill()
 
 
-def _process(record: Record) -> psutil.Process | None:
+def _process(handle: str) -> psutil.Process | None:
     """The job's process; None where it ended, or where its number now belongs to another."""
-    pid, _, started = record.handle.partition("@")
+    pid, _, started = handle.partition("@")
     try:
         process = psutil.Process(int(pid))
         same = abs(process.create_time() - float(started)) < 0.5
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ValueError):
         return None
 
 
@@ -119,7 +126,10 @@ def environment(job: Job) -> list[str]:
 
 
 def new_folder(job: Job) -> Path:
-    """The job's folder, for us alone to read. ValueError where it can't be written, or what the job needs is gone."""
+    """The job's folder, for us alone to read, without what an earlier job of this id said of its end.
+
+    ValueError where it can't be written, or what the job needs is gone.
+    """
     wheel = job.spec.environment.wheel
     if not working_dir(job).is_dir():
         raise ValueError(f"environment.working_dir={working_dir(job)}: no such folder")
@@ -131,6 +141,8 @@ def new_folder(job: Job) -> Path:
         raise ValueError(
             f"storage.root={job.spec.storage.root}: {error.strerror}: give a folder that you can write"
         ) from None
+    for said in (*job.folder.glob(f"{EXIT_CODE}*"), job.folder / STOPPED):
+        said.unlink(missing_ok=True)  # it was stopped, the name was used for another spec, and it is sent again
     return job.folder
 
 
@@ -140,11 +152,11 @@ def file_status(folder: Path) -> Status | None:
     for path in folder.glob(f"{EXIT_CODE}*"):
         with contextlib.suppress(FileNotFoundError, ValueError):
             codes.append(int(path.read_text()))
-    if not codes:
-        return None
+    if not codes:  # it may have been stopped before it could write one
+        return Status(state="stopped", exit_code=143, reason=_BY_US) if (folder / STOPPED).exists() else None
     code = max(codes)
     if (folder / STOPPED).exists() and code != 0:
-        return Status(state="stopped", exit_code=code, reason="stopped by `medim-ray jobs stop`")
+        return Status(state="stopped", exit_code=code, reason=_BY_US)
     return Status(state="succeeded" if code == 0 else "failed", exit_code=code)
 
 

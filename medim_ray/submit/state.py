@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from medim_ray.submit.base import Record
@@ -27,8 +28,12 @@ def locked() -> Iterator[dict[str, Record]]:
     Held while a job is sent, so that the same spec submitted twice at once is one job.
     """
     path = state_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.with_suffix(".lock").open("w")
+    except OSError as error:
+        raise ValueError(f"{path} can't be written ({error.strerror}): set {VARIABLE} to a file that can") from None
+    with file as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         records = read()
         before = dict(records)
@@ -44,9 +49,16 @@ def read() -> dict[str, Record]:
         return {}
     try:
         entries = json.loads(path.read_text())
-        return {name: Record(**entry) for name, entry in entries.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        return {name: _checked(Record(**entry)) for name, entry in entries.items()}
+    except (ValueError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{path} is no file of jobs ({error}): move it away, or set {VARIABLE} to another") from None
+
+
+def _checked(record: Record) -> Record:
+    texts = (record.name, record.hash, record.target, record.handle)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(record.spec, dict):
+        raise TypeError(f"the record of {record.name!r} is damaged")
+    return replace(record, attempt=int(record.attempt), submitted_at=float(record.submitted_at))
 
 
 def _write(path: Path, records: dict[str, Record]) -> None:

@@ -104,6 +104,34 @@ def test_a_job_without_process_and_exit_code_is_lost_and_sent_again(
     assert "it is sent again" in capsys.readouterr().err and state.read()["quick"].attempt == 1
 
 
+@pytest.mark.parametrize("delay_s", [0.0, 0.3])
+def test_a_job_that_is_stopped_before_it_began_is_stopped_and_begins_anew_without_that_mark(
+    delay_s: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    long = spec(tmp_path, ["tag", str(tmp_path / "pipe"), "--out", str(tmp_path / "tags.csv")])
+    assert main(["submit", long, "--detach"]) == 0
+    time.sleep(delay_s)
+    assert main(["jobs", "stop", "quick"]) == 0 and main(["jobs", "status", "quick"]) == 0
+    assert capsys.readouterr().out.count("quick: stopped") == 2
+    (folder,) = (tmp_path / "storage/jobs").iterdir()
+    state.state_file().unlink()  # as another spec of this name would: the next one is attempt 0 again
+    assert main(["submit", long, "--detach"]) == 0
+    assert not (folder / "stopped").exists() and not (folder / "exit_code").exists()
+    assert main(["jobs", "stop", "quick"]) == 0
+
+
+def test_a_job_whose_record_is_lost_while_it_runs_is_found_not_doubled(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    long = spec(tmp_path, ["tag", str(tmp_path / "pipe"), "--out", str(tmp_path / "tags.csv")])
+    assert main(["submit", long, "--detach"]) == 0
+    handle = state.read()["quick"].handle
+    state.state_file().unlink()
+    assert main(["submit", long, "--detach"]) == 0
+    assert state.read()["quick"].handle == handle
+    assert main(["jobs", "stop", "quick"]) == 0
+
+
 @pytest.mark.parametrize("key", ["working_dir", "wheel"])
 def test_what_the_job_needs_and_is_not_here_is_told_before_it_is_sent(
     key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -139,6 +167,33 @@ def test_a_state_file_of_another_kind_is_refused(capsys: pytest.CaptureFixture[s
     state.state_file().write_text("[1, 2]")
     assert main(["jobs", "list"]) == 2
     assert "is no file of jobs" in capsys.readouterr().err
+
+
+def test_damaged_records_and_places_that_hold_no_file_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = spec(tmp_path, tagging(tmp_path))
+    assert main(["submit", file]) == 0
+    whole = json.loads(state.state_file().read_text())
+
+    def said(**changed: object) -> str:
+        state.state_file().write_text(json.dumps({"quick": {**whole["quick"], **changed}}))
+        capsys.readouterr()
+        main(["jobs", "list"])
+        main(["submit", file, "retries=1", "--dry-run"])  # needs no record
+        return "".join(capsys.readouterr())
+
+    assert "is no file of jobs" in said(submitted_at=None) and "is no file of jobs" in said(handle=3)
+    assert "succeeded" in said(handle="damaged")
+    assert "unknown: quick: unknown key 'gone'" in said(spec={**whole["quick"]["spec"], "gone": 1})
+    assert main(["submit", file]) == 2
+    assert "submitted by another version of medim-ray" in capsys.readouterr().err
+    monkeypatch.setenv("MEDIM_RAY_JOBS", str(tmp_path))
+    assert main(["jobs", "list"]) == 2
+    monkeypatch.setenv("MEDIM_RAY_JOBS", f"{file}/jobs.json")
+    assert main(["submit", file]) == 2
+    err = capsys.readouterr().err
+    assert "is no file of jobs" in err and "can't be written (File exists): set MEDIM_RAY_JOBS" in err
 
 
 def python(code: str) -> list[str]:
