@@ -190,6 +190,12 @@ def script(job: Job) -> str:
 def directives(job: Job) -> list[str]:
     """The #SBATCH lines; a second kind of node is a second component of a heterogeneous job."""
     spec, slurm, resources = job.spec, job.spec.slurm, job.spec.resources
+    for path in (job.folder, working_dir(job)):
+        if re.search(r"[\s%\"'\\]", str(path)):
+            raise ValueError(
+                f"{str(path)!r}: sbatch reads white space, %, \\ and quotes in its own way: give a storage.root and an "
+                "environment.working_dir without them"
+            )
     names = [*_PASSED_ON, *(name for name, ref in spec.environment.secrets.items() if ref == "env")]
     lines = [
         f"--job-name={job.id}",

@@ -28,6 +28,12 @@ def test_resources_are_mapped_and_secrets_named_only() -> None:
     assert 'FILE="$(cat /k)"' in text and "--num-cpus=3 --num-gpus=0" in text
 
 
+@pytest.mark.parametrize("override", ["storage.root=/a b", "storage.root=/a/%j", "environment.working_dir=/it's"])
+def test_paths_that_sbatch_would_read_in_its_own_way_are_refused(override: str) -> None:
+    with pytest.raises(ValueError, match="sbatch reads white space"):
+        directives(job(override))
+
+
 def test_nodes_of_another_kind_are_a_second_component() -> None:
     lines = directives(job(file="pretrain-rad_dino-large"))
     at = lines.index("#SBATCH hetjob")
