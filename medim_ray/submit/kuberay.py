@@ -46,6 +46,8 @@ class KubeRayTarget:
         notes = ["environment.working_dir is not sent: recipes are those of the image, in /opt/medim-ray"]
         if _storage_is_lost(job):
             notes.append(_LOST)
+        if job.spec.tls.cert:
+            notes.append("tls.* is not used on target kuberay, whose operator makes certificates: say kuberay.tls=true")
         if job.spec.environment.wheel:
             notes.append("environment.wheel must be a URL that the pods reach")
         return Plan(text=text, how=f"{' '.join(_kubectl(job))} apply -f -", notes=tuple(notes))

@@ -254,4 +254,8 @@ def _folder(spec: JobSpec) -> Path:
 
 
 def _pack(spec: JobSpec, to: Path) -> str:
-    return pack(_folder(spec), spec.environment.excludes, spec.ray.max_upload_mb, to)
+    folder, root = _folder(spec), Path(spec.storage.root)
+    excludes = list(spec.environment.excludes)
+    if root.is_relative_to(folder) and root != folder:  # runs, and shards with reports in them
+        excludes.append(f"/{root.relative_to(folder).as_posix()}")
+    return pack(folder, excludes, spec.ray.max_upload_mb, to)

@@ -5,22 +5,27 @@ A spec says `${storage.root}` and `${name}` where a path depends on them, so tha
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from medim_ray.config.loader import load, option, run_hash
+from medim_ray.config.loader import leaves, load, option, run_hash
 
 TARGETS = ("local", "ray", "slurm", "kuberay")
 MAX_NAME = 35  # with hash and attempt 47 characters, the most that KubeRay allows a RayJob
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")  # KubeRay takes no name that begins with a digit
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET_NAME = re.compile(r"token|secret|passw|credential|api_?key|access_?key|private_?key|salt", re.I)
+_SECRET_NAME = re.compile(r"token(?!s|iz)|secret|passw|credential|api_?key|access_?key|private_?key|salt", re.I)
 _SECRET_VALUE = re.compile(
     r"AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY"
+    r"|://[^/\s:@]+:(?!\d+(/|$))[^\s@]+@"  # a password in a URL, but no port
 )
+_TAG = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+_OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+_ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?")
 _REFERENCE = re.compile(r"env|file:/.+|secret:[a-z0-9][-a-z0-9.]*/[-._a-zA-Z0-9]+")
 # Options of the commands that name storage: where nodes have no common working folder they must be absolute.
 STORAGE_OPTIONS = ("out", "run", "shards", "run.dir", "data.shards", "source.path", "track.aim_repo")
@@ -46,8 +51,8 @@ class Resources:
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 0")
         for key in ("memory_gb", "decode_memory_gb"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)}: Ray alone takes about 1 GB; give more")
+            if not 1 <= getattr(self, key) < math.inf:
+                raise ValueError(f"{key}={getattr(self, key)}: Ray alone takes about 1 GB; give more, and a number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,7 @@ class Environment:
     python: str = option("", "interpreter; empty: `python` in an image, else the one that submits")
     working_dir: str = option("", "folder with the recipes; sent to ray, entered elsewhere; empty: the current one")
     excludes: tuple[str, ...] = option(
-        (".git", ".venv", ".mypy_cache", ".ruff_cache", ".hypothesis", "storage", "runs", "shards", "demo"),
+        (".git", ".venv", ".env", ".mypy_cache", ".ruff_cache", ".hypothesis", "storage", "runs", "shards", "demo"),
         "patterns, as in .gitignore, that are not sent with the working folder",
     )
     wheel: str = option("", "wheel of this package, a path or URL, to run instead of what the interpreter has")
@@ -93,6 +98,19 @@ class Storage:
     claim: str = option("", "kuberay: PersistentVolumeClaim to mount at storage.root; empty with a URL")
     claim_gb: int = option(0, "kuberay: size of a claim to make (ReadWriteMany); 0: the claim exists")
     claim_class: str = option("", "kuberay: storage class of the claim to make; empty: the cluster's default")
+
+    def __post_init__(self) -> None:
+        if not self.root or self.root.startswith("~"):
+            raise ValueError(
+                f"root={self.root}: give a folder or URL; `~` is another folder on every machine: write it out"
+            )
+        if self.claim_gb < 0:
+            raise ValueError(f"claim_gb={self.claim_gb}: must be at least 0; 0: the claim exists")
+        if self.claim and "://" in self.root:
+            raise ValueError(
+                f"claim={self.claim} with root={self.root}: a claim is mounted at a folder; give one of both"
+            )
+        _check_object_names(self, "claim", "claim_class")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,13 +147,17 @@ class RayTarget:
     max_upload_mb: int = option(100, "limit of what is sent with a job; Ray's own is 512")
 
     def __post_init__(self) -> None:
-        if not self.address.startswith(("http://", "https://")):
+        if not re.match(r"https?://[^/\s]", self.address):
             raise ValueError(
                 f"address={self.address}: the Jobs API speaks HTTP; use http://HOST:8265, "
                 "not the address that ray.init takes"
             )
         if not 0 < self.max_upload_mb <= 512:
             raise ValueError(f"max_upload_mb={self.max_upload_mb}: between 1 and 512, Ray's own limit")
+        amounts = {"entrypoint_cpus": self.entrypoint_cpus, **self.entrypoint_resources}
+        for name, amount in amounts.items():
+            if not 0 <= amount < math.inf:
+                raise ValueError(f"{name}={amount}: an amount is at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +177,11 @@ class SlurmTarget:
     options: tuple[str, ...] = option((), "further lines for sbatch, e.g. [--reservation=chest]")
 
     def __post_init__(self) -> None:
+        for key in ("partition", "account", "qos", "constraint"):
+            if re.search(r"\s", getattr(self, key)):
+                raise ValueError(f"{key}={getattr(self, key)!r}: has white space, where sbatch reads the next option")
+        if self.array and not _ARRAY.fullmatch(self.array):
+            raise ValueError(f"array={self.array}: task numbers such as 0-7, 0-30:10 or 1,3,5, and %N for N at once")
         for text in self.options:
             if not re.fullmatch(r"--[a-z][-a-z]*(=\S+)?", text):
                 raise ValueError(f"options: {text!r} is not of the form --name or --name=value")
@@ -181,6 +208,11 @@ class KubeTarget:
     shm_gb: float = option(2.0, "shared memory of each pod: Ray's object store")
     tls: bool = option(False, "encrypt Ray's connections with certificates of the operator")
 
+    def __post_init__(self) -> None:
+        _check_object_names(self, "namespace", "queue", "service_account", "operator_namespace", "secret")
+        if not 0 < self.shm_gb < math.inf:
+            raise ValueError(f"shm_gb={self.shm_gb}: Ray's object store needs more than 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobSpec:
@@ -204,11 +236,17 @@ class JobSpec:
     kuberay: KubeTarget = field(default_factory=KubeTarget)
 
     def __post_init__(self) -> None:
+        for key, value, _ in leaves(self):
+            if any(_SECRET_VALUE.search(text) for text in _texts(value)):
+                raise ValueError(
+                    f"{key} holds what looks like a secret (not shown here), and specs are no place for one: give it "
+                    "by environment.secrets"
+                )
         if not _NAME.fullmatch(self.name) or len(self.name) > MAX_NAME:
             shown = self.name if len(self.name) <= 60 else f"{self.name[:60]}… ({len(self.name)} characters)"
             raise ValueError(
-                f"name={shown!r}: 1 to {MAX_NAME} lower-case letters, digits and dashes, on every target alike; "
-                f"e.g. name={_slug(self.name)}"
+                f"name={shown!r}: 1 to {MAX_NAME} lower-case letters, digits and dashes, a letter first, on every "
+                f"target alike; e.g. name={_slug(self.name)}"
             )
         if not self.command:
             raise ValueError("command is empty: give a medim-ray command, e.g. command: [doctor]")
@@ -218,7 +256,7 @@ class JobSpec:
             key, _, value = text.partition("=")
             if "\n" in text or "\0" in text:
                 raise ValueError(f"command: {key!r} holds a line break, which no target passes on alike")
-            if _SECRET_VALUE.search(text) or (value and _SECRET_NAME.search(key.rpartition(".")[2])):
+            if value and _SECRET_NAME.search(key.rpartition(".")[2]):
                 raise ValueError(
                     f"command: {key}=… looks like a secret, and commands are seen by all: "
                     "give it by environment.secrets"
@@ -230,7 +268,31 @@ class JobSpec:
                 f"{self.resources.nodes + self.resources.decode_nodes} node(s) needs at least {least} s before its "
                 "first checkpoint can be there"
             )
+        for tag in self.tags:
+            if not _TAG.fullmatch(tag):
+                raise ValueError(f"tags: {tag!r}: 1 to 63 letters, digits, -, _ and ., as Kubernetes has it")
+        self._check_slurm()
+        self._check_kuberay()
 
+    def _check_slurm(self) -> None:
+        slurm = self.slurm
+        if slurm.container != "none" and not self.environment.image:
+            raise ValueError(
+                f"slurm.container={slurm.container} runs environment.image, which is empty: give the image"
+            )
+        if self.target == "slurm" and self.resources.decode_nodes and (slurm.array or slurm.symmetric):
+            key = f"array={slurm.array}" if slurm.array else "symmetric=true"
+            raise ValueError(
+                f"slurm.{key} with resources.decode_nodes={self.resources.decode_nodes}: nodes of another kind make a "
+                "heterogeneous job, which can't be one: use resources.decode_nodes=0"
+            )
+
+    def _check_kuberay(self) -> None:
+        if self.target == "kuberay" and self.kuberay.shm_gb >= self.resources.memory_gb:
+            raise ValueError(
+                f"kuberay.shm_gb={self.kuberay.shm_gb} of resources.memory_gb={self.resources.memory_gb}: shared "
+                "memory is part of a pod's memory, leave some for the work: a third is usual"
+            )
         kind, gpus = self.kuberay.overlay, self.resources.gpus
         if (kind == "gpu" and not gpus) or (kind == "cpu" and gpus):
             raise ValueError(f"kuberay.overlay={kind} with resources.gpus={gpus}: change one, or use overlay=auto")
@@ -257,6 +319,9 @@ def load_spec(file: str | Path | None, overrides: Sequence[str] = ()) -> JobSpec
 
     ValueError: see JobSpec, and options of the command that name storage by a relative path where no folder is shared.
     """
+    if file is not None and not Path(file).is_file():
+        kind = "is a folder: name a file in it" if Path(file).is_dir() else "does not exist"
+        raise ValueError(f"job file {file} {kind}; jobs/ has examples")
     spec = load(JobSpec, file, overrides)
     root = spec.storage.root
     if "://" not in root and not Path(root).is_absolute():
@@ -290,4 +355,18 @@ def changed(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:MAX_NAME].strip("-") or "my-job"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "my-job"
+    return (slug if slug[0].isalpha() else f"job-{slug}")[:MAX_NAME].strip("-")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The strings of a leaf: itself, the items of a list, the keys and values of a mapping."""
+    entries = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    yield from (entry for entry in entries if isinstance(entry, str))
+
+
+def _check_object_names(group: Any, *keys: str) -> None:
+    for key in keys:
+        name = getattr(group, key)
+        if name and not _OBJECT_NAME.fullmatch(name):
+            raise ValueError(f"{key}={name!r}: Kubernetes takes lower-case letters, digits, dashes and dots in names")

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medim_ray.submit.ray_jobs import _pack
+from medim_ray.submit.spec import load_spec
 from medim_ray.submit.upload import files_to_send, pack
 
 
@@ -27,6 +29,19 @@ def test_excludes_and_ignore_files_hold_at_every_level(tmp_path: Path) -> None:
     assert names == [".gitignore", "a.py", "keep.log", "sub/.gitignore", "sub/b.py"]
     with pytest.raises(ValueError, match="no such folder"):
         files_to_send(tmp_path / "none", [])
+
+
+def test_storage_inside_the_folder_and_files_of_keys_stay_here(tmp_path: Path) -> None:
+    work = folder(tmp_path)
+    (work / ".env").write_text("KEY=planted")
+    (work / "mine").mkdir()
+    (work / "mine/reports.parquet").write_text("planted")
+    spec = load_spec(
+        Path(__file__).parents[3] / "jobs/doctor.yaml",
+        ["target=ray", f"environment.working_dir={work}", f"storage.root={work / 'mine'}"],
+    )
+    assert "5 files of" in _pack(spec, tmp_path / "x.zip")
+    assert not {".env", "mine/reports.parquet"} & set(zipfile.ZipFile(tmp_path / "x.zip").namelist())
 
 
 def test_the_same_files_are_the_same_archive(tmp_path: Path) -> None:
