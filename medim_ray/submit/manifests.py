@@ -173,11 +173,13 @@ def _ray_cluster(job: Job) -> Object:
 def _workers(job: Job, name: str, nodes: int, cpus: int, memory_gb: float, gpus: int) -> Object:
     kube = job.spec.kuberay
     template = _pod(job, _container(job, "ray-worker", cpus=cpus, memory_gb=memory_gb, gpus=gpus))
+    tolerations = [{"key": kube.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}] if gpus else []
     if kube.overlay == "spot" and name == "workers":
+        tolerations += _SPOT
         # The time between a cloud's notice and its end: what is running commits a checkpoint.
-        template["spec"] |= {"tolerations": _SPOT, "terminationGracePeriodSeconds": 120}
-    elif gpus:
-        template["spec"]["tolerations"] = [{"key": kube.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}]
+        template["spec"]["terminationGracePeriodSeconds"] = 120
+    if tolerations:
+        template["spec"]["tolerations"] = tolerations
     if kube.node_selector and name == "workers":
         template["spec"]["nodeSelector"] = dict(kube.node_selector)
     store = str(int(kube.shm_gb * 2**30))

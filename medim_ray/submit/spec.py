@@ -6,6 +6,7 @@ A spec says `${storage.root}` and `${name}` where a path depends on them, so tha
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -19,6 +20,7 @@ MAX_NAME = 35  # with hash and attempt 47 characters, the most that KubeRay allo
 _NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")  # KubeRay takes no name that begins with a digit
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET_NAME = re.compile(r"token(?!s|iz)|secret|passw|credential|api_?key|access_?key|private_?key|salt", re.I)
+_NO_VALUES = ("_PATH", "_FILE", "_DIR", "_MODE", "_NAME", "_URL")  # such variables say where a secret is
 _SECRET_VALUE = re.compile(
     r"AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY"
     r"|://[^/\s:@]+:(?!\d+(/|$))[^\s@]+@"  # a password in a URL, but no port
@@ -322,14 +324,32 @@ def load_spec(file: str | Path | None, overrides: Sequence[str] = ()) -> JobSpec
     if file is not None and not Path(file).is_file():
         kind = "is a folder: name a file in it" if Path(file).is_dir() else "does not exist"
         raise ValueError(f"job file {file} {kind}; jobs/ has examples")
-    spec = load(JobSpec, file, overrides)
+    try:
+        spec = load(JobSpec, file, overrides)
+    except TypeError as error:  # of OmegaConf: a list where a mapping belongs, or the reverse
+        raise ValueError(f"{file} {' '.join(overrides)}: {error}") from None
     root = spec.storage.root
     if "://" not in root and not Path(root).is_absolute():
         # Before `${storage.root}` is put into the command, hence loaded once more.
         spec = load(JobSpec, file, [*overrides, f"storage.root={Path(root).absolute()}"])
+    _check_environment(spec)
     if spec.target in ("ray", "kuberay"):
         _check_paths(spec)
     return spec
+
+
+def _check_environment(spec: JobSpec) -> None:
+    """ValueError where a secret of our own environment stands in the spec, e.g. by `${oc.env:NAME}`."""
+    for name, secret in os.environ.items():
+        named = spec.environment.secrets.get(name) == "env"
+        if len(secret) < 8 or not (named or (_SECRET_NAME.search(name) and not name.endswith(_NO_VALUES))):
+            continue
+        for key, value, _ in leaves(spec):
+            if any(secret in text for text in _texts(value)):
+                raise ValueError(
+                    f"{key} holds the value of {name}, and specs are no place for a secret: give it by "
+                    f"environment.secrets: {{{name}: env}}; \\${{oc.env:{name}}} is read where the job runs"
+                )
 
 
 def _check_paths(spec: JobSpec) -> None:

@@ -147,7 +147,8 @@ def test_overlays() -> None:
     job = documents("gpu")[-1]
     assert job["spec"]["suspend"] and job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "chest"
     spot = workers("spot")[0]["template"]["spec"]
-    assert {"karpenter.sh/capacity-type", "cloud.google.com/gke-spot"} <= {t["key"] for t in spot["tolerations"]}
+    keys = {"karpenter.sh/capacity-type", "cloud.google.com/gke-spot", "nvidia.com/gpu"}
+    assert keys <= {t["key"] for t in spot["tolerations"]}, "spot nodes with GPUs have both taints"
     assert spot["nodeSelector"] == {"zone": "a"}
     head = documents("spot")[-1]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     assert "tolerations" not in head, "the head stays on nodes that are not taken away"

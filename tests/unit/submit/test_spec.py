@@ -70,6 +70,7 @@ def test_any_spec_on_any_target_prints_what_it_would_send_and_contacts_nothing(
         ("kuberay.namespace=My Space", "namespace='My Space': Kubernetes takes lower-case"),
         ("kuberay.shm_gb=0", "shm_gb=0.0: Ray's object store needs more"),
         ("tags={my owner: me}", "tags: 'my owner': 1 to 63 letters"),
+        ("environment.variables=[A]", "environment.variables=.A.: Cannot merge"),
         ("environment.variables.A-B=1", "no name of an environment variable"),
     ],
 )
@@ -134,6 +135,19 @@ def test_a_secret_in_a_spec_is_refused_and_not_repeated(override: str) -> None:
     with pytest.raises(ValueError, match="secret") as refused:
         load_spec(SMALL, [override])
     assert PLANTED.lower() not in str(refused.value).lower()
+
+
+def test_a_secret_of_our_environment_is_refused_where_a_spec_resolves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OURS", "OTHER_TOKEN"):
+        monkeypatch.setenv(name, f"planted-{name}")
+    monkeypatch.setenv("OUR_TOKEN_PATH", "/run/token")
+    for name, override in (("OURS", "environment.secrets={OURS: env}"), ("OTHER_TOKEN", "retries=1")):
+        with pytest.raises(ValueError, match=f"args holds the value of {name}") as refused:
+            load_spec(SMALL, [override, f"args=['run.dir=/x/${{oc.env:{name}}}']"])
+        assert "planted" not in str(refused.value)
+        kept = load_spec(SMALL, [override, f"args=['run.dir=/x/\\${{oc.env:{name}}}']"])
+        assert kept.args == (f"run.dir=/x/${{oc.env:{name}}}",)
+    assert load_spec(SMALL, ["ray.token_file=${oc.env:OUR_TOKEN_PATH}"]).ray.token_file == "/run/token"
 
 
 @pytest.mark.parametrize(
