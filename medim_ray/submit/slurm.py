@@ -92,11 +92,12 @@ class SlurmTarget:
 
     def stop(self, record: Record, job: Job) -> None:
         (job.folder / STOPPED).touch()
-        # The batch shell hands the signal on, so that a checkpoint is committed; what is left at the end is killed.
-        _run(["scancel", "--batch", "--signal=TERM", record.handle], job)
-        deadline = time.monotonic() + job.spec.slurm.signal_s
-        while time.monotonic() < deadline and self.status(record, job).state == "running":
-            time.sleep(1)
+        if self.status(record, job).state == "running":  # scancel tries for minutes to signal what has not begun
+            # The batch shell hands the signal on, so that a checkpoint is committed; what is left at the end is killed.
+            _run(["scancel", "--batch", "--signal=TERM", record.handle], job)
+            deadline = time.monotonic() + job.spec.slurm.signal_s
+            while time.monotonic() < deadline and self.status(record, job).state == "running":
+                time.sleep(1)
         _run(["scancel", record.handle], job)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from medim_ray.submit.base import Job
-from medim_ray.submit.slurm import _clock, _status_of, _worst, directives, script
+from medim_ray.submit.base import Job, Record
+from medim_ray.submit.slurm import SlurmTarget, _clock, _status_of, _worst, directives, script
 from medim_ray.submit.spec import load_spec
 
 JOBS = Path(__file__).parents[3] / "jobs"
@@ -86,3 +86,24 @@ def test_an_array_is_as_good_as_its_worst_task() -> None:
     assert _worst([done, running, failed], job()) is running
     assert _worst([done, failed], job()) is failed and _worst([done, done], job()) is done
     assert _worst([], job()).state == "lost"
+
+
+@pytest.mark.parametrize(("state", "asked"), [("PENDING", ["7"]), ("RUNNING", ["--batch --signal=TERM 7", "7"])])
+def test_only_a_job_that_runs_is_asked_before_it_is_cancelled(
+    state: str, asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The real one tries for more than a minute to signal a job that has not begun (seen on the two nodes); this one notes
+    # what it was told.
+    (tmp_path / "state").write_text(f"JobState={state} Reason=None ExitCode=0:0")
+    for name, lines in {
+        "scontrol": f"cat {tmp_path}/state",
+        "scancel": f'echo "$*" >>{tmp_path}/asked; echo JobState=CANCELLED >{tmp_path}/state',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    held = job(f"storage.root={tmp_path}")
+    held.folder.mkdir(parents=True)
+    record = Record(name="x", hash="x", target="slurm", attempt=0, handle="7", submitted_at=0.0, spec={})
+    SlurmTarget().stop(record, held)
+    assert (tmp_path / "asked").read_text().splitlines() == asked

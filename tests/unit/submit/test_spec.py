@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.font_manager  # noqa: F401  it writes a cache once a user: before a test gives another home
 import pytest
 
 from medim_ray.cli import check_words, main
