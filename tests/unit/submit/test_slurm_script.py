@@ -92,8 +92,8 @@ def test_an_array_is_as_good_as_its_worst_task() -> None:
 def test_only_a_job_that_runs_is_asked_before_it_is_cancelled(
     state: str, asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The real one tries for more than a minute to signal a job that has not begun (seen on the two nodes); this one notes
-    # what it was told.
+    # The real one tries for more than a minute to signal a job that has not begun (seen on two nodes); this one
+    # notes what it was told.
     (tmp_path / "state").write_text(f"JobState={state} Reason=None ExitCode=0:0")
     for name, lines in {
         "scontrol": f"cat {tmp_path}/state",
