@@ -2,9 +2,9 @@
 
     python -m benchmarks.decoders SHARDS [--num 96] [--rounds 15] [--size 224]
 
-Every decoder takes the same encoded bytes to uint8 gray; of each image the fastest of the rounds counts. "crop" adds MedIM's resize
-and crop (pad_crop) with the functions of the stream. Differences are to Pillow's pixels, of the crop to the crop of the
-image decoded in full.
+Every decoder takes the same encoded bytes to uint8 gray; of each image the fastest of the rounds counts. "crop" adds
+MedIM's resize and crop (pad_crop) with the functions of the stream. Differences are to Pillow's pixels, of the crop to
+the crop of the image decoded in full.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def decode_gray(encoded: Any, image_id: str, shrink: float = 1.0) -> NDArray[np.
     or 1/8 of its size where that is no more than this (libjpeg's scaled inverse transform).
     """
     pixels = np.frombuffer(encoded, dtype=np.uint8)
-    # Within 1 % of simplejpeg and imagecodecs, which wrap the same library (benchmarks/decoders.py).
+    # Within 2 % of simplejpeg and imagecodecs, which wrap the same library (benchmarks/decoders.py).
     flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH
     if shrink >= 2 and bytes(pixels[:2]) == _JPEG:
         flags = _REDUCED[min(int(math.log2(shrink)), 3)]
