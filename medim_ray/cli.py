@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -352,9 +353,12 @@ def _jobs(args: argparse.Namespace) -> int:
 def check_words(words: Sequence[str]) -> None:
     """ValueError where `words` are no command line of medim-ray, or set an option that its command does not have."""
     said = io.StringIO()
+    # What is read where the job runs, such as the number of an array's task, has a stand-in here.
+    on_site = r"\$\{oc\.env:[^{}]*\}"
+    words = [re.sub(rf"\$\{{oc\.decode:{on_site}\}}|{on_site}", "1", word) for word in words]
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            args = _parser().parse_args(list(words))
+            args = _parser().parse_args(words)
     except SystemExit:
         raise ValueError(f"command: {said.getvalue().strip().splitlines()[-1].removeprefix('medim-ray: ')}") from None
     if args.command in (_submit, _jobs):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from medim_ray.cli import main
 from medim_ray.submit.base import Job, Record
 from medim_ray.submit.slurm import SlurmTarget, _clock, _status_of, _worst, directives, script
 from medim_ray.submit.spec import load_spec
@@ -26,6 +27,23 @@ def test_resources_are_mapped_and_secrets_named_only() -> None:
     assert any(line.endswith("/log-%a") for line in lines), "a log a task"
     text = script(job("environment.secrets={FILE: 'file:/k'}"))
     assert 'FILE="$(cat /k)"' in text and "--num-cpus=3 --num-gpus=0" in text
+
+
+def test_tasks_of_an_array_are_told_apart_where_they_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    word = r"seed=\${oc.decode:\${oc.env:SLURM_ARRAY_TASK_ID}}"
+    assert f"`- {word}`" in (JOBS.parent / "cluster/README.md").read_text()
+    monkeypatch.chdir(JOBS.parent)
+    file = tmp_path / "array.yaml"
+    file.write_text(f"inherits: {JOBS}/pretrain-medim-small.yaml\nargs:\n  - {word}\n")
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    assert main(["submit", str(file), "target=slurm", "slurm.array=0-3", "--dry-run"]) == 0
+    sent = word.replace("\\", "")
+    assert f"'{sent}')" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert main(["config", "--config", "configs/debug/medim-vit_tiny-2w-z1.yaml", sent]) == 0
+    assert "\nseed: 3\n" in "\n" + capsys.readouterr().out
 
 
 @pytest.mark.parametrize("override", ["storage.root=/a b", "storage.root=/a/%j", "environment.working_dir=/it's"])
