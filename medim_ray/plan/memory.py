@@ -112,14 +112,14 @@ def _reducing(trained: float, size: float, stage: int, share: float, on_cpu: boo
 
 
 def _stepping(trained: float, size: float, stage: int, share: float, on_cpu: bool) -> float:
-    """Beside gradients in the optimizer's step: the own share flat and in float32, and AdamW's temporaries, which on a
-    GPU are made for all tensors at once and on a CPU for one after the other (ZeRO's shard is one)."""
+    """Beside gradients in the optimizer's step: the own share flat and in float32. Torch's fused AdamW makes no
+    temporaries."""
     if stage == 0:
-        return 0.0 if on_cpu else 4.0 * trained
+        return 0.0
     bucket = 0.0
     if stage == 3:
         bucket = size * min(trained, REDUCE_BUCKET) if on_cpu else size * REDUCE_BUCKET
-    return bucket + 4.0 * trained * share * (1.0 + (2.0 if on_cpu else 1.0))
+    return bucket + 4.0 * trained * share
 
 
 def memory_on(

@@ -72,14 +72,14 @@ def test_bf16_without_shards_is_autocast_over_float32() -> None:
 
 
 def test_the_larger_of_two_moments_is_told() -> None:
-    """A large batch peaks in the backward pass; without one the optimizer's temporaries are what is left."""
+    """A large batch peaks in the backward pass; without one the optimizer's step is what is left."""
     work = dataclasses.replace(WORK, passes=real_work().passes, num_trained=10**9, element_bytes=4)
     layout = {"stage": 1, "num_gpus": 8, "checkpointed": False}
     few, many = (memory(work, micro_batch=b, **layout) for b in (1, 4000))  # type: ignore[arg-type]
     assert many.activations > 1e10 > few.activations
     assert few.buffers == many.buffers == 4 * (500e6 + 500e6) + 4e9 / 8  # bucket, its flat copy, the own share
     alone = memory(work, stage=3, num_gpus=1, micro_batch=0, checkpointed=False)
-    assert alone.buffers == 4 * 500e6 + 2 * 4e9  # the bucket, the flat gradients and the square roots of the moments
+    assert alone.buffers == 4 * 500e6 + 4e9  # the bucket and the flat gradients; fused AdamW makes no temporaries
 
 
 def test_a_cpu_keeps_what_was_freed_and_backs_only_what_is_written() -> None:
@@ -87,7 +87,7 @@ def test_a_cpu_keeps_what_was_freed_and_backs_only_what_is_written() -> None:
     layout = {"stage": 2, "num_gpus": 1, "micro_batch": 0, "checkpointed": False}
     gpu, cpu = (memory(work, on_cpu=on_cpu, **layout) for on_cpu in (False, True))  # type: ignore[arg-type]
     assert gpu.buffers > 4 * 500e6 > cpu.buffers
-    assert cpu.buffers == 3 * 4e6 + 4e6  # flat gradients and two temporaries; the parameters as they were built
+    assert cpu.buffers == 2 * 4e6 + 4e6  # the bucket and its flat copy; the parameters as they were built
 
 
 def test_a_report_encoder_brings_its_library() -> None:
