@@ -264,8 +264,8 @@ def _ray() -> Iterator[None]:
 def _in_tasks(
     items: Sequence[Any], task: Callable[[Any], T], lease: Lease, done: Callable[[T], int], bar: _Bar
 ) -> Iterator[T]:
-    """One Ray task an item, a few of them for every CPU under way; results as they come. Plain tasks: an execution of
-    Ray Data costs two to three processor seconds, as much as a thousand images. done: what a result adds to the bar."""
+    """One Ray task an item, two for every CPU under way; results as they come. Plain tasks, since a job has two rounds
+    of them and an execution of Ray Data brings actors of its own. done: what a result adds to the bar."""
     if not items:
         return
     task_ref, waiting, pending = ray.put(task), iter(items), list[Any]()
@@ -273,8 +273,8 @@ def _in_tasks(
     with progress_bar(bar.name, bar.total, lambda: num_done, bar.unit):
         try:
             while True:
-                room = 2 * max(1, int(ray.cluster_resources().get("CPU", 1))) - len(pending)
-                pending += [_task.remote(task_ref, item) for item in islice(waiting, room)]
+                most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # of a cluster that may grow or shrink
+                pending += [_task.remote(task_ref, item) for item in islice(waiting, max(0, most - len(pending)))]
                 if not pending:
                     return
                 ready, pending = ray.wait(pending, timeout=_LOOK_S, fetch_local=True)
@@ -288,7 +288,8 @@ def _in_tasks(
         finally:
             for ref in pending:
                 ray.cancel(ref)
-            ray.wait(pending, num_returns=len(pending), timeout=60) if pending else None
+            if pending:  # what runs on must not write where the caller cleans up
+                ray.wait(pending, num_returns=len(pending), timeout=60)
 
 
 @ray.remote(num_cpus=1)
