@@ -189,6 +189,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     import psutil
 
     from medim_ray.config.schema import RunConfig
+    from medim_ray.probes.watch import MapWatch
     from medim_ray.train.launch import launch, summary
     from medim_ray.train.signals import exit_code
     from medim_ray.train.startup import Startup
@@ -197,7 +198,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     config = load(RunConfig, args.config, args.overrides)
     validate = _validation() if config.validate.labels else None
     startup.mark("imports of the command")
-    result = launch(config, validate=validate, startup=startup)
+    result = launch(config, validate=validate, watch=MapWatch.of_run, startup=startup)
     print(summary(result))
     return exit_code(result.signal) if result.signal else 0
 

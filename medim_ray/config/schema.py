@@ -270,6 +270,23 @@ class ValidateConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class MapsConfig:
+    """A look at the word-to-patch maps of a run that aligns words with patches, on a fixed small batch."""
+
+    every: int = option(50, "steps between looks, which are written to metrics.jsonl under maps/; 0: none")
+    num_images: int = option(32, "images that are looked at: held-out ones with truth where there are any")
+    lung_boxes: str = option(
+        "", "CSV with boxes of the lungs (medim_ray/probes/README.md): its images are looked at, for lung lift"
+    )
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.num_images < 2:
+            raise ValueError(
+                f"maps.every={self.every}, maps.num_images={self.num_images}: at least 0 and 2 (an interval needs two)"
+            )
+
+
 PROBE_TASKS = ("labels", "localise", "retrieve", "segment")
 
 
@@ -335,6 +352,7 @@ class RunConfig:
     objective: Any = component(OBJECTIVES, "mae", "the loss")
     train: TrainConfig = field(default_factory=TrainConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig, metadata={"hashed": False, "fixed": False})
+    maps: MapsConfig = field(default_factory=MapsConfig, metadata={"hashed": False, "fixed": False})
     run: RunGroup = field(default_factory=RunGroup, metadata={"hashed": False, "fixed": False})
     track: TrackConfig = field(default_factory=TrackConfig, metadata={"hashed": False, "fixed": False})
 

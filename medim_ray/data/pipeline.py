@@ -6,7 +6,7 @@ deals block k to rank k mod n. The consumer puts the granules of a window back i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # the processes that only pass blocks on need no decoder, tok
     from medim_ray.data.reader import BlockReader
 
 ReaderFactory = Callable[[], "BlockReader"]
+Attend = Callable[[dict[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
+"""Adds columns that need a model to those of a block."""
 
 
 class _DecodeActor:
@@ -33,23 +35,49 @@ class _DecodeActor:
         return self._reader(self._plan.block(int(index), self._first_step))
 
 
+class _AttendActor:
+    """One process of the second pool: builds its model once, then adds what it sees to each block."""
+
+    def __init__(self, make_attend: Callable[[], Attend]) -> None:
+        self._attend = make_attend()
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        return self._attend(batch)
+
+
 def train_stream(
-    plan: StreamPlan, make_reader: ReaderFactory, first_step: int, last_step: int, num_actors: int
+    plan: StreamPlan,
+    make_reader: ReaderFactory,
+    first_step: int,
+    last_step: int,
+    num_actors: int,
+    make_attend: Callable[[], Attend] | None = None,
 ) -> Dataset:
     """Blocks of the steps [first_step, last_step), to be split over the ranks by Ray Train.
 
-    Each output block is one block of the plan, `plan.window_steps * plan.granule` rows.
+    Each output block is one block of the plan, `plan.window_steps * plan.granule` rows. make_attend: a second pool of
+    as many actors, with a model, whose maps join the columns.
     """
     num_blocks = plan.num_blocks(first_step, last_step)
     # Objects, not read tasks: where all CPUs belong to workers, a task that asks for one would wait for ever.
     numbers = ray.data.from_arrow([pa.table({"id": [index]}) for index in range(num_blocks)])
-    return numbers.map_batches(
+    blocks = numbers.map_batches(
         _DecodeActor,
         fn_constructor_args=(make_reader, plan, first_step),
         batch_size=1,
         batch_format="numpy",
         compute=ActorPoolStrategy(size=num_actors),
         num_cpus=0.25,
+    )
+    if make_attend is None:
+        return blocks
+    return blocks.map_batches(
+        _AttendActor,
+        fn_constructor_args=(make_attend,),
+        batch_size=None,  # whole blocks
+        batch_format="numpy",
+        compute=ActorPoolStrategy(size=num_actors),
+        num_cpus=0.2,  # another number than the decoders': Ray Data would fuse the two stages into one process
     )
 
 

@@ -29,6 +29,7 @@ WORDS = "mask/report/words_BSW"  # float32: weight of each word's attention row 
 NOISE = "mask/report/noise_BSN"  # float32 in [0, 1): which patches of a class are hidden
 PRIOR = "mask/report/prior_BSN"  # float32: anatomy prior, 1 everywhere where the text tells no place
 IS_COLD = "mask/report/is_cold_B"  # bool: the prior stands in for the attention
+MAPS = "mask/report/maps_BSN"  # float32: maps of a published snapshot, where attention = "snapshot"
 SENTENCE = "mask/sdm/sentence_B"  # int16: the sentence SDM drew, -1 where there is none
 
 
@@ -70,6 +71,19 @@ class ReportMasking:
             },
         )
         prior_steps: int = field(default=0, metadata={"help": "global steps of prior=cold_start"})
+        attention: Literal["step", "snapshot"] = field(
+            default="step",
+            metadata={
+                "help": "step: of the model in the same step (the paper); snapshot: of published weights, in actors of "
+                "the stream, so that any objective can mask its input by it"
+            },
+        )
+        snapshot_every: int = field(
+            default=0, metadata={"help": "attention=snapshot: steps between snapshots of this run's own weights"}
+        )
+        snapshot_run: str = field(
+            default="", metadata={"help": "attention=snapshot: a finished MedIM run whose weights are used as they are"}
+        )
 
         def __post_init__(self) -> None:
             if self.name not in ("kdm", "sdm", "kdm+sdm"):
@@ -91,6 +105,16 @@ class ReportMasking:
                 raise ValueError(f"masking.negated_weight={self.negated_weight}: must be >= 0, the paper uses 1")
             if self.prior not in ("none", "multiply", "cold_start"):
                 raise ValueError(f"masking.prior={self.prior!r}: must be none, multiply or cold_start")
+            if self.attention not in ("step", "snapshot"):
+                raise ValueError(f"masking.attention={self.attention!r}: must be step or snapshot")
+            told = f"masking.snapshot_every={self.snapshot_every}, masking.snapshot_run={self.snapshot_run!r}"
+            if self.attention == "step" and (self.snapshot_every or self.snapshot_run):
+                raise ValueError(f"{told}: are read with masking.attention=snapshot only; set that or leave them out")
+            if self.attention == "snapshot" and (self.snapshot_every > 0) == bool(self.snapshot_run):
+                raise ValueError(
+                    f"{told}: masking.attention=snapshot takes one of the two: masking.snapshot_every=100 for the "
+                    "weights of this run, or masking.snapshot_run=PATH for those of a finished one"
+                )
             if self.prior == "cold_start" and self.prior_steps < 1:
                 raise ValueError(
                     f"masking.prior_steps={self.prior_steps}: masking.prior=cold_start needs at least 1 step, e.g. 1000"
@@ -102,11 +126,11 @@ class ReportMasking:
                 )
 
     needs_text = True
-    needs_attention = True
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.on = config.on
+        self.needs_attention = config.attention == "step"
         self.names = tuple(config.name.split("+"))
 
     def plan(self, samples: Samples, grid: Grid, draws: Draws) -> dict[str, NDArray[Any]]:
@@ -131,15 +155,24 @@ class ReportMasking:
             columns[IS_COLD] = samples.steps_B < self.config.prior_steps
         return columns
 
+    def attend(self, columns: Mapping[str, NDArray[Any]], attention_BWN: Tensor) -> dict[str, NDArray[Any]]:
+        """The column MAPS from plan columns and a snapshot's attention (attention = "snapshot")."""
+        import torch
+
+        return {MAPS: (torch.from_numpy(columns[WORDS]) @ attention_BWN.float().cpu()).numpy()}
+
     def resolve(self, columns: Mapping[str, Tensor], attention_BWN: Tensor | None) -> Masks:
-        """Maps from the attention [B, W, N], masks from maps and noise."""
+        """Maps from the attention [B, W, N] or as the snapshot made them, masks from maps and noise."""
         import torch
 
         from medim_ray.masking.selection import select_hidden
 
-        assert attention_BWN is not None, f"masking {self.config.name} resolves word-to-patch attention"
         words_BSW = columns[WORDS].float()
-        maps_BSN = words_BSW @ attention_BWN.detach().float()
+        if self.needs_attention:
+            assert attention_BWN is not None, f"masking {self.config.name} resolves word-to-patch attention"
+            maps_BSN = words_BSW @ attention_BWN.detach().float()
+        else:
+            maps_BSN = columns[MAPS].float()
         has_word_BS = (words_BSW > 0).any(dim=2)
         if self.config.prior != "none":
             prior_BSN, is_cold_B11 = columns[PRIOR].float(), columns[IS_COLD].bool()[:, None, None]

@@ -162,6 +162,17 @@ class MedIM(nn.Module):
         loss = torch.stack(list(terms.values())).sum()
         return StepOutput(loss=loss, logs={name: value.detach() for name, value in logs.items()})
 
+    @torch.no_grad()
+    def attention(self, batch: Batch) -> Tensor:
+        """[B, W, N] word -> patch attention on the whole images, and nothing else of a step (probes, snapshots)."""
+        columns = batch.columns
+        report = self.text(columns[TOKEN_IDS], columns[TOKEN_IS_PAD], columns[WORD_OF_TOKEN])
+        return losses.word_patch_attention(
+            self.word_projection(report.words_BWD),
+            self.patch_projection(self.encoder(whole_images(batch)).patches_BND),
+            self.config.local_temperature,
+        )
+
     def _add_global(
         self, image: Features, report: TextFeatures, terms: dict[str, Tensor], logs: dict[str, Tensor]
     ) -> None:

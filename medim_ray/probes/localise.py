@@ -27,8 +27,6 @@ from medim_ray.draws import Draws
 from medim_ray.masking.prior import patch_maps, places_of
 from medim_ray.masking.report import WORDS, ReportMasking
 from medim_ray.masking.selection import select_hidden
-from medim_ray.objectives.losses import word_patch_attention
-from medim_ray.objectives.pixels import whole_images
 from medim_ray.probes.bootstrap import Estimate, auroc, bootstrap, mean
 from medim_ray.probes.models import StoredModels
 from medim_ray.probes.rows import (
@@ -168,16 +166,9 @@ class ModelMaps:
             return f"this run's objective ({type(objective).__name__}) aligns no words with patches: no maps to judge"
         return ""
 
-    @torch.no_grad()
     def __call__(self, batch: Batch, text: TextRows) -> Tensor:
-        model, columns = self._objective, batch.columns
-        image = model.encoder(whole_images(batch))
-        report = model.text(columns[types.TOKEN_IDS], columns[types.TOKEN_IS_PAD], columns[types.WORD_OF_TOKEN])
-        return word_patch_attention(
-            model.word_projection(report.words_BWD),
-            model.patch_projection(image.patches_BND),
-            model.config.local_temperature,
-        )
+        attention_BWN: Tensor = self._objective.attention(batch)
+        return attention_BWN
 
 
 class _Judge:
@@ -195,15 +186,11 @@ class _Judge:
         rows = self._reader(item)
         columns, text = centre_columns(rows, models.crop, models.reports)
         batch = to_batch(columns, models.crop.views, models.device)
-        questions = _questions(rows, columns, text, self._kdm, self._grid, models.crop.views[0].size)
+        asked = questions(rows, columns, text, self._kdm, self._grid, models.crop.views[0].size)
         out: list[tuple[int, str, str, float, float, str]] = []
         attentions = {source: maps(batch, text).float().cpu() for source, maps in self._sources.items()}
-        for q in questions:
-            maps = {source: torch.from_numpy(q.words_W) @ maps_BWN[q.row] for source, maps_BWN in attentions.items()}
-            maps[PRIOR] = torch.from_numpy(q.prior_N)
-            if "trained" in maps:
-                maps[BOTH] = maps["trained"] * maps[PRIOR]
-            for source, map_N in maps.items():
+        for q in asked:
+            for source, map_N in q.maps(attentions).items():
                 numbers = (float("nan"), float("nan"))
                 if not q.problem:
                     numbers = judge_map(map_N, q.pixels_N, q.patch_pixels, rows[q.row]["image_id"])
@@ -230,14 +217,22 @@ class Question:
     patch_pixels: int
     problem: str
 
+    def maps(self, attentions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """[N] by source: of each attention [B, W, N], of the prior alone, and of the trained one times the prior."""
+        maps = {source: torch.from_numpy(self.words_W) @ maps_BWN[self.row] for source, maps_BWN in attentions.items()}
+        maps[PRIOR] = torch.from_numpy(self.prior_N)
+        if "trained" in maps:
+            maps[BOTH] = maps["trained"] * maps[PRIOR]
+        return maps
 
-def _questions(
+
+def questions(
     rows: Sequence[Mapping[str, Any]], columns: Columns, text: TextRows, kdm: ReportMasking, grid: Grid, size: int
 ) -> list[Question]:
     """KDM: one a report; SDM: one for each sentence that tells a lesion."""
     kdm_words_BW = mention_words(kdm, columns, text, grid)
     sentence_BW, is_pad_BW = columns[types.SENTENCE_ID], columns[types.WORD_IS_PAD]
-    questions = []
+    found = []
     for i, row in enumerate(rows):
         told: dict[int, list[NDArray[np.bool_]]] = {}
         for lesion in row["truth"]:
@@ -265,7 +260,7 @@ def _questions(
                 problem = "no word to go by within the token limit"
             elif not pixels_N.any():
                 problem = "lesion outside the crop or under a pixel"
-            questions.append(
+            found.append(
                 Question(
                     row=i,
                     strategy=strategy,
@@ -276,7 +271,7 @@ def _questions(
                     problem=problem,
                 )
             )
-    return questions
+    return found
 
 
 def kdm_masking(config: RunConfig) -> ReportMasking:

@@ -30,6 +30,7 @@ from medim_ray.studies.figures import curve, interval_bar
 from medim_ray.studies.gallery import Gallery, make_gallery, templates
 from medim_ray.studies.origin import package_commit, this_machine
 from medim_ray.studies.waiting import why_it_waits
+from medim_ray.train.before import LOOK_S
 from medim_ray.train.feed import BROKEN_ROWS, STREAM_SECONDS
 from medim_ray.train.fit import estimate
 from medim_ray.train.metrics import METRICS, read_metrics
@@ -47,7 +48,8 @@ _THROUGHPUT = {
     "data_wait_ratio": ("share of the step spent waiting for data", "median {:.1%}"),
 }
 _OPTIMISER = {"lr": "learning rate", "grad_norm": "gradient norm"}
-_HIDDEN = {*_PLACE, *_THROUGHPUT, *_OPTIMISER, *ADDED, "step_s", BROKEN_ROWS, *STREAM_SECONDS}
+_MAPS = "maps/"
+_HIDDEN = {*_PLACE, *_THROUGHPUT, *_OPTIMISER, *ADDED, "step_s", LOOK_S, BROKEN_ROWS, *STREAM_SECONDS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +145,8 @@ def _prevalence(result: Mapping[str, Any] | None) -> dict[str, float | None]:
 def chart_groups(records: Sequence[Mapping[str, Any]]) -> list[ChartGroup]:
     """Loss and everything else that the objective logs, throughput, optimiser; a word where there is nothing yet."""
     numbers = (name for record in records for name, value in record.items() if isinstance(value, int | float))
-    names = list(dict.fromkeys(name for name in numbers if name not in _HIDDEN))
+    every = list(dict.fromkeys(name for name in numbers if name not in _HIDDEN))
+    names = [name for name in every if not name.startswith(_MAPS)]
     names.sort(key=lambda name: name != "loss")
     loss = [_chart(records, name, name, None, "last {:.4g}") for name in names]
     speed = [_chart(records, name, title, 0.0, summary) for name, (title, summary) in _THROUGHPUT.items()]
@@ -151,8 +154,29 @@ def chart_groups(records: Sequence[Mapping[str, Any]]) -> list[ChartGroup]:
     note = "" if records else "No step is recorded yet."
     return [
         ChartGroup(title="Loss and its terms", note=note or _gaps(records), charts=_drawn(loss)),
+        *_maps(records, [name for name in every if name.startswith(_MAPS)]),
         ChartGroup(title="Throughput", note=note, charts=_drawn(speed)),
         ChartGroup(title="Optimiser", note=note, charts=_drawn(optimiser)),
+    ]
+
+
+def _maps(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[ChartGroup]:
+    """What the looks at the word-to-patch maps found, where the run has such maps; the prior alone does not move."""
+    looks = [record for record in records if names and any(name in record for name in names)]
+    if not looks:
+        return []
+    titles = {name: name.removeprefix(_MAPS).replace("/", " ").replace("_", " ").upper() for name in names}
+    fixed = [name for name in names if "/prior_" in name and not name.endswith("agreement")]
+    told = ", ".join(f"{titles[name]} {looks[-1][name]:.2f}" for name in fixed if name in looks[-1])
+    note = "On a small batch that stays the same; chance is 0.5 for AUROC and agreement, 1.0 for lifts."
+    if told:
+        note += f" The anatomy prior alone: {told.replace('PRIOR ', '')}."
+    last = dict.fromkeys(word for record in looks[-1:] for word in record.get("warnings", ()))
+    charts = [_chart(looks, name, titles[name], None, "last {:.3f}") for name in names if name not in fixed]
+    return [
+        ChartGroup(
+            title="Maps of words on patches", note=" ".join([note, *(f"{w}." for w in last)]), charts=_drawn(charts)
+        )
     ]
 
 

@@ -157,12 +157,13 @@ def _begun(run_dir: str, probe: ProbeConfig | None, data_hash: str) -> Record:
 def _advance(config: RunConfig, step: int, probe: ProbeConfig | None) -> Report:
     """Pretrains to `step`, probes, and reads what came of it. RuntimeError with what was printed where it failed."""
     from medim_ray.probes.command import run_probe
+    from medim_ray.probes.watch import MapWatch
     from medim_ray.train.launch import launch
 
     _export_parent(config.encoder.init)
     said = Console(file=io.StringIO(), width=120, no_color=True)
     try:
-        launch(replace(config, train=replace(config.train, stop_after=step)), said)
+        launch(replace(config, train=replace(config.train, stop_after=step)), said, watch=MapWatch.of_run)
         if probe is not None:
             run_probe(config.run.dir, probe, said)
     except Exception as error:

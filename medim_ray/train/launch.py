@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -39,6 +40,7 @@ from medim_ray.models.vit import INITS
 from medim_ray.track.tracker import start_tracker
 from medim_ray.train.attempts import Budgets, of_error, of_outcome
 from medim_ray.train.backend import WorkerBackend
+from medim_ray.train.before import Look
 from medim_ray.train.build import build_masking, needs_text, stream_plan
 from medim_ray.train.control import RESIZE, STOP, Outcome
 from medim_ray.train.fit import Estimate, estimate, resolve_stage
@@ -46,14 +48,19 @@ from medim_ray.train.growth import Growth
 from medim_ray.train.progress import progress
 from medim_ray.train.runs import read_config, write_config
 from medim_ray.train.signals import aside, stop_signals
+from medim_ray.train.snapshots import check_snapshots, snapshot_masking
 from medim_ray.train.startup import Startup
 from medim_ray.train.store import Checkpoint, CheckpointStore, Start
-from medim_ray.train.stream import StreamFactory, reader_factory, run_worker
+from medim_ray.train.stream import StreamFactory, attend_factory, reader_factory, run_worker
 from medim_ray.train.validation import Validate, validation
 
 LEASE = ".lease"  # in the run folder, while a job trains there
 _NEVER_S = 1e9
 _START_S = 30.0  # seconds after a stop signal in which workers that are starting may make their first step
+
+
+Watch = Callable[[RunConfig, Any], Callable[[], Look] | None]
+"""From the configuration and the objective of a worker to what is called before a step (before.py)."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,13 @@ def launch(
     config: RunConfig,
     console: Console | None = None,
     validate: Validate | None = None,
+    watch: Watch | None = None,
     startup: Startup | None = None,
 ) -> RunResult:
     """Trains to the end of the run or to `train.stop_after`, from wherever its newest checkpoint is; SIGTERM, SIGINT
     and SIGUSR1 make it commit a checkpoint and return. validate: probes a committed checkpoint, where
-    `validate.labels` names what (train/validation.py). startup: of the command, where its time counts.
+    `validate.labels` names what (train/validation.py); watch: makes the look at a run's maps
+    (`maps.every`). startup: of the command, where its time counts.
 
     ValueError for what the user can mend; RuntimeError, with the workers' error, where training failed.
     """
@@ -89,7 +98,7 @@ def launch(
             raise ValueError(f"run.dir={config.run.dir} is a file: give a folder, it is made where it is not there")
         try:
             with Lease(fs, f"{root.rstrip('/')}/{LEASE}", what=f"run.dir={config.run.dir}"):
-                return _launch(config, shards, console, validate, startup)
+                return _launch(config, shards, console, validate, watch, startup)
         finally:
             if is_local(fs):  # what was refused before it began leaves nothing behind
                 with contextlib.suppress(OSError):
@@ -97,7 +106,12 @@ def launch(
 
 
 def _launch(
-    config: RunConfig, shards: ShardSet, console: Console, validate: Validate | None, startup: Startup
+    config: RunConfig,
+    shards: ShardSet,
+    console: Console,
+    validate: Validate | None,
+    watch: Watch | None,
+    startup: Startup,
 ) -> RunResult:
     launched_at = startup.began
     newest = _newest(config, shards, lambda text: console.print(f"[yellow]{text}"))
@@ -120,7 +134,11 @@ def _launch(
             make_reader = reader.result()
             config, flops_per_image = _with_stage(config, plan, console)
             startup.mark("looking at the model")
-            pace = {"launched_at": launched_at, "flops_per_image": flops_per_image}
+            pace: dict[str, Any] = {
+                "launched_at": launched_at,
+                "flops_per_image": flops_per_image,
+                "watch": watch and pickle.dumps(watch),  # the processes on its way to the workers load none of it
+            }
             signal_number = _attempts(config, shards, make_reader, newest, console, validate, startup, pace)
     step = _store(config).committed_step()
     if step < config.train.last_step and not signal_number:
@@ -188,7 +206,7 @@ def _attempts(
     console: Console,
     validate: Validate | None,
     startup: Startup,
-    pace: dict[str, float | None],
+    pace: dict[str, Any],
 ) -> int:
     """Groups of workers, one after the other, until the run is where it should be; the signal that ended it before.
 
@@ -267,8 +285,10 @@ def _fit(trainer: TorchTrainer, tracker: Any, received: list[int], growth: Growt
 def absolute_paths(config: RunConfig) -> RunConfig:
     """Local paths from the root: workers have working folders of their own, and a run folder outlives this one."""
     init, path = config.encoder.init, config.text.path
+    masking, of_run = config.masking, getattr(config.masking, "snapshot_run", "")
     return replace(
         config,
+        masking=replace(masking, snapshot_run=absolute(of_run)) if of_run else masking,
         data=replace(config.data, shards=absolute(config.data.shards)),
         run=replace(config.run, dir=absolute(config.run.dir)),
         track=replace(config.track, aim_repo=config.track.aim_repo and absolute(config.track.aim_repo)),
@@ -294,6 +314,7 @@ def check(config: RunConfig) -> ShardSet:
     stream_plan(config, shards)
     build_masking(config)
     _check_compiler(config)
+    check_snapshots(config, shards)
     with storage_faults(f"run.dir={config.run.dir}"):
         old = read_config(config.run.dir)
         has_checkpoints = bool(CheckpointStore(config.run.dir).names())
@@ -368,8 +389,17 @@ def _trainer(
     """One group of workers; settings: for each, beside the configuration. Ray Train retries nothing by itself:
     attempts.py tells failures apart."""
     train = config.train
-    plan = stream_plan(config, shards)
-    stream = StreamFactory(plan, reader, settings["start"].step, train.last_step, config.data.num_actors)
+    masking = snapshot_masking(config)
+    stream = StreamFactory(
+        stream_plan(config, shards),
+        reader,
+        settings["start"].step,
+        train.last_step,
+        config.data.num_actors,
+        attend_factory(config),
+        config.run.dir,
+        masking.snapshot_every if masking else 0,
+    )
     fs, root = fsspec.core.url_to_fs(config.run.dir)
     env = {"OMP_NUM_THREADS": str(max(1, int(train.cpus_per_worker)))}
     if not train.use_gpu:

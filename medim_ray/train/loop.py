@@ -19,6 +19,7 @@ from medim_ray.data.reader import IMAGE_ID
 from medim_ray.data.transforms import View
 from medim_ray.draws import name_key, step_draws
 from medim_ray.schedules import Schedule
+from medim_ray.train.before import BeforeStep, Look
 from medim_ray.train.control import Outcome, RunControl
 from medim_ray.train.feed import BrokenRows, feed_record, feed_sums
 from medim_ray.train.health import NumberGuard
@@ -40,7 +41,10 @@ class Checkpoints(Protocol):
 
 @dataclass(kw_only=True)
 class Trainer:
-    """One rank's pieces. `steps` yields this rank's columns of the steps first_step, first_step + 1, ... in order."""
+    """One rank's pieces. `steps` yields this rank's columns of the steps first_step, first_step + 1, ... in order.
+
+    before_step: looks at the weights that a step begins with, and changes nothing (before.py).
+    """
 
     config: TrainConfig
     seed: int
@@ -55,6 +59,7 @@ class Trainer:
     broken: BrokenRows
     recorder: Recorder
     checkpoints: Checkpoints
+    before_step: BeforeStep
     first_step: int
     rank: int
     samples_per_epoch: int
@@ -65,11 +70,12 @@ def train(run: Trainer) -> Outcome:
     checkpoint is committed at the last one. BadStep where a step has numbers that must not become weights."""
     last = run.config.last_step
     for step in range(run.first_step, last):
+        seen = run.before_step(step)
         started = time.perf_counter()
         columns = next(run.steps)
         waited = time.perf_counter() - started
         logs, sums = train_step(run, step, columns)
-        run.recorder.log(record(run, step, logs, sums, time.perf_counter() - started, waited))
+        run.recorder.log(record(run, step, seen, logs, sums, time.perf_counter() - started, waited))
         ends = run.control.decide(sums, too_many_broken=run.broken.settle(step, columns, sums))
         if (step + 1) % run.config.checkpoint_every == 0 or step + 1 == last or ends:
             run.checkpoints.save(step + 1)
@@ -120,15 +126,16 @@ def samples_key(columns: Columns) -> float:
 
 
 def record(
-    run: Trainer, step: int, logs: dict[str, float], sums: dict[str, float], elapsed: float, waited: float
+    run: Trainer, step: int, seen: Look, logs: dict[str, float], sums: dict[str, float], elapsed: float, waited: float
 ) -> dict[str, Any]:
     """The line of metrics.jsonl for one step."""
     omitted = run.guard.omitted.get(step)
-    words = [] if omitted else run.engine.module.warnings(step, logs)
+    words = [*seen.words, *([] if omitted else run.engine.module.warnings(step, logs))]
     return {
         "step": step,
         "epoch": step * run.config.global_batch // run.samples_per_epoch,
         **({"omitted": omitted} if omitted else logs),
+        **seen.numbers,
         **({"warnings": words} if words else {}),
         "lr": run.lr(step),
         "grad_norm": None if omitted else grad_norm(run.engine),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ray.train
 from ray.data import Dataset
 
-from medim_ray.data.pipeline import ReaderFactory, train_stream
+from medim_ray.data.pipeline import Attend, ReaderFactory, train_stream
 from medim_ray.data.plan import StreamPlan
+from medim_ray.train.snapshot_store import SnapshotStore
 
 if TYPE_CHECKING:
     from medim_ray.config.schema import RunConfig
@@ -30,6 +31,13 @@ def reader_factory(config: RunConfig, shards: ShardSet) -> ReaderFactory:
     from medim_ray.train.build import make_reader
 
     return partial(pickle.loads, pickle.dumps(make_reader(config, shards)))
+
+
+def attend_factory(config: RunConfig) -> Callable[[], Attend] | None:
+    """The second pool of the stream as bytes, where the masking takes its attention from snapshots."""
+    from medim_ray.train.snapshots import Attender, snapshot_masking
+
+    return partial(pickle.loads, pickle.dumps(Attender(config))) if snapshot_masking(config) is not None else None
 
 
 def run_worker(settings: dict[str, Any]) -> Outcome:
@@ -55,13 +63,22 @@ def early(items: Iterable[T]) -> Iterator[T]:
 
 @dataclass(frozen=True)
 class StreamFactory:
-    """Called by Ray Train when it starts a group of workers: the stream of the steps [first_step, last_step)."""
+    """Called by Ray Train when it starts a group of workers: the stream of the steps [first_step, last_step).
+
+    make_attend, snapshot_every: of masking.attention=snapshot; 0 where the snapshots are not those of the run itself.
+    """
 
     plan: StreamPlan
     make_reader: ReaderFactory
     first_step: int
     last_step: int
     num_actors: int
+    make_attend: Callable[[], Attend] | None
+    run_dir: str
+    snapshot_every: int
 
     def __call__(self) -> Dataset:
-        return train_stream(self.plan, self.make_reader, self.first_step, self.last_step, self.num_actors)
+        if self.snapshot_every:
+            SnapshotStore(self.run_dir).begin(self.first_step, self.snapshot_every)
+        steps = (self.first_step, self.last_step)
+        return train_stream(self.plan, self.make_reader, *steps, self.num_actors, self.make_attend)

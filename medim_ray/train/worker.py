@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import pickle
 import queue
 import time
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,7 @@ from medim_ray.plan.probe import worker_peak
 from medim_ray.schedules import cosine
 from medim_ray.track.tracker import TrackerClient
 from medim_ray.train import checkpoint
+from medim_ray.train.before import BeforeStep
 from medim_ray.train.build import build_crop, build_objective, stream_plan
 from medim_ray.train.control import Outcome, RunControl
 from medim_ray.train.feed import BrokenRows
@@ -38,6 +40,8 @@ from medim_ray.train.health import BadStep, NumberGuard, omitted_steps, write_ba
 from medim_ray.train.loop import Trainer, train
 from medim_ray.train.metrics import METRICS, JsonLinesFile, read_metrics
 from medim_ray.train.saver import Saver
+from medim_ray.train.snapshot_store import SnapshotStore
+from medim_ray.train.snapshots import Publisher, snapshot_masking
 from medim_ray.train.startup import Startup
 from medim_ray.train.store import CheckpointStore, Start
 from medim_ray.train.throughput import Meter, Pace
@@ -117,6 +121,8 @@ class RunCheckpoints:
     ) -> None:
         self._config, self._engine, self._recorder, self._attempt = config, engine, recorder, attempt
         self._store = CheckpointStore(config.run.dir, config.train.storage_patience_s)
+        masking = snapshot_masking(config)
+        self._snapshot_every = masking.snapshot_every if masking else 0
         facts = {**hashes, "objective": config.objective.name, "zero": config.train.zero}
         self._saver = Saver(
             self._store,
@@ -149,6 +155,9 @@ class RunCheckpoints:
             best = read_best(self._config.run.dir)
             also = [best] if best else []
             self._store.prune(self._config.train.keep_last, name, also, writing_attempt=self._attempt)
+            if self._snapshot_every:
+                oldest = int(self._store.names()[-1].split("-")[1])
+                SnapshotStore(self._config.run.dir).prune(oldest, self._snapshot_every)
 
 
 class BadStepReport:
@@ -175,7 +184,7 @@ class BadStepReport:
 def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> Outcome:
     """Trains on this rank's blocks. settings: config (plain tree), tracker (actor handle), start (Start), startup
     (Startup), launched_at (Unix time at which the command began), flops_per_image (None where the planner has no model
-    of the run)."""
+    of the run), watch (a pickled Watch of launch.py, or None)."""
     startup: Startup = settings["startup"]
     startup.mark("imports of the worker")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -220,6 +229,7 @@ def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> Outcome
         broken=BrokenRows(config.run.dir, shards.num_rows(config.data.split), config.data.max_broken_ratio),
         recorder=recorder,
         checkpoints=checkpoints,
+        before_step=_before_step(config, objective, settings["watch"], rank),
         first_step=first_step,
         rank=rank,
         samples_per_epoch=plan.steps_per_epoch * plan.global_batch,
@@ -247,6 +257,16 @@ def _pace(settings: dict[str, Any], train: TrainConfig, device: torch.device) ->
         peak_flops=peak,
         peak_source=source,
     )
+
+
+def _before_step(config: RunConfig, objective: Any, watch: bytes | None, rank: int) -> BeforeStep:
+    """What a rank does before a step: publish a snapshot, look at the maps, where the run has such."""
+    look = pickle.loads(watch)(config, objective) if watch else None
+    masking = snapshot_masking(config)
+    publish = None
+    if masking is not None and masking.snapshot_every:
+        publish = Publisher(SnapshotStore(config.run.dir), masking.snapshot_every, objective, rank)
+    return BeforeStep(publish, look, config.maps.every)
 
 
 def of_this_group(config: RunConfig, world_size: int) -> RunConfig:

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from medim_ray.data.reader import TextRows
 from medim_ray.masking import MASKINGS
+from medim_ray.probes.localise import ModelMaps
 from tests.unit.objectives.batches import batch_for, build
 
 SMALL = {"projection_hidden": 64, "projection_dim": 32, "decoder_widths": (16, 8, 8, 8), "norm": "layer"}
@@ -28,6 +30,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "input": ("medim", {"name": "kdm", "on": "input"}, {**SMALL, "proto_weight": 0.0, "gather_negatives": True}),
 }
 STEPS = 3
+NO_TEXT = TextRows(columns={}, mentions=[])  # maps are made of the batch's own columns
 
 
 def losses(case: str, rank: int, num_ranks: int) -> list[float]:
@@ -54,6 +57,8 @@ def losses(case: str, rank: int, num_ranks: int) -> list[float]:
         engine, optimizer, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
     result = []
     for step in range(STEPS):
+        if case == "medim" and num_ranks > 1:
+            look(objective, masking)
         whole = batch_for(masking, objective.encoder.grid, 8, 64, step)
         rows = slice(rank * 8 // num_ranks, (rank + 1) * 8 // num_ranks)
         part = type(whole)(
@@ -72,6 +77,14 @@ def losses(case: str, rank: int, num_ranks: int) -> list[float]:
             optimizer.step()
         result.append(loss.item())
     return result
+
+
+def look(objective: Any, masking: Any) -> None:
+    """As before a step (probes/watch.py): submodules alone, without gradient; the steps after it must not feel it."""
+    objective.eval()
+    maps_BWN = ModelMaps(objective)(batch_for(masking, objective.encoder.grid, 3, 64), NO_TEXT)
+    assert maps_BWN.isfinite().all() and maps_BWN.shape[0] == 3
+    objective.train()
 
 
 @pytest.mark.system
@@ -96,6 +109,7 @@ def main(folder: str) -> None:
     import deepspeed
     import torch.distributed as dist
 
+    deepspeed.ops.__compatible_ops__ = {}  # as train/zero.py: else it compiles one, for minutes
     deepspeed.init_distributed("gloo")
     for case in CASES:
         values = losses(case, dist.get_rank(), dist.get_world_size())

@@ -20,6 +20,7 @@ from medim_ray.data.reader import BROKEN, EPOCH, IMAGE_ID, SECONDS, STAGES, STEP
 from medim_ray.data.transforms import View
 from medim_ray.objectives.base import ParameterGroup, default_groups
 from medim_ray.train.attempts import Budgets, of_outcome
+from medim_ray.train.before import BeforeStep
 from medim_ray.train.control import PREEMPTION, RESIZE, STOP, WARNED, RunControl
 from medim_ray.train.feed import BrokenRows, read_quarantine
 from medim_ray.train.health import BadStep, NumberGuard
@@ -119,6 +120,7 @@ def trainer(
         broken=BrokenRows(run_dir, num_rows=40, max_ratio=0.05),
         recorder=records,
         checkpoints=records,
+        before_step=BeforeStep(None, None, every=0),
         first_step=0,
         rank=0,
         samples_per_epoch=4 * STEPS,
