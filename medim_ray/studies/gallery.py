@@ -125,9 +125,9 @@ def make_gallery(run: LoadedRun, num: int, text: bool = True) -> Gallery:
     crop = build_crop(config)
     rows = _rows(run, num)
     columns, encoded = centre_columns(rows, crop, reports)
-    attention_BWN = None
-    if not ModelMaps.of_no_use(run.objective):
-        attention_BWN = ModelMaps(run.objective)(to_batch(columns, crop.views, torch.device("cpu")), encoded)
+    attention_BWN, sees = None, _sees(run)
+    if not ModelMaps.of_no_use(sees):
+        attention_BWN = ModelMaps(sees)(to_batch(columns, crop.views, torch.device("cpu")), encoded)
     strategies = _strategies(run, has_attention=attention_BWN is not None)
     layers, ratios = _layers(run, strategies, columns, encoded, attention_BWN)
     grid = run.objective.encoder.grid
@@ -155,6 +155,12 @@ def make_gallery(run: LoadedRun, num: int, text: bool = True) -> Gallery:
     )
 
 
+def _sees(run: LoadedRun) -> Any:
+    """The objective whose attention guides the masks: the run's own, or that of the run its snapshots are of."""
+    of_run = getattr(run.config.masking, "snapshot_run", "")
+    return load_run(of_run).objective if of_run else run.objective
+
+
 def _rows(run: LoadedRun, num: int) -> list[dict[str, Any]]:
     every = list_rows(run.shards)
     order = sorted(range(len(every)), key=lambda i: _SPLIT_ORDER.get(every.splits[i], 3))
@@ -169,7 +175,9 @@ def _rows(run: LoadedRun, num: int) -> list[dict[str, Any]]:
 def _strategies(run: LoadedRun, has_attention: bool) -> list[tuple[str, Any]]:
     """(remark, masking): the run's own, both report-guided ones where the run can make maps, the anatomy prior where it
     reads reports, and uniform as control."""
-    own = build_masking(run.config)
+    own, config = build_masking(run.config), run.config.masking
+    if isinstance(config, ReportMasking.Config):  # whatever training took it from, here the attention is at hand
+        own = ReportMasking(replace(config, attention="step", snapshot_every=0, snapshot_run=""))
     strategies: list[tuple[str, Any]] = [("", own)] if has_attention or not own.needs_attention else []
     if has_attention and not isinstance(run.config.masking, ReportMasking.Config):
         strategies.append(("not used in training", ReportMasking(ReportMasking.Config())))

@@ -6,23 +6,27 @@ Which snapshot masks which step, and where they lie, is in snapshot_store.py.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
+from medim_ray.config.schema import RunConfig
+from medim_ray.data.collate import to_batch
+from medim_ray.data.reader import STEP
 from medim_ray.data.shards import TOKENIZER, ShardSet
+from medim_ray.data.transforms import View
 from medim_ray.masking.report import ReportMasking
 from medim_ray.models.vit import ImageEncoder
+from medim_ray.train.build import build_crop, build_objective
+from medim_ray.train.runs import load_run, open_config
 from medim_ray.train.snapshot_store import SnapshotStore, source_step
 from medim_ray.train.zero import persistent_buffers
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from medim_ray.config.schema import RunConfig
 
 _PARTS = ("encoder.", "text.", "word_projection.", "patch_projection.")  # of MedIM: what attention() uses
 
@@ -67,8 +71,6 @@ def snapshot_masking(config: RunConfig) -> ReportMasking.Config | None:
 
 def check_snapshots(config: RunConfig, shards: ShardSet) -> None:
     """ValueError where the masks of this run can't be made of snapshots: of its own weights, or of those of a run."""
-    from medim_ray.train.runs import open_config
-
     masking = snapshot_masking(config)
     if masking is None:
         return
@@ -106,56 +108,62 @@ def _vocabulary(shards: ShardSet) -> list[str]:
     return sorted(file.blake2b for file in shards.manifest.other_files if file.path.startswith(f"{TOKENIZER}/"))
 
 
+def make_attender(config: RunConfig) -> Attender | None:
+    """The attender of a run; None where its masking takes no attention from snapshots. Nothing is built yet."""
+    masking = snapshot_masking(config)
+    if masking is None:
+        return None
+    build = partial(_finished, masking.snapshot_run) if masking.snapshot_run else partial(_first, config)
+    return Attender(masking, build_crop(config).views, config.run.dir, build)
+
+
+def _first(config: RunConfig) -> Any:
+    """The objective with the weights that the run begins with."""
+    return build_objective(config, ShardSet.open(config.data.shards))
+
+
+def _finished(run_dir: str) -> Any:
+    """The objective of a finished run."""
+    return load_run(run_dir).objective
+
+
 @dataclass
 class Attender:
     """In an actor of the stream: a block's columns -> the same with the maps of the snapshots of its steps.
 
-    The model is built at the first block. It is in evaluation mode: nothing depends on batch neighbours.
+    build: the model with the weights of step 0, or with those that do not change; called at the first block, and it is
+    put into evaluation mode, so that nothing depends on batch neighbours.
     """
 
-    config: RunConfig
+    masking: ReportMasking.Config
+    views: tuple[View, ...]
+    run_dir: str
+    build: Callable[[], Any]
 
     def __post_init__(self) -> None:
         self._model: Any = None
-        self._at = -1
+        self._at = 0
 
     def __call__(self, columns: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        import torch
-
-        from medim_ray.data.collate import to_batch
-        from medim_ray.data.reader import STEP
-        from medim_ray.train.build import build_crop
-
-        masking_config = snapshot_masking(self.config)
-        assert masking_config is not None
-        masking, views = ReportMasking(masking_config), build_crop(self.config).views
-        steps_B = columns[STEP]
+        masking, steps_B = ReportMasking(self.masking), columns[STEP]
         made: dict[str, NDArray[Any]] = {}
         for step in np.unique(steps_B):
             here_B = steps_B == step
             rows = {name: column[here_B] for name, column in columns.items()}
-            model = self._ready(int(step), masking_config)
-            attention_BWN = model.attention(to_batch(rows, views, torch.device("cpu")))
+            model = self._ready(int(step))
+            attention_BWN = model.attention(to_batch(rows, self.views, torch.device("cpu")))
             for name, values in masking.attend(rows, attention_BWN).items():
                 made.setdefault(name, np.zeros((len(steps_B), *values.shape[1:]), values.dtype))[here_B] = values
         return {**columns, **made}
 
-    def _ready(self, step: int, masking: ReportMasking.Config) -> Any:
+    def _ready(self, step: int) -> Any:
         """The model with the weights for this step."""
-        from medim_ray.train.build import build_objective
-        from medim_ray.train.runs import load_run
-
-        if masking.snapshot_run:
-            if self._model is None:
-                self._model = load_run(masking.snapshot_run).objective
-            return self._model
-        at = source_step(step, masking.snapshot_every)
-        if self._model is None or (at == 0 and self._at != 0):
-            self._model = build_objective(self.config, ShardSet.open(self.config.data.shards))
-            self._model.eval()
-            self._at = 0
+        every = self.masking.snapshot_every
+        at = source_step(step, every) if every else 0
+        if self._model is None or at < self._at:
+            self._model, self._at = self.build().eval(), 0
         if at != self._at:
-            tensors = SnapshotStore(self.config.run.dir).wait(at)
+            tensors = SnapshotStore(self.run_dir).wait(at)
             unknown = self._model.load_state_dict(tensors, strict=False).unexpected_keys
             assert not unknown, unknown
             self._at = at

@@ -35,9 +35,10 @@ def reader_factory(config: RunConfig, shards: ShardSet) -> ReaderFactory:
 
 def attend_factory(config: RunConfig) -> Callable[[], Attend] | None:
     """The second pool of the stream as bytes, where the masking takes its attention from snapshots."""
-    from medim_ray.train.snapshots import Attender, snapshot_masking
+    from medim_ray.train.snapshots import make_attender
 
-    return partial(pickle.loads, pickle.dumps(Attender(config))) if snapshot_masking(config) is not None else None
+    attender = make_attender(config)
+    return None if attender is None else partial(pickle.loads, pickle.dumps(attender))
 
 
 def run_worker(settings: dict[str, Any]) -> Outcome:

@@ -21,10 +21,12 @@ import torch
 from medim_ray.config.loader import from_tree, to_tree
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.shards import ShardSet
+from medim_ray.probes.watch import MapWatch
 from medim_ray.train.feed import read_quarantine
 from medim_ray.train.launch import launch
 from medim_ray.train.metrics import read_lines, read_metrics
 from medim_ray.train.runs import load_run, open_config
+from medim_ray.train.snapshot_store import SnapshotStore
 from medim_ray.train.throughput import throughput
 from tests.system.runs import MAE, MEDIM, RAD_DINO, assert_same_weights, config_of, planned_keys, weights
 
@@ -51,16 +53,22 @@ def train_workers() -> list[psutil.Process]:
 
 
 def test_a_stopped_run_goes_on_bit_equal(phantom_shards: str, tmp_path: Path) -> None:
-    options = ["train.steps=6", "train.zero=1"]
+    """With masks by snapshots of the run's own weights, which the second half takes from the first; and with looks at
+    its maps in one of the two runs only."""
+    options = ["train.steps=6", "train.zero=1", "masking.attention=snapshot", "masking.snapshot_every=2"]
+    options += ["data.window_steps=2", "maps.every=2", "maps.num_images=4"]
     assert launch(config_of(MEDIM, phantom_shards, tmp_path / "straight", *options)).finished
     stopped = config_of(MEDIM, phantom_shards, tmp_path / "stopped", *options, "train.stop_after=3")
-    first = launch(stopped)
+    first = launch(stopped, watch=MapWatch.of_run)
     assert (first.step, first.finished) == (3, False)
     assert launch(stopped).step == 3, "a stop that is reached is not passed by the same command"
-    assert launch(config_of(MEDIM, phantom_shards, tmp_path / "stopped", *options)).finished
+    again = config_of(MEDIM, phantom_shards, tmp_path / "stopped", *options)
+    assert launch(again, watch=MapWatch.of_run).finished
+    assert SnapshotStore(str(tmp_path / "stopped")).steps() == SnapshotStore(str(tmp_path / "straight")).steps() != []
     assert_same_weights(tmp_path / "straight", tmp_path / "stopped")
     records = read_metrics(str(tmp_path / "stopped"))
     assert [r["step"] for r in records] == list(range(6))
+    assert [r["step"] for r in records if "maps/kdm/map_auroc" in r] == [0, 2, 4]
     assert [r["loss"] for r in records] == [r["loss"] for r in read_metrics(str(tmp_path / "straight"))]
 
 
