@@ -20,11 +20,14 @@ demo: .venv/installed
 	$(BIN)/medim-ray report demo/run
 
 # What benchmarks/stream.py is measured against: an environment over ours that holds nothing but the peers.
+# benchmarks/dino_step.py: lightly-train in an environment of its own, since its versions are not ours.
 PEERS := webdataset mosaicml-streaming braceexpand brotli catalogue cramjam python-snappy zstd simplejpeg
 peers: .venv/installed
 	$(PYTHON) -m venv .venv-peers
 	cd .venv-peers/lib/python3*/site-packages && echo $(CURDIR)/.venv/lib/python3*/site-packages > ours.pth
 	.venv-peers/bin/pip install --quiet --no-deps $(PEERS)
+	$(PYTHON) -m venv .venv-lightly
+	.venv-lightly/bin/pip install --quiet lightly-train
 
 test: .venv/installed
 	$(BIN)/pytest -m "not chaos"
@@ -50,4 +53,4 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-peers .mypy_cache .ruff_cache .hypothesis build *.egg-info demo
+	rm -rf .venv .venv-peers .venv-lightly .mypy_cache .ruff_cache .hypothesis build *.egg-info demo

@@ -45,6 +45,7 @@ class TokenViT(VisionTransformer):
         need_cls_attention: bool,
         hidden_BN: Tensor | None,
         mask_token_D: Tensor | None,
+        wanted_M: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         x_BHWD = self.patch_embed(x_BCHW.to(self.pos_embed.dtype))
         prefix_P1D, positions_1ND = self._positions(x_BHWD.shape[1], x_BHWD.shape[2])
@@ -60,6 +61,11 @@ class TokenViT(VisionTransformer):
         for block in self.blocks[:-1]:
             x_BLD = run(block, x_BLD)
         num_prefix = self.num_prefix_tokens
+        if wanted_M is not None:
+            assert self.has_class_token and not need_cls_attention
+            last = partial(_wanted_rows, self.blocks[-1], num_prefix=num_prefix, wanted_M=wanted_M)
+            x_RD = self.norm(run(last, x_BLD))
+            return x_RD[: len(x_BLD)], x_RD[len(x_BLD) :], None
         attention_BN = None
         if need_cls_attention and self.has_class_token:
             x_BLD, attention_BL = run(partial(_with_cls_attention, self.blocks[-1]), x_BLD)
@@ -101,8 +107,11 @@ class MapResNet(ResNet):
         need_cls_attention: bool,
         hidden_BN: Tensor | None,
         mask_token_D: Tensor | None,
+        wanted_M: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        assert visible_BK is None and hidden_BN is None, "a ResNet has no tokens; objectives check takes_tokens"
+        assert visible_BK is None and hidden_BN is None and wanted_M is None, (
+            "a ResNet has no tokens; objectives check takes_tokens"
+        )
         x_BCHW = x_BCHW.to(next(self.parameters()).dtype, memory_format=torch.channels_last)
         run = recomputed if self.grad_checkpointing and self.training else _run
         x_BCHW = self.maxpool(self.act1(self.bn1(self.conv1(x_BCHW))))
@@ -136,6 +145,35 @@ def _with_cls_attention(block: nn.Module, x_BLD: Tensor) -> tuple[Tensor, Tensor
     query_BH1d = taken["q"][:, :, :1].float() / math.sqrt(taken["q"].shape[-1])
     weights_BHL = (query_BH1d @ taken["k"].float().transpose(-2, -1)).squeeze(2).softmax(dim=-1)
     return out_BLD, weights_BHL.mean(dim=1)
+
+
+def _wanted_rows(block: Any, x_BLD: Tensor, num_prefix: int, wanted_M: Tensor) -> Tensor:
+    """A timm block's output for the CLS tokens and the patches `wanted_M` (crop * N + patch) only: [B + M, D].
+
+    All tokens are attended to, but what follows the attention is computed for these rows alone; with few of them that
+    is three quarters of the block. The same numbers as of the whole block, and the same draws of stochastic depth.
+    """
+    num, length, _ = x_BLD.shape
+    num_patches = length - num_prefix
+    first_B = torch.arange(num, device=x_BLD.device)
+    crop_R = torch.cat([first_B, wanted_M // num_patches])
+    rows_R = torch.cat([first_B * length, wanted_M // num_patches * length + num_prefix + wanted_M % num_patches])
+
+    def rows_only(_module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        return inputs[0].flatten(0, 1).index_select(0, rows_R)
+
+    def drop(path: nn.Module, y_RD: Tensor) -> Tensor:
+        if isinstance(path, nn.Identity) or not path.training:
+            return y_RD
+        return y_RD * path(y_RD.new_ones(num, 1, 1)).flatten()[crop_R, None]
+
+    handle = block.attn.proj.register_forward_pre_hook(rows_only)
+    try:
+        attended_RD = block.attn(block.norm1(x_BLD))
+    finally:
+        handle.remove()
+    x_RD = x_BLD.flatten(0, 1).index_select(0, rows_R) + drop(block.drop_path1, block.ls1(attended_RD))
+    return x_RD + drop(block.drop_path2, block.ls2(block.mlp(block.norm2(x_RD))))
 
 
 def create(config: ImageEncoder.Config, pretrained: bool = False) -> Any:

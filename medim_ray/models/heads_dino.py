@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 
 class PrototypeLayer(nn.Module):
-    """Scores of L2-normalised rows against K prototypes: x . v / |v| * g, weight norm written out.
+    """Scores of L2-normalised rows against K prototypes: x . (g v / |v|), torch's fused weight norm.
 
-    It owns both parameters and uses them in its own forward only, so ZeRO-3 gathers them there; scores are scaled
-    rather than the weights normalised, which saves a copy of the [K, D] matrix.
+    It owns both parameters and uses them in its own forward only, so ZeRO-3 gathers them there. The weights are
+    normalised rather than the scores scaled: with masked patches there are more rows than a prototype is wide.
     """
 
     def __init__(self, width: int, num_prototypes: int) -> None:
@@ -27,8 +27,7 @@ class PrototypeLayer(nn.Module):
         nn.init.trunc_normal_(self.weight_v, std=0.02)
 
     def forward(self, x_MD: Tensor) -> Tensor:
-        scale_K = self.weight_g.squeeze(1) / torch.linalg.vector_norm(self.weight_v, dim=1)
-        return F.linear(x_MD, self.weight_v) * scale_K
+        return F.linear(x_MD, torch._weight_norm(self.weight_v, self.weight_g, 0))
 
 
 class DinoHead(nn.Module):

@@ -21,7 +21,8 @@ class Features(NamedTuple):
     """What an encoder returns (a named tuple, because the hooks of ZeRO-3 walk tuples and not dataclasses).
 
     global_BD: CLS token after the final norm, or the mean of the patches where there is no CLS token.
-    patches_BND: patch features after the final norm, row by row; [B, K, D] in the order of `visible_BK` where given.
+    patches_BND: patch features after the final norm, row by row; [B, K, D] in the order of `visible_BK` where given,
+        [M, D] in the order of `wanted_M` where given.
     cls_attention_BN: float32, last block's attention from CLS to each patch, mean over heads, softmaxed over all
         tokens; None where it was not asked for or there is no CLS token.
     """
@@ -117,16 +118,19 @@ class ImageEncoder(nn.Module):
         need_cls_attention: bool = False,
         hidden_BN: Tensor | None = None,
         mask_token_D: Tensor | None = None,
+        wanted_M: Tensor | None = None,
     ) -> Features:
         """Encode `images_BCHW` (float in [0, 1], C = 1; three channels are taken as they are).
 
         visible_BK: int64 patch indices; only these (and the prefix tokens) pass through the blocks (He et al. 2022).
         hidden_BN, mask_token_D: patches whose embedding is replaced by the token before positions are added.
+        wanted_M: int64 places image * N + patch; patches_BND then holds these alone, [M, D], and the last block does
+            not compute the others. Needs a CLS token, and no CLS attention.
         Sizes other than `image_size` work where the patch divides them: positions are interpolated as DINOv2 does.
         """
         assert (hidden_BN is None) == (mask_token_D is None), "hidden_BN and mask_token_D come together"
         x_BCHW = ((images_BCHW - self.config.mean) / self.config.std).expand(-1, 3, -1, -1)
-        return Features(*self.backbone(x_BCHW, visible_BK, need_cls_attention, hidden_BN, mask_token_D))
+        return Features(*self.backbone(x_BCHW, visible_BK, need_cls_attention, hidden_BN, mask_token_D, wanted_M))
 
 
 def _grid(config: ImageEncoder.Config, patch_size: int) -> Grid:

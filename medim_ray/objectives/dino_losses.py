@@ -6,9 +6,12 @@ over all ranks. No module, no state, no schedule lives here. Shapes: M rows, K p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from medim_ray.models.collectives import all_gather_rows, all_reduce_sum, num_ranks
@@ -16,12 +19,21 @@ from medim_ray.models.collectives import all_gather_rows, all_reduce_sum, num_ra
 SINKHORN_ITERATIONS = 3
 _EPS = 1e-8
 _TINY = 1e-30
+_ROWS = 8  # of scores that are worked on together: with 65,536 prototypes 2 MB
 
 
 @torch.no_grad()
 def centred_softmax(scores_MK: Tensor, centre_K: Tensor, temperature: float) -> Tensor:
-    """Teacher probabilities [M, K]: softmax of (scores - centre) / temperature, in float32."""
-    return ((scores_MK.float() - centre_K) / temperature).softmax(dim=-1)
+    """Teacher probabilities [M, K]: softmax of (scores - centre) / temperature, in float32.
+
+    Float32 scores are overwritten: with many prototypes a fresh matrix costs more than the arithmetic.
+    """
+    out_MK = scores_MK.float()
+    for part in out_MK.split(_ROWS):
+        torch.sub(part, centre_K, out=part).mul_(1.0 / temperature)
+        part.sub_(part.amax(dim=-1, keepdim=True)).exp_()
+        part.div_(part.sum(dim=-1, keepdim=True))
+    return out_MK
 
 
 @torch.no_grad()
@@ -50,10 +62,34 @@ def _largest(x: Tensor) -> Tensor:
     return largest.clamp(min=-1e30)
 
 
-def soft_cross_entropy(scores_MK: Tensor, targets_MK: Tensor, temperature: float) -> Tensor:
-    """[M] cross-entropy of softmax(scores / temperature) against targets whose rows sum to 1; float32."""
-    scores_MK = scores_MK.float()
-    return torch.logsumexp(scores_MK / temperature, dim=-1) - (targets_MK * scores_MK).sum(dim=-1) / temperature
+class _SoftCrossEntropy(torch.autograd.Function):
+    """Sum over rows of weight * cross-entropy of softmax(scores / temperature) against targets that sum to 1.
+
+    A few rows at a time, which stay in the cache; the gradient is made in one matrix, not in five.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores_MK: Tensor, targets_MK: Tensor, weights_M: Tensor, temperature: float) -> Tensor:
+        lse_M = torch.empty(len(scores_MK), dtype=torch.float32, device=scores_MK.device)
+        agreement_M = torch.empty_like(lse_M)
+        for i, (part, targets) in enumerate(zip(scores_MK.split(_ROWS), targets_MK.split(_ROWS), strict=True)):
+            rows, logits = slice(i * _ROWS, (i + 1) * _ROWS), part.float() * (1.0 / temperature)
+            lse_M[rows] = logits.logsumexp(dim=-1)
+            agreement_M[rows] = torch.einsum("mk,mk->m", logits, targets)
+        ctx.save_for_backward(scores_MK, targets_MK, weights_M, lse_M)
+        ctx.temperature = temperature
+        return ((lse_M - agreement_M) * weights_M).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        scores_MK, targets_MK, weights_M, lse_M = ctx.saved_tensors
+        out_MK, scale_M1 = torch.empty_like(scores_MK), (weights_M * (grad / ctx.temperature))[:, None]
+        for i, (part, targets) in enumerate(zip(scores_MK.split(_ROWS), targets_MK.split(_ROWS), strict=True)):
+            rows = slice(i * _ROWS, (i + 1) * _ROWS)
+            logits = part.float() * (1.0 / ctx.temperature)
+            out_MK[rows] = logits.sub_(lse_M[rows, None]).exp_().sub_(targets).mul_(scale_M1[rows])
+        return out_MK, None, None, None
 
 
 def dino_loss(student_SBK: Tensor, teacher_TBK: Tensor, temperature: float) -> Tensor:
@@ -70,7 +106,8 @@ def dino_loss(student_SBK: Tensor, teacher_TBK: Tensor, temperature: float) -> T
 def ibot_loss(scores_MK: Tensor, targets_MK: Tensor, weights_M: Tensor, num_crops: int, temperature: float) -> Tensor:
     """Cross-entropy of the masked patches: summed with `weights_M` (1 / masked patches of the own crop), divided by the
     number of ALL global crops, masked or not. 0 where nothing is masked."""
-    return (soft_cross_entropy(scores_MK, targets_MK, temperature) * weights_M).sum() / num_crops
+    total: Tensor = _SoftCrossEntropy.apply(scores_MK, targets_MK, weights_M, temperature)
+    return total / num_crops
 
 
 def koleo_loss(features_BD: Tensor, gather: bool) -> tuple[Tensor, Tensor]:

@@ -114,6 +114,33 @@ def local_alignment(
     return word_half + patch_half, attention_BWN
 
 
+def word_keys(token_ids_BT: Tensor, word_of_token_BT: Tensor, num_words: int) -> Tensor:
+    """int64 [B, W]: equal for words of the same pieces; 0 where there is no word."""
+    is_piece_BT = word_of_token_BT >= 0
+    hashed_BT = (token_ids_BT.long() + 1) * 6364136223846793005 * is_piece_BT  # of Knuth's MMIX; wraps around
+    keys_BW = hashed_BT.new_zeros(len(hashed_BT), num_words)
+    return keys_BW.scatter_add_(1, word_of_token_BT.long().clamp_min(0), hashed_BT)
+
+
+def word_contrast(
+    words_BWD: Tensor, patches_BND: Tensor, keys_BW: Tensor, is_told_BW: Tensor, temperature: float, most: int = 8
+) -> Tensor:
+    """Cross-report contrast, beyond the paper: of all patches of the batch, a word attends to those of its own image.
+
+    -log of the share that a softmax over the patches of all images gives to the own one, mean over the words told (the
+    first `most` of a report). Images whose report tells the same word (by `keys_BW`) are left out. 0 without a word.
+    """
+    row_R, word_R = (is_told_BW & (is_told_BW.cumsum(dim=1) <= most)).nonzero(as_tuple=True)
+    if not len(row_R):
+        return 0.0 * patches_BND.sum()
+    told_RD = words_BWD[row_R, word_R] / temperature
+    scores_RB = (told_RD @ patches_BND.flatten(0, 1).T).unflatten(1, patches_BND.shape[:2]).logsumexp(dim=2)
+    key_R11 = keys_BW[row_R, word_R][:, None, None]
+    is_told_RB = ((keys_BW[None] == key_R11) & is_told_BW[None]).any(dim=2)
+    own_RB = torch.arange(len(words_BWD), device=row_R.device)[None] == row_R[:, None]
+    return F.cross_entropy(scores_RB.masked_fill(is_told_RB & ~own_RB, -torch.inf), row_R)
+
+
 @torch.no_grad()
 def sinkhorn(scores_BK: Tensor, epsilon: float, num_iterations: int) -> Tensor:
     """Assignment of B samples to K prototypes, each sample's row summing to 1 (Caron et al. 2020)."""

@@ -57,11 +57,7 @@ class Mae(nn.Module):
     def forward(self, batch: Batch) -> StepOutput:
         images_BCHW, masks = whole_images(batch), self._masking.resolve(batch.columns, None)
         hidden_BN = masks.hidden_SBN[0]
-        visible_BK = visible_patches(hidden_BN)
-        features = self.encoder(images_BCHW, visible_BK=visible_BK)
-        predicted_BNP = self.decoder(features.global_BD, features.patches_BND, visible_BK).float()
-        target_BNP = unit_patches(target_patches(self.encoder, images_BCHW))
-        loss = hidden_mean((predicted_BNP - target_BNP).square().mean(dim=-1), hidden_BN)
+        loss = reconstruction_of_hidden(self.encoder, self.decoder, images_BCHW, hidden_BN)
         return StepOutput(loss=loss, logs=mask_logs(masks, self._masking.names))
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -116,6 +112,17 @@ class SimMim(nn.Module):
     def warnings(self, step: int, logs: Mapping[str, float]) -> list[str]:
         """None: the loss tells all."""
         return []
+
+
+def reconstruction_of_hidden(
+    encoder: ImageEncoder, decoder: MaeDecoder, images_BCHW: Tensor, hidden_BN: Tensor
+) -> Tensor:
+    """MAE's loss: the encoder sees the visible patches, the error is that of the hidden ones."""
+    visible_BK = visible_patches(hidden_BN)
+    features = encoder(images_BCHW, visible_BK=visible_BK)
+    predicted_BNP = decoder(features.global_BD, features.patches_BND, visible_BK).float()
+    target_BNP = unit_patches(target_patches(encoder, images_BCHW))
+    return hidden_mean((predicted_BNP - target_BNP).square().mean(dim=-1), hidden_BN)
 
 
 def target_patches(encoder: ImageEncoder, images_BCHW: Tensor) -> Tensor:

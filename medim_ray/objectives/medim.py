@@ -12,21 +12,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medim_ray.draws import Draws
 from medim_ray.masking.base import Masks
+from medim_ray.masking.report import ABSENT
 from medim_ray.models.collectives import all_gather_rows, num_ranks
-from medim_ray.models.decoder import SetrDecoder
+from medim_ray.models.decoder import MaeDecoder, SetrDecoder
 from medim_ray.models.heads import Projection
 from medim_ray.models.text import TextEncoder, TextFeatures
-from medim_ray.models.vit import Features, MaskToken
+from medim_ray.models.vit import Features, ImageEncoder, MaskToken
 from medim_ray.objectives import losses
 from medim_ray.objectives.base import OBJECTIVES, ParameterGroup, Parts, default_groups, default_part
+from medim_ray.objectives.mae import reconstruction_of_hidden
 from medim_ray.objectives.pixels import mask_logs, visible_patches, whole_images
-from medim_ray.types import TOKEN_IDS, TOKEN_IS_PAD, WORD_OF_TOKEN, Batch, StepOutput
+from medim_ray.types import ASSERTION, MESH_FLAG, TOKEN_IDS, TOKEN_IS_PAD, WORD_OF_TOKEN, Batch, StepOutput
 
 
 class Prototypes(nn.Module):
@@ -38,6 +42,23 @@ class Prototypes(nn.Module):
 
     def forward(self) -> Tensor:
         return F.normalize(self.directions_KD.float(), dim=1)
+
+
+class WarmUp(nn.Module):
+    """The masked autoencoder (He et al. 2022) of MedIM's first steps, with a light decoder of its own."""
+
+    def __init__(self, encoder: ImageEncoder) -> None:
+        super().__init__()
+        self.decoder = MaeDecoder(encoder.width, encoder.grid, encoder.patch_size, width=128, depth=2, num_heads=4)
+
+    def forward(self, encoder: ImageEncoder, batch: Batch) -> Tensor:
+        """Error of the hidden patches, which are drawn by (step, image id), whatever the rank and the seed."""
+        images_BCHW = whole_images(batch)
+        num_patches = encoder.grid.num_patches
+        draws = Draws.of(0, np.full(len(batch), batch.step, dtype=np.int64), batch.image_ids)
+        order_BN = np.argsort(draws.uniform("objective/warm_up", num_patches), axis=1)
+        hidden_BN = torch.from_numpy(order_BN < int(0.75 * num_patches)).to(images_BCHW.device)
+        return reconstruction_of_hidden(encoder, self.decoder, images_BCHW, hidden_BN)
 
 
 _WARM_UP_STEPS = 20  # before a flat attention is told: it starts flat
@@ -59,6 +80,19 @@ class MedIM(nn.Module):
         local_weight: float = field(default=1.0, metadata={"help": "weight of the word-patch alignment"})
         proto_weight: float = field(default=1.0, metadata={"help": "weight of the prototype prediction"})
         reconstruction_weight: float = field(default=5.0, metadata={"help": "weight of each strategy's pixel error"})
+        word_contrast_weight: float = field(
+            default=0.0,
+            metadata={
+                "help": "weight of the cross-report word contrast, which the paper has not (losses.word_contrast)"
+            },
+        )
+        mae_ratio: float = field(
+            default=0.0,
+            metadata={
+                "help": "share of the steps, the first ones, in which the image encoder learns alone, as a masked "
+                "autoencoder with 75 % of the patches hidden at random (the paper: 0)"
+            },
+        )
         ita_temperature: float = field(default=0.07, metadata={"help": "temperature of the image-report contrast"})
         local_temperature: float = field(
             default=0.1, metadata={"help": "temperature of the word-patch attention and of its contrast"}
@@ -82,7 +116,7 @@ class MedIM(nn.Module):
         )
 
         def __post_init__(self) -> None:
-            weights = ("ita_weight", "local_weight", "proto_weight", "reconstruction_weight")
+            weights = ("ita_weight", "local_weight", "proto_weight", "reconstruction_weight", "word_contrast_weight")
             for key in weights:
                 if getattr(self, key) < 0:
                     raise ValueError(f"objective.{key}={getattr(self, key)}: must be 0 or more")
@@ -96,8 +130,9 @@ class MedIM(nn.Module):
                     f"objective.local_temperature={self.local_temperature}: must be at least {losses.MIN_TEMPERATURE}, "
                     "the paper uses 0.1"
                 )
-            if not 0 <= self.prototype_freeze_ratio <= 1:
-                raise ValueError(f"objective.prototype_freeze_ratio={self.prototype_freeze_ratio}: must lie in [0, 1]")
+            for key in ("prototype_freeze_ratio", "mae_ratio"):
+                if not 0 <= getattr(self, key) <= 1:
+                    raise ValueError(f"objective.{key}={getattr(self, key)}: must lie in [0, 1]")
             for key in ("num_prototypes", "projection_hidden", "projection_dim"):
                 if getattr(self, key) < 1:
                     raise ValueError(f"objective.{key}={getattr(self, key)}: must be at least 1")
@@ -117,7 +152,8 @@ class MedIM(nn.Module):
         has_decoder = config.reconstruction_weight > 0
         has_global = config.ita_weight > 0 or config.proto_weight > 0
         needs_attention = has_decoder and parts.masking.needs_attention
-        has_local = config.local_weight > 0 or needs_attention
+        trains_local = config.local_weight > 0 or config.word_contrast_weight > 0
+        has_local = trains_local or needs_attention
         if not has_global and not has_local:
             raise ValueError(
                 "objective: only reconstruction_weight is above 0, and masking.name="
@@ -129,10 +165,9 @@ class MedIM(nn.Module):
             self.image_projection = Projection(self.encoder.width, *sizes)
             self.report_projection = Projection(self.text.width, *sizes)
         if has_local:
-            # Without the local term nothing trains them: the attention is that of random projections.
-            is_trained = config.local_weight > 0
-            self.patch_projection = Projection(self.encoder.width, *sizes).requires_grad_(is_trained)
-            self.word_projection = Projection(self.text.width, *sizes).requires_grad_(is_trained)
+            # Without a local term nothing trains them: the attention is that of random projections.
+            self.patch_projection = Projection(self.encoder.width, *sizes).requires_grad_(trains_local)
+            self.word_projection = Projection(self.text.width, *sizes).requires_grad_(trains_local)
         self.prototypes = Prototypes(config.num_prototypes, config.projection_dim) if config.proto_weight else None
         self._num_frozen = round(config.prototype_freeze_ratio * parts.num_steps)
         if has_decoder:
@@ -144,9 +179,17 @@ class MedIM(nn.Module):
                 if not encoder.takes_tokens:
                     raise ValueError("masking.on=input: a ResNet cannot skip hidden patches; use masking.on=feature")
                 self.mask_token = MaskToken(encoder.width)
+        self._mae_steps = round(config.mae_ratio * parts.num_steps)
+        if self._mae_steps:
+            if not self.encoder.takes_tokens:
+                raise ValueError(f"objective.mae_ratio={config.mae_ratio}: hides tokens, which a ResNet has not; use 0")
+            self.warm_up = WarmUp(self.encoder)
 
     def forward(self, batch: Batch) -> StepOutput:
         config = self.config
+        if batch.step < self._mae_steps:
+            loss = self.warm_up(self.encoder, batch)
+            return StepOutput(loss=loss, logs={"mae": loss.detach()})
         images_BCHW = whole_images(batch)
         columns = batch.columns
         image = self.encoder(images_BCHW, need_cls_attention=config.local_weight > 0)
@@ -155,7 +198,7 @@ class MedIM(nn.Module):
         logs: dict[str, Tensor] = {}
         if self._has_global:
             self._add_global(image, report, terms, logs)
-        attention_BWN = self._add_local(image, report, terms, logs) if self._has_local else None
+        attention_BWN = self._add_local(image, report, columns, terms, logs) if self._has_local else None
         if config.reconstruction_weight > 0:
             masks = self._masking.resolve(columns, attention_BWN)
             self._add_reconstruction(images_BCHW, image, masks, terms, logs)
@@ -197,9 +240,14 @@ class MedIM(nn.Module):
             terms["proto"] = config.proto_weight * logs["proto"]
 
     def _add_local(
-        self, image: Features, report: TextFeatures, terms: dict[str, Tensor], logs: dict[str, Tensor]
+        self,
+        image: Features,
+        report: TextFeatures,
+        columns: Mapping[str, Tensor],
+        terms: dict[str, Tensor],
+        logs: dict[str, Tensor],
     ) -> Tensor:
-        """The local term, where it has a weight; the word -> patch attention [B, W, N] in any case."""
+        """The local terms that have a weight; the word -> patch attention [B, W, N] in any case."""
         config = self.config
         patches_BND, words_BWD = self.patch_projection(image.patches_BND), self.word_projection(report.words_BWD)
         if config.local_weight > 0:
@@ -218,6 +266,13 @@ class MedIM(nn.Module):
             terms["local"] = config.local_weight * logs["local"]
         else:
             attention_BWN = losses.word_patch_attention(words_BWD, patches_BND, config.local_temperature)
+        if config.word_contrast_weight > 0:
+            is_told_BW = columns[MESH_FLAG].bool() & (columns[ASSERTION] != ABSENT) & ~report.word_is_pad_BW
+            keys_BW = losses.word_keys(columns[TOKEN_IDS], columns[WORD_OF_TOKEN], is_told_BW.shape[1])
+            logs["word_contrast"] = losses.word_contrast(
+                words_BWD, patches_BND, keys_BW, is_told_BW, config.local_temperature
+            )
+            terms["word_contrast"] = config.word_contrast_weight * logs["word_contrast"]
         logs["attention_entropy_ratio"] = losses.attention_entropy_ratio(attention_BWN, report.word_is_pad_BW)
         return attention_BWN
 
@@ -265,6 +320,6 @@ class MedIM(nn.Module):
 
     def warnings(self, step: int, logs: Mapping[str, float]) -> list[str]:
         """Attention that looks everywhere alike makes of KDM and SDM random masks."""
-        if step < _WARM_UP_STEPS or logs.get("attention_entropy_ratio", 0.0) < 0.99:
+        if step < self._mae_steps + _WARM_UP_STEPS or logs.get("attention_entropy_ratio", 0.0) < 0.99:
             return []
         return ["the attention of words on patches is all but uniform: KDM and SDM hide patches at random"]

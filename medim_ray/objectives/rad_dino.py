@@ -151,11 +151,13 @@ class RadDino(nn.Module):
         temperature = self._temperature(batch.step)
         targets = self._teach(images_GCHW, masked_M, temperature)
 
-        crops = self.student_encoder(images_GCHW, hidden_BN=hidden_GN, mask_token_D=self.mask_token())
-        cls_GD, patches_MD = crops.global_BD, crops.patches_BND.flatten(0, 1)[masked_M]
+        crops = self.student_encoder(
+            images_GCHW, hidden_BN=hidden_GN, mask_token_D=self.mask_token(), wanted_M=masked_M
+        )
+        cls_GD, patches_MD = crops.global_BD, crops.patches_BND
         cls = [cls_GD]
         if "local" in batch.views:
-            cls.append(self.student_encoder(batch.views["local"]).global_BD)
+            cls.append(self.student_encoder(batch.views["local"], wanted_M=masked_M[:0]).global_BD)
         scores, masked_MK = _scores(self.student_dino_head, self.student_ibot_head, torch.cat(cls), patches_MD)
         scores_SBK = scores.unflatten(0, (-1, num))
 
@@ -179,9 +181,8 @@ class RadDino(nn.Module):
         device, dtype = images_GCHW.device.type, next(self.student_encoder.parameters()).dtype
         half = torch.bfloat16 if dtype == torch.float32 else dtype  # of no matter in float32, where autocast is off
         with torch.no_grad(), torch.autocast(device, dtype=half, enabled=dtype != torch.float32):
-            crops = self.encoder(images_GCHW)
-            patches_MD = crops.patches_BND.flatten(0, 1)[masked_M]
-            cls_GK, masked_MK = _scores(self.dino_head, self.ibot_head, crops.global_BD, patches_MD)
+            crops = self.encoder(images_GCHW, wanted_M=masked_M)
+            cls_GK, masked_MK = _scores(self.dino_head, self.ibot_head, crops.global_BD, crops.patches_BND)
         if self.config.centring == "sinkhorn":
             cls_GK, masked_MK = losses.sinkhorn(cls_GK, temperature), losses.sinkhorn(masked_MK, temperature)
         else:

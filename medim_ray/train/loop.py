@@ -70,8 +70,7 @@ def train(run: Trainer) -> Outcome:
     checkpoint is committed at the last one. BadStep where a step has numbers that must not become weights."""
     last = run.config.last_step
     for step in range(run.first_step, last):
-        seen = run.before_step(step)
-        started = time.perf_counter()
+        seen, started = run.before_step(step), time.perf_counter()
         columns = next(run.steps)
         waited = time.perf_counter() - started
         logs, sums = train_step(run, step, columns)

@@ -55,6 +55,24 @@ def test_all_patches_visible_is_the_full_image_and_order_is_kept() -> None:
     torch.testing.assert_close(shuffled.patches_BND, expected_BND)
 
 
+def test_wanted_patches_are_those_of_the_whole_image_with_gradients_and_draws() -> None:
+    wanted_M = torch.tensor([3, 0, 17, 31])
+    for options in ({}, {"name": "vit_small_patch14_reg4_dinov2", "image_size": 56, "drop_path": 0.5}):
+        encoder = tiny(**options).train()
+        results = []
+        for places in (None, wanted_M):
+            encoder.zero_grad()
+            torch.manual_seed(5)  # stochastic depth
+            out = encoder(images(2, encoder.config.image_size), wanted_M=places)
+            rows_MD = out.patches_BND.flatten(0, 1)[wanted_M] if places is None else out.patches_BND
+            (out.global_BD.square().sum() + rows_MD.pow(3).sum()).backward()
+            gradients = [p.grad for p in encoder.parameters() if p.grad is not None]
+            results.append((out.global_BD, rows_MD, *gradients))
+        torch.testing.assert_close(*results)
+    none = encoder(images(2, 56), wanted_M=wanted_M[:0])
+    assert none.patches_BND.shape == (0, 48) and none.global_BD.shape == (2, 48)
+
+
 def test_hidden_pixels_reach_nothing_with_visible_patches() -> None:
     encoder, visible_BK = tiny(), torch.tensor([[0, 1, 5]]).expand(2, -1)
     x_BCHW = images()

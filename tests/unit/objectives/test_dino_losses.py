@@ -38,6 +38,13 @@ def test_ibot_divides_by_all_crops_and_is_zero_without_masks() -> None:
     terms = [-(t * (s / 0.1).log_softmax(-1)).sum() for s, t in zip(scores_MK, targets_MK, strict=True)]
     expected = ((terms[0] + terms[1]) / 2 + terms[2]) / 4
     torch.testing.assert_close(losses.ibot_loss(scores_MK, targets_MK, weights_M, 4, 0.1), expected)
+    many_MK, others_MK = normal(37, 7).requires_grad_(), normal(37, 7, seed=1).softmax(-1)  # more than go at a time
+    weights_M = normal(37, seed=2).abs()
+    plain = -((others_MK * (many_MK / 0.1).log_softmax(-1)).sum(-1) * weights_M).sum() / 4
+    ours = losses.ibot_loss(many_MK, others_MK, weights_M, 4, 0.1)
+    torch.testing.assert_close(ours, plain)
+    gradients = [torch.autograd.grad(3 * loss, many_MK, retain_graph=True)[0] for loss in (ours, plain)]
+    torch.testing.assert_close(*gradients)
     nothing = normal(0, 7).requires_grad_()
     loss = losses.ibot_loss(nothing, nothing.detach(), torch.zeros(0), 4, 0.1)
     loss.backward()
@@ -80,7 +87,8 @@ def test_health_numbers_at_their_extremes() -> None:
 def _losses(scores: Tensor, features: Tensor) -> Tensor:
     targets = losses.sinkhorn(scores.detach(), 0.1)
     koleo, _ = losses.koleo_loss(features, gather=True)
-    return losses.soft_cross_entropy(scores, targets, 0.1).mean() + koleo
+    weights = torch.full((len(scores),), 1 / len(scores))
+    return losses.ibot_loss(scores, targets, weights, 1, 0.1) + koleo
 
 
 def _rank(rank: int, folder: str) -> None:

@@ -182,3 +182,75 @@ def test_bad_options(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         medim(masking, encoder, **options)
+
+
+def test_words_of_the_same_pieces_have_one_key() -> None:
+    token_ids = torch.tensor([[2, 7, 8, 9, 3], [2, 9, 7, 8, 3]])
+    word_of_token = torch.tensor([[-1, 0, 0, 1, -1], [-1, 0, 1, 1, -1]], dtype=torch.int16)
+    keys = losses.word_keys(token_ids, word_of_token, 4)
+    assert keys[0, 0] == keys[1, 1] and keys[0, 1] == keys[1, 0] != keys[0, 0]
+    assert not keys[:, 2:].any()
+
+
+def test_the_word_contrast_leaves_out_images_that_tell_the_same_word() -> None:
+    generator = torch.Generator().manual_seed(0)
+    words = torch.nn.functional.normalize(torch.randn(3, 2, 5, generator=generator), dim=-1)
+    patches = torch.nn.functional.normalize(torch.randn(3, 4, 5, generator=generator), dim=-1)
+    keys = torch.tensor([[1, 2], [1, 3], [4, 2]])
+    told = torch.tensor([[True, False], [True, True], [True, False]])
+    expected = []
+    for b, w in told.nonzero().tolist():
+        others = [j for j in range(3) if j != b and not ((keys[j] == keys[b, w]) & told[j]).any()]
+        masses = {j: (words[b, w] @ patches[j].T / 0.1).exp().sum() for j in [b, *others]}
+        expected.append(-(masses[b] / sum(masses.values())).log())
+    ours = losses.word_contrast(words, patches, keys, told, 0.1)
+    torch.testing.assert_close(ours, torch.stack(expected).mean())
+    assert float(losses.word_contrast(words, patches, keys, torch.zeros_like(told), 0.1)) == 0.0
+
+
+def test_the_word_contrast_teaches_words_their_patches() -> None:
+    """Each image has the marks of the words told, at random places among noise that all images share."""
+    generator = torch.Generator().manual_seed(0)
+    num, num_patches, kinds = 48, 16, 4
+    marks = 6 * torch.eye(8)[:kinds]
+    x = torch.randn(num, num_patches, 8, generator=generator)
+    kind = torch.randint(kinds, (num,), generator=generator)
+    place = torch.randint(num_patches, (num,), generator=generator)
+    x[torch.arange(num), place] += marks[kind]
+    torch.manual_seed(0)
+    table, project = torch.nn.Embedding(kinds, 8), torch.nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW([*table.parameters(), *project.parameters()], lr=0.02)
+    normalize = torch.nn.functional.normalize
+
+    def share_found() -> float:
+        attention = normalize(table(kind), dim=-1)[:, None] @ normalize(project(x), dim=-1).transpose(1, 2)
+        return float((attention[:, 0].argmax(dim=1) == place).float().mean())
+
+    before, first = share_found(), 0.0
+    for _ in range(100):
+        optimizer.zero_grad()
+        words = normalize(table(kind), dim=-1)[:, None]
+        loss = losses.word_contrast(words, normalize(project(x), dim=-1), kind[:, None], (kind >= 0)[:, None], 0.1)
+        first = first or loss.item()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5 * first
+    assert before < 0.2 and share_found() > 0.4, "chance is one in sixteen"
+
+
+def test_a_warm_up_trains_the_encoder_alone_and_the_terms_begin_after_it() -> None:
+    objective = medim(mae_ratio=0.4, word_contrast_weight=1.0)  # 40 of 100 steps
+    batch = batch_for(strategy(**BOTH), objective.encoder.grid, 8, 64)
+    warm = objective(dataclasses.replace(batch, step=39))
+    warm.loss.backward()
+    touched = {name.split(".")[0] for name, p in objective.named_parameters() if p.grad is not None}
+    assert touched == {"encoder", "warm_up"} and set(warm.logs) == {"mae"}
+    again, other = (
+        objective(dataclasses.replace(batch, step=39)).loss,
+        objective(dataclasses.replace(batch, step=38)).loss,
+    )
+    assert torch.equal(again, warm.loss) and not torch.equal(other, warm.loss)
+    after = objective(dataclasses.replace(batch, step=40))
+    assert {"ita", "local", "word_contrast"} <= set(after.logs) and "mae" not in after.logs
+    values = train(objective, strategy(**BOTH), steps=40, lr=1e-3, num=8)
+    assert values[39] < 0.95 * values[0], "the encoder learns to fill in"
