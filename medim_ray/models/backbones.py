@@ -21,13 +21,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medim_ray.models.blocks import recomputed
+from medim_ray.models.layouts import to_timm
+from medim_ray.models.load import load_weights, read_state
 from medim_ray.models.norms import BatchNorm
-from medim_ray.models.vit import INITS
+from medim_ray.models.vit import HUB, INITS
 
 if TYPE_CHECKING:
     from medim_ray.models.vit import ImageEncoder
 
 # Parts of a published classifier, or of a self-supervised head, that an encoder without a head has no place for.
+# Patch embeddings in the layouts that timm does not read: transformers' and whole objectives of ours.
+_OTHER_LAYOUTS = ("embeddings.patch_embeddings.projection.weight", "encoder.backbone.patch_embed.proj.weight")
 _HEAD_KEYS = ("head.", "head_dist.", "fc.", "fc_norm.", "attn_pool.", "mask_token", "dist_token")
 
 
@@ -221,7 +225,10 @@ def build(config: ImageEncoder.Config) -> Any:
 
 
 def _load(model: nn.Module, init: str) -> None:
-    """Load a local checkpoint strictly: parts of heads may be left over, nothing may be missing."""
+    """Load a checkpoint strictly: parts of heads may be left over, nothing may be missing."""
+    if init.startswith(HUB):
+        _load_renamed(model, init, read_state(init.removeprefix(HUB)))
+        return
     path = Path(init)
     if path.is_dir():
         candidates = [path / name for name in ("model.safetensors", "pytorch_model.bin", "model.pth")]
@@ -236,6 +243,9 @@ def _load(model: nn.Module, init: str) -> None:
         raise ValueError(f"encoder.init={init!r}: {path} is unreadable ({error}); use a .safetensors file") from error
     for wrapper in ("model", "state_dict", "teacher"):
         state = state.get(wrapper, state)
+    if isinstance(model, VisionTransformer) and any(key.endswith(_OTHER_LAYOUTS) for key in state):
+        _load_renamed(model, init, state)
+        return
     if isinstance(model, VisionTransformer):
         state = checkpoint_filter_fn(state, model, interpolation="bicubic")
     try:
@@ -250,6 +260,16 @@ def _load(model: nn.Module, init: str) -> None:
             f"encoder.init={init!r}: does not fit encoder.name: {len(missing)} keys are missing {missing[:5]}, "
             f"{len(unexpected)} are unknown {unexpected[:5]}; choose the name that the file was saved from"
         )
+
+
+def _load_renamed(model: nn.Module, init: str, state: dict[str, Tensor]) -> None:
+    """A state in the layout of transformers, or of a whole objective of ours; positions are resized (load.py)."""
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"encoder.init={init!r}: holds a ViT, and encoder.name is a ResNet; choose the matching name")
+    try:
+        load_weights(model, to_timm(state), init, allow=_HEAD_KEYS)
+    except ValueError as error:
+        raise ValueError(f"encoder.init: {error}") from None
 
 
 def patch_size(backbone: Any) -> int:

@@ -159,7 +159,7 @@ class _TokensOnly(torch.nn.Module):
 
 def _to_onnx(encoder: ImageEncoder, weights: Weights, folder: Path) -> str:
     if importlib.util.find_spec("onnxscript") is None:  # torch's exporter imports it
-        raise ValueError("format=onnx: needs the packages onnx and onnxscript; install both")
+        raise ValueError("format=onnx: needs the packages of the extra: pip install 'medim-ray[onnx]'")
     size = encoder.config.image_size
     was_training = encoder.training
     images = torch.zeros(2, 1, size, size, device=next(encoder.parameters()).device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from medim_ray.types import Grid
 
 INITS = ("random", "timm")  # values of `init` that are no path
+HUB = "hf:"  # and what begins so: an id of the Hugging Face hub
 
 
 class Features(NamedTuple):
@@ -61,7 +62,10 @@ class ImageEncoder(nn.Module):
         image_size: int = field(default=224, metadata={"help": "pixels of the (square) input, a multiple of the patch"})
         init: str = field(
             default="random",
-            metadata={"help": "'random', 'timm' (weights of that name), or a local .safetensors, .pth or folder"},
+            metadata={
+                "help": "'random', 'timm' (weights of that name), hf:OWNER/NAME (a Dinov2Model such as rad-dino) or "
+                "a local .safetensors, .pth or folder, in the layout of timm, transformers or the torch hub"
+            },
         )
         mean: float = field(default=0.5, metadata={"help": "subtracted from pixels in [0, 1]"})
         std: float = field(default=0.5, metadata={"help": "pixels are divided by it"})

@@ -41,6 +41,7 @@ from medim_ray.probes.rows import (
 )
 from medim_ray.probes.stream import item_of, pooled
 from medim_ray.probes.truth import crop_mask
+from medim_ray.reports.tagger import Mention
 from medim_ray.train.runs import LoadedRun
 from medim_ray.types import Batch, Grid
 
@@ -240,7 +241,7 @@ def questions(
                 mask_HW = crop_mask(lesion["mask"], columns[types.BOX][i], size)
                 told.setdefault(int(lesion["sentence"]), []).append(mask_HW)
         mentions = text.mentions[i]
-        asked = [
+        asked: list[tuple[str, NDArray[np.float32], Sequence[Mention], list[NDArray[np.bool_]]]] = [
             (
                 "sdm",
                 ((sentence_BW[i] == k) & ~is_pad_BW[i]).astype(np.float32),

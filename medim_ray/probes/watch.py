@@ -18,8 +18,9 @@ from torch import Tensor
 
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.collate import to_batch
-from medim_ray.data.reader import ReportEncoder, TextRows, decode_gray
+from medim_ray.data.rows import decode_gray
 from medim_ray.data.shards import ShardSet
+from medim_ray.data.texts import ReportEncoder, TextRows
 from medim_ray.masking.prior import patch_maps, places_of
 from medim_ray.probes.localise import BOTH, CHANCE, ModelMaps, Question, judge_map, kdm_masking, questions
 from medim_ray.probes.lung_lift import lung_shares, read_rows

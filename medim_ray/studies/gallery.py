@@ -175,7 +175,8 @@ def _rows(run: LoadedRun, num: int) -> list[dict[str, Any]]:
 def _strategies(run: LoadedRun, has_attention: bool) -> list[tuple[str, Any]]:
     """(remark, masking): the run's own, both report-guided ones where the run can make maps, the anatomy prior where it
     reads reports, and uniform as control."""
-    own, config = build_masking(run.config), run.config.masking
+    config = run.config.masking
+    own: Any = build_masking(run.config)
     if isinstance(config, ReportMasking.Config):  # whatever training took it from, here the attention is at hand
         own = ReportMasking(replace(config, attention="step", snapshot_every=0, snapshot_run=""))
     strategies: list[tuple[str, Any]] = [("", own)] if has_attention or not own.needs_attention else []

@@ -36,7 +36,7 @@ from medim_ray.data.pipeline import ReaderFactory, execution_options
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.sources.base import absolute
 from medim_ray.data.storage import is_local, storage_faults
-from medim_ray.models.vit import INITS
+from medim_ray.models.vit import HUB, INITS
 from medim_ray.track.tracker import start_tracker
 from medim_ray.train.attempts import Budgets, of_error, of_outcome
 from medim_ray.train.backend import WorkerBackend
@@ -304,9 +304,10 @@ def check(config: RunConfig) -> ShardSet:
     if not config.data.shards:
         raise ValueError("data.shards is empty: give what `medim-ray prepare` wrote, e.g. data.shards=shards/cxr")
     init = config.encoder.init
-    if init not in INITS and not Path(init).exists():
+    if init not in INITS and not init.startswith(HUB) and not Path(init).exists():
         raise ValueError(
-            f"encoder.init={init!r}: must be 'random', 'timm' or a local checkpoint, and there is no such path"
+            f"encoder.init={init!r}: must be 'random', 'timm', hf:OWNER/NAME or a local checkpoint, and there is no "
+            "such path"
         )
     with storage_faults(f"data.shards={config.data.shards}"):
         shards = ShardSet.open(config.data.shards)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,8 @@ def test_features_are_those_of_transformers(tmp_path: Path, registers: bool, swi
     report, _ = load_backbone(encoder.backbone, tmp_path)
     assert not report.missing and not report.unexpected
     assert list(report.resized) == ([] if image_size == 518 else ["pos_embed"])
+    by_option = ImageEncoder(replace(encoder.config, init=str(tmp_path))).backbone.state_dict()
+    assert all(torch.equal(value, by_option[key]) for key, value in encoder.backbone.state_dict().items())
     images = torch.rand(2, 1, image_size, image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours = encoder(images)

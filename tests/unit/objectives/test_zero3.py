@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from medim_ray.data.reader import TextRows
+from medim_ray.data.texts import TextRows
 from medim_ray.masking import MASKINGS
 from medim_ray.probes.localise import ModelMaps
 from tests.unit.objectives.batches import batch_for, build

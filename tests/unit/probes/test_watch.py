@@ -14,10 +14,10 @@ import torch
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.collate import to_batch
 from medim_ray.data.phantom import render
-from medim_ray.data.reader import ReportEncoder
+from medim_ray.data.texts import ReportEncoder
 from medim_ray.data.transforms import PadCrop
 from medim_ray.masking.report import ReportMasking
-from medim_ray.models.text import TextEncoder, load_tokenizer, train_tokenizer
+from medim_ray.models.text import TextEncoder, load_tokenizer
 from medim_ray.models.vit import ImageEncoder
 from medim_ray.objectives.base import Parts
 from medim_ray.objectives.medim import MedIM
@@ -25,6 +25,7 @@ from medim_ray.probes.localise import ModelMaps, judge_map, kdm_masking, questio
 from medim_ray.probes.rows import centre_columns, centre_samples
 from medim_ray.probes.watch import MapWatch, in_words
 from medim_ray.reports.sections import split_sentences
+from medim_ray.reports.wordpiece import train_tokenizer
 from medim_ray.train.before import LOOK_S, BeforeStep
 
 CONFIG = RunConfig(

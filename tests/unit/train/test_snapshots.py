@@ -19,7 +19,12 @@ from medim_ray.train.snapshot_store import SnapshotStore, source_step
 from medim_ray.train.snapshots import Attender, Publisher
 from tests.unit.objectives.batches import batch_for, build
 
-SMALL = {"projection_hidden": 32, "projection_dim": 16, "decoder_widths": (8, 8, 8, 8), "num_prototypes": 8}
+SMALL: dict[str, Any] = {
+    "projection_hidden": 32,
+    "projection_dim": 16,
+    "decoder_widths": (8, 8, 8, 8),
+    "num_prototypes": 8,
+}
 EVERY = 4
 
 
