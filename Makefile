@@ -46,6 +46,8 @@ studies: .venv/installed
 		mkdir -p jobs/results/$$name-phantoms; \
 		(cd studies/$$name-phantoms && cp *.json *.csv report.html ../../jobs/results/$$name-phantoms/); \
 	done
+	$(BIN)/python benchmarks/learning.py shards/phantoms studies/learning
+	mkdir -p jobs/results/learning && cp studies/learning/learning.md jobs/results/learning/
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -82,6 +82,7 @@ def run_one(name: str, seed: int, args: argparse.Namespace) -> Run:
 def probes(run: Run, encoder: str) -> Numbers:
     """AUROC of the findings at each share of the labels, and Dice of pneumothorax with a linear head."""
     shares = {entry["fraction"]: entry["encoders"] for entry in run.result["mean"]["fractions"]}
+    shares[1.0] = run.result["mean"]["encoders"]
     found: Numbers = [_value(shares.get(share, {}).get(encoder), "auroc") for share in SHARES]
     lesion = run.result["segmentation"]["targets"].get("pneumothorax", {}).get("encoders", {})
     return [*found, _value(lesion.get(encoder), "dice")]
