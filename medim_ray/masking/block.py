@@ -50,7 +50,7 @@ def block_masks(num_hidden_BG: NDArray[np.int64], grid: Grid, draws: Draws, purp
             chunks.append(drawn_MC4.tolist())
         return chunks[chunk][mask]
 
-    num_bytes = -(-grid.num_patches // 8)
+    num_bytes = -(-int(grid.num_patches) // 8)
     packed = b"".join(
         _block_mask(count, grid, partial(tries, mask)).to_bytes(num_bytes, "little")
         for mask, count in enumerate(num_hidden_BG.ravel().tolist())
@@ -65,8 +65,8 @@ def _block_mask(count: int, grid: Grid, tries: Callable[[int], Any]) -> int:
     An integer of as many bits as patches makes of a rectangle one shift and one product, and of a count one call: at
     these sizes faster than any array, and as fast for one mask as for hundreds.
     """
-    height, width = grid.height, grid.width
-    columns = _columns(grid)
+    height, width = int(grid.height), int(grid.width)  # NumPy's integers have 64 bits
+    columns = _columns(height, width)
     hidden, missing, left_tries, step = 0, count, NUM_TRIES, 0
     while missing > 0 and left_tries > 0:
         if step % _CHUNK == 0:
@@ -87,9 +87,9 @@ def _block_mask(count: int, grid: Grid, tries: Callable[[int], Any]) -> int:
 
 
 @functools.cache
-def _columns(grid: Grid) -> list[int]:
+def _columns(height: int, width: int) -> list[int]:
     """A column of h patches from the first corner down, for h = 0 to the grid's height, as bits."""
-    return [sum(1 << (row * grid.width) for row in range(high)) for high in range(grid.height + 1)]
+    return [sum(1 << (row * width) for row in range(high)) for high in range(height + 1)]
 
 
 def step_counts(
