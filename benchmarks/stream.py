@@ -7,6 +7,9 @@ crop, tokens, mask plan, batches; so what differs is what carries them. Each is 
 is asked for samples in turn; its processor time is user + system of it and all below it, Ray's own included. What comes
 before the first measurement (start, caches of tokens, a pass over the images) is reported apart. --peers names the
 interpreter of `make peers`.
+
+Contenders decode ahead while the others have their turn (Ray up to its object store: 10,000 samples of 224 px), so
+--samples must be many times that, or wall seconds say nothing; processor seconds count from the last answer on.
 """
 
 from __future__ import annotations
