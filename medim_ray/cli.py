@@ -167,6 +167,9 @@ class ExportRoot:
     """Options of `medim-ray export`."""
 
     run: str = field(metadata={"help": "run folder"})
+    checkpoint: str = field(
+        default="latest", metadata={"help": "latest, best (by validation during the run) or a step"}
+    )
     format: str = field(default="timm", metadata={"help": "timm, hf, torch_hub or onnx"})
     out: str = field(metadata={"help": "folder to write"})
 
@@ -242,7 +245,7 @@ def _probe(args: argparse.Namespace) -> int:
     if args.fields:
         return _fields(ProbeRoot)
     root = load(ProbeRoot, None, args.overrides)
-    run_probe(root.run, root.probe)
+    run_probe(root.run, root.probe, checkpoint=root.checkpoint)
     return 0
 
 
@@ -281,12 +284,12 @@ def _masks(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from medim_ray.models.export import export
-    from medim_ray.train.runs import load_run
+    from medim_ray.train.runs import find_checkpoint, load_run
 
     if args.fields:
         return _fields(ExportRoot)
     root = load(ExportRoot, None, args.overrides)
-    run = load_run(root.run)
+    run = load_run(root.run, checkpoint=find_checkpoint(root.run, root.checkpoint))
     facts = {
         "objective": run.config.objective.name,
         "optimizer steps": str(run.step),

@@ -287,58 +287,6 @@ class MapsConfig:
             )
 
 
-PROBE_TASKS = ("labels", "localise", "retrieve", "segment")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """Frozen-feature probes."""
-
-    tasks: tuple[str, ...] = option(
-        PROBE_TASKS,
-        "labels: linear, k-NN and ridge probes; localise: word-to-patch maps; retrieve: image-report retrieval and "
-        "zero-shot classification; segment: a linear head on patch tokens",
-        hashed=False,
-    )
-    labels: tuple[str, ...] = option(
-        (),
-        "label columns of the shards, or age_group; empty: view, every 0/1 label and every label of numbers",
-        hashed=False,
-    )
-    encoders: tuple[str, ...] = option(
-        ("untrained", "pixels"),
-        "beside trained, untrained and pixels, which are always there: run:PATH, timm:NAME, hf:ID_OR_FOLDER",
-        hashed=False,
-    )
-    fractions: tuple[float, ...] = option(
-        (1.0,), "shares of the labels to learn from beside all, by patient, stratified, nested", hashed=False
-    )
-    num_draws: int = option(3, "draws of each share below 1", hashed=False)
-    cache: str = option("", "folder of cached features, any fsspec URL; empty: RUN/features, off: none", hashed=False)
-    num_bootstrap: int = option(1000, "bootstrap draws over patients behind each 95 % interval", hashed=False)
-    num_folds: int = option(5, "patient-grouped folds where fewer than 1,000 images carry the label", hashed=False)
-    seed: int = option(0, "seed of folds, shares and bootstrap", hashed=False)
-
-    def __post_init__(self) -> None:
-        if self.num_folds < 2 or self.num_bootstrap < 1:
-            raise ValueError(f"num_folds={self.num_folds}, num_bootstrap={self.num_bootstrap}: at least 2 and 1")
-        if unknown := [name for name in self.tasks if name not in PROBE_TASKS]:
-            raise ValueError(f"probe.tasks: {unknown[0]!r} is none of {', '.join(PROBE_TASKS)}")
-        if not self.tasks:
-            raise ValueError(f"probe.tasks is empty: name some of {', '.join(PROBE_TASKS)}")
-        for name in self.encoders:
-            kind, _, where = name.partition(":")
-            if name not in ("trained", "untrained", "pixels") and (kind not in ("run", "timm", "hf") or not where):
-                raise ValueError(
-                    f"probe.encoders: {name!r} is none of untrained, pixels, run:PATH, timm:NAME, hf:ID_OR_FOLDER"
-                )
-        for fraction in self.fractions:
-            if not 0 < fraction <= 1:
-                raise ValueError(f"probe.fractions: {fraction} must lie in (0, 1], as in [0.01, 0.1, 1.0]")
-        if not self.fractions or self.num_draws < 1:
-            raise ValueError(f"probe.fractions={list(self.fractions)}, probe.num_draws={self.num_draws}: at least one")
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything one pretraining run is a function of."""

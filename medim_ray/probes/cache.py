@@ -1,25 +1,33 @@
-"""Features on disk, so that a probe of the same weights on the same images encodes nothing twice.
+"""Features and scores on disk, so that a probe of the same weights on the same images computes nothing twice.
 
-One file an encoder: its name is a hash of weights, crop and data, its rows are images. A cache that can't be read or
-written costs time and nothing else.
+Features: one file an encoder, named by a hash of weights, crop and data; its rows are images. Scores: one file an
+encoder, task and protocol. Trials of a sweep share one folder: raw pixels and equal first weights are probed once. A
+cache that can't be read or written costs time and nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
+from medim_ray.config.probe import ProbeConfig
+from medim_ray.data.storage import committed
 from medim_ray.probes.features import Source
 from medim_ray.probes.rows import RowList
+from medim_ray.probes.tasks import Task
 
 OFF = "off"
 FOLDER = "features"
+_SCORES = 1  # raised when the same features come to other scores
 
 
 class FeatureCache:
@@ -56,6 +64,10 @@ class FeatureCache:
             return [f"features are not cached in {self._url}: {why}; the next probe computes them again"]
         return []
 
+    def scores(self, source: Source, task: Task, rows: RowList, config: ProbeConfig) -> ScoreFile:
+        """Where the scores of an encoder on a task are kept; rows: those that the task speaks of."""
+        return ScoreFile.of(self._url, self._data_hash, source, task, rows, config)
+
     def _path(self, source: Source) -> tuple[fsspec.AbstractFileSystem, str]:
         fs, root = fsspec.core.url_to_fs(self._url)
         name = hashlib.blake2b(f"{source.key} {self._data_hash}".encode(), digest_size=12).hexdigest()
@@ -78,12 +90,57 @@ class FeatureCache:
             places_K = np.concatenate([places_K, stored[0][others]])
             values_KD = np.concatenate([values_KD, stored[1][others]])
         order = np.argsort(places_K)
-        buffer = io.BytesIO()
-        np.savez(buffer, places=places_K[order], features=values_KD[order])
-        fs, path = self._path(source)
-        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        fs.pipe_file(f"{path}.partial", buffer.getvalue())
-        fs.mv(f"{path}.partial", path)
+        _save(*self._path(source), {"places": places_K[order], "features": values_KD[order]})
+
+
+def _save(fs: fsspec.AbstractFileSystem, path: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    with committed(fs, path, scratch=path.rpartition("/")[0]) as file:
+        file.write(buffer.getvalue())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreFile:
+    """The scores of one encoder on one task, by name (classify.probe); `url` is a folder or "off". Cheap to send to a
+    task.
+
+    digest: of all that the scores are a function of.
+    """
+
+    url: str
+    digest: str
+
+    @classmethod
+    def of(
+        cls, url: str, data_hash: str, source: Source, task: Task, places: RowList, config: ProbeConfig
+    ) -> ScoreFile:
+        """places: the rows that the task speaks of, whose patients and splits are part of the data."""
+        protocol = (config.num_folds, config.seed, sorted(config.fractions), config.num_draws)
+        hashed = hashlib.blake2b(digest_size=12)
+        hashed.update(f"{_SCORES} {source.key} {data_hash} {task.label} {task.classes} {protocol}".encode())
+        hashed.update(task.y_K.tobytes() + _places(places)[task.rows_K].tobytes())
+        return cls(url=url, digest=hashed.hexdigest())
+
+    def read(self) -> dict[str, NDArray[np.float64]]:
+        """The scores by name; {} where there are none that can be read."""
+        if self.url == OFF:
+            return {}
+        try:
+            with np.load(io.BytesIO(self._at()[0].cat_file(self._at()[1]))) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+            return {}
+
+    def write(self, scores: Mapping[str, NDArray[np.float64]]) -> None:
+        """Keeps the scores, or does not where the folder can't be written."""
+        if self.url != OFF:
+            with contextlib.suppress(OSError):
+                _save(*self._at(), scores)
+
+    def _at(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        fs, root = fsspec.core.url_to_fs(self.url)
+        return fs, f"{root.rstrip('/')}/{self.digest}.scores.npz"
 
 
 def _places(rows: RowList) -> NDArray[np.int64]:

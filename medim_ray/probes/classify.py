@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -52,8 +52,10 @@ class ProbeScores:
 
     accuracy, f1: of the class that the linear probe predicts, at its own even odds: no threshold is chosen.
 
-    judged_K: the images scored, as positions in the task; scores_KC: what the linear probe gave them; parts: where
-    every image of the task stands (Protocol.parts). knn: the same metrics of the k-NN probe; shares: fraction -> Share.
+    judged_K: the images scored, as positions in the task; scores_KC: what the linear probe gave them; predicted_K: the
+    class it predicts, -1 where it has none; probability_K: of the positive class of two, else of that class; parts:
+    where every image of the task stands (Protocol.parts). knn: the same metrics of the k-NN probe; shares: fraction ->
+    Share.
     """
 
     auroc: Estimate
@@ -65,8 +67,10 @@ class ProbeScores:
     num_patients: int
     judged_K: NDArray[np.int64]
     scores_KC: Floats
+    predicted_K: NDArray[np.int64]
+    probability_K: Floats
     parts: tuple[str, ...]
-    knn: Mapping[str, Estimate]
+    knn: Mapping[str, Estimate] = field(default_factory=dict)
     shares: Mapping[float, Share] = field(default_factory=dict)
 
 
@@ -82,38 +86,73 @@ def probe(
     among: Sequence[str] | None = None,
     fractions: Sequence[float] = (1.0,),
     num_draws: int = 3,
+    known: dict[str, Floats] | None = None,
 ) -> ProbeScores:
     """Probes the features of the task's images (rows as `task.rows_K`) and judges them on images it was not fitted on.
 
     among: the patients that bootstrap draws are taken from (see bootstrap.patient_weights). fractions below 1 are
-    learned from `num_draws` times each. ValueError as `protocol.check_protocol`.
+    learned from `num_draws` times each. known: scores of the judged images by name, taken where they are there and put
+    there where they are not (cache.py). ValueError as `protocol.check_protocol`.
     """
     protocol = make_protocol(task, patient_ids, splits, num_folds, seed)
     assert len(features_KD) == len(task.y_K) == len(protocol.patients_K)
     features, num_classes = np.asarray(features_KD, dtype=np.float64), len(task.classes)
-    judged_K = np.sort(protocol.judged())
-    patients = protocol.patients_K[judged_K].tolist()
-    estimate = partial(estimates, y_K=task.y_K[judged_K], patients=patients, num=num_bootstrap, seed=seed, among=among)
 
     def linear(fold: Fold) -> Floats:
         return linear_scores(features, task.y_K, protocol, fold, num_classes, seed)
 
-    found = score_folds(protocol.folds, linear, len(task.y_K), num_classes + 1)[judged_K]
-    scores, predicted = found[:, :-1], np.nan_to_num(found[:, -1], nan=-1).astype(np.int64)
+    def nearest(fold: Fold) -> Floats:
+        return knn_scores(features, task.y_K, fold, num_classes)
+
+    known = {} if known is None else known
+    draws: dict[str, Any] = {"num_bootstrap": num_bootstrap, "seed": seed, "among": among}
+    found = judge(task, protocol, linear, fractions=fractions, num_draws=num_draws, known=known, **draws)
+    if "knn" not in known:
+        known["knn"] = score_folds(protocol.folds, nearest, len(task.y_K), num_classes)[found.judged_K]
+    neighbours = known["knn"]
+    patients = protocol.patients_K[found.judged_K].tolist()
+    return replace(found, knn=estimates(neighbours, task.y_K[found.judged_K], patients, num_bootstrap, seed, among))
+
+
+def judge(
+    task: Task,
+    protocol: Protocol,
+    score: Scores,
+    *,
+    num_bootstrap: int,
+    seed: int,
+    among: Sequence[str] | None,
+    fractions: Sequence[float],
+    num_draws: int,
+    known: dict[str, Floats],
+) -> ProbeScores:
+    """What `score` comes to: from a fold to [test, num_classes + 2], as linear.linear_scores.
+
+    Options as of `probe`; no k-NN.
+    """
+    num_classes = len(task.classes)
+    judged_K = np.sort(protocol.judged())
+    patients = protocol.patients_K[judged_K].tolist()
+    estimate = partial(estimates, y_K=task.y_K[judged_K], patients=patients, num=num_bootstrap, seed=seed, among=among)
+
+    def scored(name: str, folds: Sequence[Fold]) -> Floats:
+        if name not in known:
+            known[name] = score_folds(folds, score, len(task.y_K), num_classes + 2)[judged_K]
+        return known[name]
+
+    found = scored("all", protocol.folds)
+    scores, predicted = found[:, :num_classes], np.nan_to_num(found[:, -2], nan=-1).astype(np.int64)
     y = task.y_K[judged_K]
     decided = {
         "accuracy": bootstrap(partial(mean, (predicted == y).astype(np.float64)), patients, num_bootstrap, seed, among),
         "f1": bootstrap(partial(f1_score, predicted, y, num_classes), patients, num_bootstrap, seed, among),
     }
-    neighbours = score_folds(
-        protocol.folds, lambda fold: knn_scores(features, task.y_K, fold, num_classes), len(task.y_K), num_classes
-    )[judged_K]
     shares = {}
     for fraction in fractions:
         if fraction < 1:
             drawn = [protocol.share(fraction, seed, draw) for draw in range(num_draws)]
-            scored = [score_folds(folds, linear, len(task.y_K), num_classes + 1)[judged_K] for folds in drawn]
-            shares[fraction] = _share([estimate(values[:, :-1]) for values in scored], drawn, protocol)
+            each = [scored(f"{fraction:g} {draw}", folds) for draw, folds in enumerate(drawn)]
+            shares[fraction] = _share([estimate(values[:, :num_classes]) for values in each], drawn, protocol)
     return ProbeScores(
         **estimate(scores),
         **decided,
@@ -122,8 +161,10 @@ def probe(
         num_patients=len(set(patients)),
         judged_K=judged_K,
         scores_KC=scores,
+        predicted_K=predicted,
+        probability_K=found[:, -1],
         parts=protocol.parts,
-        knn=estimate(neighbours),
+        knn={},
         shares=shares,
     )
 

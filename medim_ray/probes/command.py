@@ -7,7 +7,7 @@ What is written: results.py; what is printed: tables.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from medim_ray.config.loader import run_hash
-from medim_ray.config.schema import ProbeConfig
-from medim_ray.probes.cache import FOLDER, FeatureCache
+from medim_ray.config.probe import ProbeConfig
+from medim_ray.probes.cache import FOLDER, FeatureCache, ScoreFile
 from medim_ray.probes.classify import probe
 from medim_ray.probes.encoders import Encoders, open_encoders
 from medim_ray.probes.features import extract
+from medim_ray.probes.finetune import Tuned, finetune
 from medim_ray.probes.localise import Localisation, localise
 from medim_ray.probes.protocol import check_protocol, judged_patients
 from medim_ray.probes.regress import regress
@@ -28,8 +29,10 @@ from medim_ray.probes.results import (
     SCHEMA_VERSION,
     AnyScores,
     AnyTask,
+    finetune_results,
     label_results,
     read_result,
+    with_tuned,
     write_result,
     write_scores,
 )
@@ -39,7 +42,7 @@ from medim_ray.probes.segment import segment
 from medim_ray.probes.tables import print_result
 from medim_ray.probes.tasks import Task, default_labels, make_task
 from medim_ray.train.launch import ray_session
-from medim_ray.train.runs import LoadedRun, load_run
+from medim_ray.train.runs import LoadedRun, find_checkpoint, load_run
 
 __all__ = ["ProbeRoot", "read_result", "run_probe"]
 
@@ -51,11 +54,17 @@ class ProbeRoot:
     """Options of `medim-ray probe`."""
 
     run: str = field(metadata={"help": "run folder"})
+    checkpoint: str = field(
+        default="latest", metadata={"help": "latest, best (by validation during the run) or a step"}
+    )
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
 
-def run_probe(run_dir: str, config: ProbeConfig, console: Console | None = None) -> dict[str, Any]:
-    """Probes the newest checkpoint of a run, prints the tables and writes RUN/result.json, whose content it returns.
+def run_probe(
+    run_dir: str, config: ProbeConfig, console: Console | None = None, checkpoint: str = "latest"
+) -> dict[str, Any]:
+    """Probes a checkpoint of a run (runs.find_checkpoint), prints the tables, writes RUN/result.json and returns its
+    content.
 
     Joins the cluster of the run (run.ray_address), or the Ray that is running, or starts one.
 
@@ -63,19 +72,25 @@ def run_probe(run_dir: str, config: ProbeConfig, console: Console | None = None)
     Of labels that were not named, those that can't be probed are left out with a note.
     """
     console = console or Console()
-    run, untrained = load_run(run_dir), load_run(run_dir, trained=False)
+    run = load_run(run_dir, checkpoint=find_checkpoint(run_dir, checkpoint))
+    untrained = load_run(run_dir, trained=False)
     every = list_rows(run.shards)
     tasks, notes = _tasks(run, every, config)
     num_cpus = max(2, os.cpu_count() or 1)
     with ray_session(run.config.run.ray_address, num_cpus):
         encoders = open_encoders(run, untrained, config.encoders)
         scores: dict[str, dict[str, AnyScores]] = {}
-        if tasks:
+        tuned: Tuned = {}
+        if tasks and "finetune" in config.tasks:
+            classes = [task for task in tasks if isinstance(task, Task)]
+            among = _among(tasks, every)
+            tuned = finetune(run.shards, classes, every, encoders.sources, among, config, run.config.train.use_gpu)
+        if tasks and "labels" in config.tasks:
             wanted = every.take(sorted({int(i) for task in tasks for i in task.rows_K}))
             cache = FeatureCache(config.cache or f"{run_dir.rstrip('/')}/{FOLDER}", run.shards.content_hash)
             features, more = _features(run, wanted, encoders, cache, console)
             notes += more
-            scores = _probe_all(tasks, every, wanted, features, config)
+            scores = _probe_all(tasks, every, wanted, features, encoders, cache, config)
         beyond = _beyond_labels(run, untrained, encoders, config)
     result = {
         "schema_version": SCHEMA_VERSION,
@@ -86,12 +101,13 @@ def run_probe(run_dir: str, config: ProbeConfig, console: Console | None = None)
         "num_bootstrap": config.num_bootstrap,
         "num_folds": config.num_folds,
         "seed": config.seed,
-        **label_results(tasks, scores),
+        **label_results(tasks if scores else [], scores),
+        "finetune": finetune_results(tasks, tuned),
         **beyond,
         "not_available": dict(encoders.missing),
         "notes": notes,
     }
-    write_scores(run_dir, tasks, every, scores)
+    write_scores(run_dir, tasks, every, with_tuned(scores, tuned))
     write_result(run_dir, result)
     print_result(result, console)
     return result
@@ -100,7 +116,7 @@ def run_probe(run_dir: str, config: ProbeConfig, console: Console | None = None)
 def _beyond_labels(
     run: LoadedRun, untrained: LoadedRun, encoders: Encoders, config: ProbeConfig
 ) -> dict[str, dict[str, Any]]:
-    """`localisation`, `retrieval`, `zero_shot` and `segmentation` of result.json; a note in those not asked for."""
+    """All of result.json that judges no label; a note in what was not asked for."""
     draws = (config.num_bootstrap, config.seed)
     found: dict[str, dict[str, Any]] = {
         "localisation": Localisation(
@@ -108,14 +124,19 @@ def _beyond_labels(
         ).to_json(),
         "retrieval": {"note": _NOT_ASKED, "directions": {}},
         "zero_shot": {"note": _NOT_ASKED, "labels": {}, "mean": None},
-        "segmentation": {"note": _NOT_ASKED, "targets": {}},
+        "segmentation": {"note": _NOT_ASKED, "targets": {}, "heads": {}},
+        "generation": {"note": _NOT_ASKED, "encoders": {}},
     }
     if "localise" in config.tasks:
         found["localisation"] = localise({"trained": run, "untrained": untrained}, *draws).to_json()
     if "retrieve" in config.tasks:
         found |= retrieve(run, untrained, *draws)
     if "segment" in config.tasks:
-        found["segmentation"] = segment(run.shards, encoders.sources, *draws, run.config.train.use_gpu)
+        found["segmentation"] = segment(run.shards, encoders.sources, config.segment, *draws, run.config.train.use_gpu)
+    if "generate" in config.tasks:
+        from medim_ray.probes.generate import generate  # loads transformers' text models
+
+        found["generation"] = generate(run.shards, encoders.sources, config.generate, *draws, run.config.train.use_gpu)
     return found
 
 
@@ -123,13 +144,15 @@ def _tasks(run: LoadedRun, rows: RowList, config: ProbeConfig) -> tuple[list[Any
     """The tasks of the labels asked for, or of all labels that can be probed; notes on those left out."""
     tasks: list[AnyTask] = []
     notes: list[str] = []
-    if "labels" not in config.tasks:
+    if not {"labels", "finetune"} & set(config.tasks):
         return tasks, notes
     for label in config.labels or default_labels(run.shards.manifest.labels):
         try:
-            task = make_task(label, rows.labels, run.shards.url)
+            policy = config.uncertain.get(label, config.uncertain.get("all", "ignore"))
+            task = make_task(label, rows.labels, run.shards.url, policy)
             check_protocol(task, *_groups(task, rows), config.num_folds)
-            tasks.append(task)
+            if isinstance(task, Task) or "labels" in config.tasks:  # a number is not fine-tuned
+                tasks.append(task)
         except ValueError as error:
             if config.labels:
                 raise
@@ -163,24 +186,40 @@ def _features(
 
 
 def _probe_all(
-    tasks: list[AnyTask], rows: RowList, wanted: RowList, features: Mapping[str, NDArray[Any]], config: ProbeConfig
+    tasks: list[AnyTask],
+    rows: RowList,
+    wanted: RowList,
+    features: Mapping[str, NDArray[Any]],
+    encoders: Encoders,
+    cache: FeatureCache,
+    config: ProbeConfig,
 ) -> dict[str, dict[str, AnyScores]]:
     """label -> encoder -> scores, one Ray task each. `features` are those of `wanted`, tasks speak of `rows`."""
     place = {image_id: i for i, image_id in enumerate(wanted.image_ids)}
     stored = {name: ray.put(values) for name, values in features.items()}
-    among = sorted({patient for task in tasks for patient in judged_patients(task, *_groups(task, rows))})
-    shared = ray.put(among)
+    shared = ray.put(_among(tasks, rows))
     # "DEFAULT": in a trial of a sweep, not in the placement group of the trial, which has room for the trial alone
     remote = ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")(_probe_rows)
     pending = {
         (task.label, name): remote.remote(
-            task, stored[name], [place[rows.image_ids[i]] for i in task.rows_K], *_groups(task, rows), shared, config
+            task,
+            stored[name],
+            [place[rows.image_ids[i]] for i in task.rows_K],
+            *_groups(task, rows),
+            shared,
+            config,
+            cache.scores(encoders.sources[name], task, rows, config) if isinstance(task, Task) else None,
         )
         for task in tasks
         for name in features
     }
     done = dict(zip(pending, ray.get(list(pending.values())), strict=True))
     return {task.label: {name: done[task.label, name] for name in features} for task in tasks}
+
+
+def _among(tasks: Sequence[AnyTask], rows: RowList) -> list[str]:
+    """The patients that joint bootstrap draws of all tasks are taken from."""
+    return sorted({patient for task in tasks for patient in judged_patients(task, *_groups(task, rows))})
 
 
 def _probe_rows(
@@ -191,6 +230,7 @@ def _probe_rows(
     splits: list[str],
     among: list[str],
     config: ProbeConfig,
+    file: ScoreFile | None,
 ) -> AnyScores:
     options: dict[str, Any] = {
         "num_folds": config.num_folds,
@@ -201,4 +241,10 @@ def _probe_rows(
     if not isinstance(task, Task):
         return regress(task, features[at], patient_ids, splits, **options)
     options |= {"fractions": config.fractions, "num_draws": config.num_draws}
-    return probe(task, features[at], patient_ids, splits, **options)
+    assert file is not None
+    known = file.read()
+    before = len(known)
+    found = probe(task, features[at], patient_ids, splits, known=known, **options)
+    if len(known) > before:
+        file.write(known)
+    return found

@@ -13,6 +13,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from rich.console import Console
@@ -20,11 +21,11 @@ from rich.table import Table
 
 from medim_ray.probes.bootstrap import Estimate, Floats, average, bootstrap
 from medim_ray.probes.classify import METRICS, estimates
+from medim_ray.probes.encoders import TRAINED
+from medim_ray.probes.finetune import TUNED
 from medim_ray.probes.regress import mean_error, r_squared
 from medim_ray.probes.results import read_result, read_scores
 from medim_ray.probes.tables import format_estimate
-
-ENCODER = "trained"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,10 @@ class CompareOptions:
     """What is compared, and how often it is drawn."""
 
     labels: tuple[str, ...] = field(default=(), metadata={"help": "labels both runs have; empty: all of them"})
+    encoder: str = field(
+        default=TRAINED,
+        metadata={"help": "encoder of both runs; with tuned, as in 'trained tuned', the fine-tuned one"},
+    )
     num_bootstrap: int = field(default=1000, metadata={"help": "bootstrap draws over patients"})
     seed: int = field(default=0, metadata={"help": "seed of the bootstrap"})
 
@@ -50,12 +55,13 @@ class CompareRoot:
 
 @dataclass(frozen=True, kw_only=True)
 class _Judged:
-    """One label of one run: the images judged in the order of their ids. classes: empty for a number."""
+    """One label of one run: the images judged in the order of their ids. scores: [K, C] of each seed (of a frozen
+    encoder there is one); classes: empty for a number."""
 
     image_ids: tuple[str, ...]
     patients: tuple[str, ...]
     truth: tuple[str, ...]
-    scores_KC: Floats
+    scores: tuple[Floats, ...]
     classes: tuple[str, ...]
 
 
@@ -74,10 +80,10 @@ def run_compare(runs: Sequence[str], root: CompareRoot, console: Console | None 
             f"the runs were probed on other shards (data hash {results[0]['data_hash']} and "
             f"{results[1]['data_hash']}): a paired difference needs the same images; train or probe both on one set"
         )
-    judged = [_judged(run, result) for run, result in zip(runs, results, strict=True)]
+    judged = [_judged(run, result, root.probe.encoder) for run, result in zip(runs, results, strict=True)]
     labels = _common(judged, runs, root.probe.labels)
     found = {label: _difference(label, judged, root.probe) for label in labels}
-    compared = _to_json(runs, results, judged[0], found)
+    compared = {"encoder": root.probe.encoder, **_to_json(runs, results, judged[0], found)}
     console.print(_table(compared))
     for note in compared["notes"]:
         console.print(note, highlight=False, markup=False)
@@ -94,19 +100,26 @@ def _result(run: str) -> dict[str, Any]:
     return result
 
 
-def _judged(run: str, result: Mapping[str, Any]) -> dict[str, _Judged]:
-    """label -> what was judged with the trained encoder."""
+def _judged(run: str, result: Mapping[str, Any], encoder: str) -> dict[str, _Judged]:
+    """label -> what was judged with this encoder; ValueError where the run has none of this name."""
     table = read_scores(run)
-    table = table.filter(pc.equal(table["encoder"], ENCODER)).sort_by("image_id")
     found = {}
+    classes = {**result["labels"], **result.get("finetune", {}).get("labels", {})}
+    names = sorted(set(table["encoder"].to_pylist()))
+    mine = [name for name in names if encoder in (name, name.rpartition("/")[0] if TUNED in name else name)]
+    if not mine:
+        raise ValueError(f"probe.encoder={encoder!r}: {run} was probed with {', '.join(names)}")
+    table = table.filter(pc.is_in(table["encoder"], pa.array(mine))).sort_by("image_id")
     for label in sorted(set(table["label"].to_pylist())):
-        own = table.filter(pc.equal(table["label"], label))
+        of_label = table.filter(pc.equal(table["label"], label))
+        seeds = [of_label.filter(pc.equal(of_label["encoder"], name)) for name in mine]
+        own = seeds[0]
         found[label] = _Judged(
             image_ids=tuple(own["image_id"].to_pylist()),
             patients=tuple(own["patient_id"].to_pylist()),
             truth=tuple(own["class"].to_pylist()),
-            scores_KC=np.array(own["scores"].to_pylist(), dtype=np.float64),
-            classes=tuple(result["labels"][label]["classes"]) if label in result["labels"] else (),
+            scores=tuple(np.array(seed["scores"].to_pylist(), dtype=np.float64) for seed in seeds),
+            classes=tuple(classes[label]["classes"]) if label in classes else (),
         )
     return found
 
@@ -141,15 +154,21 @@ def _difference(
 
 
 def _metrics(judged: _Judged, among: Sequence[str], options: CompareOptions) -> dict[str, Estimate]:
+    """Means over the seeds."""
     draws = (judged.patients, options.num_bootstrap, options.seed, among)
     if judged.classes:
         y_K: NDArray[np.int64] = np.array([judged.classes.index(name) for name in judged.truth])
-        return estimates(judged.scores_KC, y_K, *draws)
-    values_K = np.array([float(value) for value in judged.truth])
-    return {
-        name: bootstrap(partial(metric, judged.scores_KC[:, 0], values_K), *draws)
-        for name, metric in (("mae", mean_error), ("r2", r_squared))
-    }
+        of_seeds = [estimates(scores_KC, y_K, *draws) for scores_KC in judged.scores]
+    else:
+        values_K = np.array([float(value) for value in judged.truth])
+        of_seeds = [
+            {
+                name: bootstrap(partial(metric, scores_K1[:, 0], values_K), *draws)
+                for name, metric in (("mae", mean_error), ("r2", r_squared))
+            }
+            for scores_K1 in judged.scores
+        ]
+    return {name: average([one[name] for one in of_seeds]) for name in of_seeds[0]}
 
 
 def _to_json(
@@ -194,7 +213,7 @@ def _to_json(
 
 def _table(compared: Mapping[str, Any]) -> Table:
     table = Table(
-        title="Linear probes of two runs on the same images",
+        title=f"Probes of two runs ({compared['encoder']}) on the same images",
         caption=f"A: {compared['a']['run']}, {compared['a']['checkpoint']}\n"
         f"B: {compared['b']['run']}, {compared['b']['checkpoint']}\n"
         "* the interval leaves out 0",

@@ -21,6 +21,7 @@ from medim_ray.config.schema import RunConfig
 from medim_ray.data.transforms import CROPS, Crop
 from medim_ray.models.vit import ImageEncoder
 from medim_ray.probes.features import Source
+from medim_ray.probes.trainable import HubEncoder, OwnEncoder, PixelPatches, Trainable
 from medim_ray.train.build import build_crop
 from medim_ray.train.runs import LoadedRun, load_run
 
@@ -45,7 +46,9 @@ def open_encoders(run: LoadedRun, untrained: LoadedRun, names: Sequence[str]) ->
     sources = {
         TRAINED: encoder_source(run.objective.encoder, run.config, build_crop(run.config)),
         UNTRAINED: encoder_source(untrained.objective.encoder, run.config, build_crop(run.config)),
-        PIXELS: _source(raw_pixels(int(run.objective.encoder.patch_size)), run.config, size, "pixels"),
+        PIXELS: replace(
+            _source(raw_pixels(int(run.objective.encoder.patch_size)), run.config, size, "pixels"), has_weights=False
+        ),
     }
     missing = {}
     for name in dict.fromkeys(names):
@@ -83,6 +86,9 @@ class _RawPixels:
         tiles = pixels_BHW.reshape(num, height // p, p, width // p, p).transpose(0, 1, 3, 2, 4)
         return tiles.reshape(num, -1, p * p).astype(np.float32) / np.float32(255.0)
 
+    def trainable(self) -> Trainable:
+        return PixelPatches(self._patch_size)
+
 
 def frozen_encoder(encoder: ImageEncoder) -> Any:
     """A maker of the encoder with its present weights, put into the object store once.
@@ -116,6 +122,9 @@ class _Frozen:
     def patches(self, pixels_BHW: NDArray[np.uint8]) -> NDArray[np.float32]:
         found: NDArray[np.float32] = self._encode(pixels_BHW).patches_BND.cpu().numpy()
         return found
+
+    def trainable(self) -> Trainable:
+        return OwnEncoder(self._encoder)
 
 
 def encoder_source(encoder: ImageEncoder, config: RunConfig, crop: Crop) -> Source:
@@ -228,6 +237,9 @@ class _Hub:
     def patches(self, pixels_BHW: NDArray[np.uint8]) -> NDArray[np.float32]:
         found: NDArray[np.float32] = self._encode(pixels_BHW)[1].cpu().numpy()
         return found
+
+    def trainable(self) -> Trainable:
+        return HubEncoder(self._model, self._mean_C11, self._std_C11)
 
 
 _OPEN = {"run": _of_run, "timm": _of_timm, "hf": _of_hub}

@@ -22,6 +22,7 @@ from medim_ray.data.shards import ShardSet
 from medim_ray.data.transforms import Crop
 from medim_ray.probes.rows import RowList, RowReader, work_items
 from medim_ray.probes.stream import Block, item_of, pooled
+from medim_ray.probes.trainable import Trainable
 from medim_ray.types import BOX
 
 _BATCH = 32
@@ -42,19 +43,25 @@ class Encoder(Protocol):
         """[B, N, d'] of uint8 gray crops, patches of a square grid, row by row."""
         ...
 
+    def trainable(self) -> Trainable:
+        """The same encoder as a module with gradients, sharing its weights."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """An encoder to build and the crop it wants.
 
     make: from a device ("cpu", "cuda"); it is sent to the actors, so it must be picklable. crop_key: tells equal crops,
-    of which an image is cut only one. key: what the features are a function of, besides the images.
+    of which an image is cut only one. key: what the features are a function of, besides the images. has_weights: there
+    is something to train.
     """
 
     make: Callable[[str], Encoder]
     crop: Crop
     crop_key: str
     key: str
+    has_weights: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

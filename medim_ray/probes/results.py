@@ -12,18 +12,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medim_ray.data.storage import committed
 from medim_ray.probes.bootstrap import Estimate, average
 from medim_ray.probes.classify import ProbeScores
+from medim_ray.probes.encoders import TRAINED
+from medim_ray.probes.finetune import TUNED, Tuned, mean_over_seeds
 from medim_ray.probes.regress import NumberScores
 from medim_ray.probes.rows import RowList
 from medim_ray.probes.tasks import NumberTask, Task
 
 RESULT = "result.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+_NUM_BINS = 10
 SCORES, SPLITS = "probe_scores.parquet", "probe_splits.parquet"
 _SCORES_SCHEMA = pa.schema(
     [
@@ -54,19 +58,79 @@ def label_results(tasks: Sequence[AnyTask], scores: Mapping[str, Mapping[str, An
     return {"labels": labels, "mean": _mean_over_labels(list(classified.values())), "regression": numbers}
 
 
-def _classification(task: Task, scores: Mapping[str, ProbeScores]) -> dict[str, Any]:
-    trained = scores["trained"]
+def finetune_results(tasks: Sequence[AnyTask], tuned: Tuned) -> dict[str, Any]:
+    """`finetune` of result.json: means over the seeds, beside what each seed gave."""
+    labels, means = {}, []
+    for task in tasks:
+        if task.label not in tuned:
+            continue
+        scores = {name: mean_over_seeds(of_seeds) for name, of_seeds in tuned[task.label].items()}
+        means.append(scores)
+        assert isinstance(task, Task)
+        labels[task.label] = {
+            **_about(task, scores[TRAINED]),
+            **compared({name: _linear(s) for name, s in scores.items()}),
+            "seeds": {name: [_number(s.auroc.value) for s in seeds] for name, seeds in tuned[task.label].items()},
+            "fractions": [_fraction(fraction, scores) for fraction in scores[TRAINED].shares],
+        }
+    return {"labels": labels, "mean": _mean_over_labels(means)}
+
+
+def with_tuned(scores: Mapping[str, Mapping[str, AnyScores]], tuned: Tuned) -> dict[str, dict[str, AnyScores]]:
+    """The scores of the frozen probes, with those of trained encoders as `NAME tuned/SEED`."""
+    both: dict[str, dict[str, AnyScores]] = {label: dict(of_label) for label, of_label in scores.items()}
+    for label, of_label in tuned.items():
+        for name, seeds in of_label.items():
+            both.setdefault(label, {}).update({f"{name} {TUNED}/{i}": one for i, one in enumerate(seeds)})
+    return both
+
+
+def _about(task: Task, scores: ProbeScores) -> dict[str, Any]:
     return {
         "classes": list(task.classes),
         "counts": task.counts(),
         "positive": task.classes[1] if len(task.classes) == 2 else None,
-        "num_images": trained.num_images,
-        "num_patients": trained.num_patients,
-        "protocol": trained.protocol,
+        "num_images": scores.num_images,
+        "num_patients": scores.num_patients,
+        "protocol": scores.protocol,
+    }
+
+
+def _classification(task: Task, scores: Mapping[str, ProbeScores]) -> dict[str, Any]:
+    trained = scores["trained"]
+    return {
+        **_about(task, trained),
         **compared({name: _linear(s) for name, s in scores.items()}),
         "knn": compared({name: s.knn for name, s in scores.items()}),
+        "confusion": {name: confusion(task, s) for name, s in scores.items()},
+        "calibration": {name: calibration(task, s) for name, s in scores.items()},
         "fractions": [_fraction(fraction, scores) for fraction in trained.shares],
     }
+
+
+def confusion(task: Task, scores: ProbeScores) -> list[list[int]]:
+    """Images by true class (rows) and predicted class; those without a prediction are in none."""
+    num = len(task.classes)
+    table = np.zeros((num, num), dtype=np.int64)
+    has_K = scores.predicted_K >= 0
+    np.add.at(table, (task.y_K[scores.judged_K][has_K], scores.predicted_K[has_K]), 1)
+    found: list[list[int]] = table.tolist()
+    return found
+
+
+def calibration(task: Task, scores: ProbeScores) -> dict[str, Any]:
+    """`bins` of equal counts in the order of the probability: its mean, how often it came true, images; `error`: their
+    mean distance, weighted by images (expected calibration error). The probability is ProbeScores.probability_K."""
+    has_K = np.isfinite(scores.probability_K)
+    p_K, y_K = scores.probability_K[has_K], task.y_K[scores.judged_K][has_K]
+    true_K = y_K == 1 if len(task.classes) == 2 else y_K == scores.predicted_K[has_K]
+    parts = [part for part in np.array_split(np.argsort(p_K, kind="stable"), _NUM_BINS) if len(part)]
+    bins = [
+        {"probability": float(p_K[part].mean()), "observed": float(true_K[part].mean()), "num": len(part)}
+        for part in parts
+    ]
+    off = [abs(one["probability"] - one["observed"]) * one["num"] for one in bins]
+    return {"bins": bins, "error": sum(off) / len(p_K) if len(p_K) else None}
 
 
 def _linear(scores: ProbeScores) -> dict[str, Estimate]:
@@ -120,7 +184,7 @@ def _mean_over_labels(scores: Sequence[Mapping[str, ProbeScores]]) -> dict[str, 
     return {
         "num_labels": len(scores),
         **means(_linear),
-        "knn": means(lambda s: s.knn),
+        **({"knn": means(lambda s: s.knn)} if first.knn else {}),
         "fractions": [
             {
                 "fraction": fraction,
@@ -182,7 +246,7 @@ def write_scores(
                 fs.rm_file(path)
         return
     judged, placed = [], []
-    for task in tasks:
+    for task in (task for task in tasks if task.label in scores):  # a number is not tuned
         ids = [rows.image_ids[i] for i in task.rows_K]
         patients = [rows.patient_ids[i] for i in task.rows_K]
         if isinstance(task, Task):

@@ -1,8 +1,8 @@
-"""Segmentation by a linear head on frozen patch tokens: Dice of lesions with pixel truth, beside raw gray patches.
+"""Segmentation from patch tokens: Dice of targets with pixel truth. Here the linear head, beside raw gray patches.
 
-The head is a ridge regression of the share of a patch that the lesion covers; its map is enlarged bilinearly and cut at
-a threshold. Penalty and threshold are chosen on patients of the training split that the head is not fitted on; judged
-are the held-out images (val and test).
+It is a ridge regression of the share of a patch that the target covers; its map is enlarged bilinearly and cut at a
+threshold. Penalty and threshold are chosen on patients of the training split that no head is fitted on; judged are the
+held-out images (val and test). Heads that are trained by gradients: segment_trained.py.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from medim_ray.config.probe import SegmentConfig
 from medim_ray.data.shards import ShardSet
 from medim_ray.draws import Draws
 from medim_ray.probes.bootstrap import Estimate, Floats, bootstrap, mean
-from medim_ray.probes.features import Source, annotations_of, encoded_blocks, pixels_of
+from medim_ray.probes.features import Annotate, Source, annotations_of, encoded_blocks, pixels_of
 from medim_ray.probes.results import compared
 from medim_ray.probes.rows import RowList, has_truth, list_rows
-from medim_ray.probes.truth import TARGETS, dice, enlarged, patch_shares, target_masks
+from medim_ray.probes.truth import dice, enlarged, patch_shares, target_masks
 
 HELD_OUT = ("val", "test")
+Truth = tuple[tuple[str, ...], Annotate]  # columns that encoded_blocks reads, and what it makes of them
 MAX_IMAGES = 2000  # of the training split that the head sees
 MAX_CHOOSING = 64  # images that penalty and threshold are chosen on
 _NUM_PATCHES = 20_000  # that the head is fitted on
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # times the number of patches, on standardised tokens
 _NUM_THRESHOLDS = 24
-_TRUTH = (("truth",), target_masks)  # what encoded_blocks reads and makes beside the crops
 _BATCH = 32
-_WHOLE = "whole image"
+WHOLE_IMAGE = "whole image"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,35 +65,91 @@ class SegmentRows:
 
 
 def segment(
-    shards: ShardSet, sources: Mapping[str, Source], num_bootstrap: int, seed: int, use_gpu: bool = False
+    shards: ShardSet,
+    sources: Mapping[str, Source],
+    config: SegmentConfig,
+    num_bootstrap: int,
+    seed: int,
+    use_gpu: bool = False,
 ) -> dict[str, Any]:
-    """`segmentation` of result.json. Needs a running Ray.
+    """`segmentation` of result.json: `targets` by the linear head, `heads` by the others. Needs a running Ray.
 
     Where there is nothing to judge, `note` says why and `targets` is empty.
     """
     rows = segment_rows(shards, seed)
-    out: dict[str, Any] = {"note": rows.note, "num_images": 0, "num_patients": 0, "targets": {}}
+    out: dict[str, Any] = {"note": rows.note, "num_images": 0, "num_patients": 0, "targets": {}, "heads": {}}
     if not len(rows.judged):
         return out
-    heads, problems = _fit_heads(shards, sources, rows, seed, use_gpu)
-    found: dict[str, NDArray[Any]] = {}
-    for block in encoded_blocks(shards, rows.judged, sources, _JudgeActor, (heads,), use_gpu, *_TRUTH):
-        for key, values in block.items():
-            found.setdefault(key, np.zeros(len(rows.judged), dtype=values.dtype))[block["position"]] = values
-    judge = partial(_judged, patients=rows.judged.patient_ids, num_bootstrap=num_bootstrap, seed=seed)
     out |= {"num_images": len(rows.judged), "num_patients": len(set(rows.judged.patient_ids))}
-    for target in TARGETS:
-        empty_K = found[f"empty {target}"]
-        problem = problems.get(target) or ("no held-out image shows it" if empty_K.all() else "")
+    tell = partial(_told, config.targets, list(sources), rows.judged.patient_ids, num_bootstrap, seed)
+    if "linear" in config.heads and not config.tune_encoder:
+        out["targets"] = tell(_linear(shards, sources, rows, config.targets, seed, use_gpu))
+    trained = [head for head in config.heads if head != "linear" or config.tune_encoder]
+    if trained:
+        from medim_ray.probes.segment_trained import segment_trained
+
+        found = segment_trained(shards, sources, rows, trained, config, seed, use_gpu)
+        suffix = "_tuned" if config.tune_encoder else ""
+        out["heads"] = {f"{head}{suffix}": tell(of_head) for head, of_head in found.items()}
+    return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segmented:
+    """What one kind of head came to on the judged images.
+
+    dice_K: by (encoder, target), with WHOLE_IMAGE as an encoder that marks every pixel; empty_K: images without the
+    target; problems: why a target has no head.
+    """
+
+    dice_K: Mapping[tuple[str, str], Floats]
+    empty_K: Mapping[str, NDArray[np.bool_]]
+    thresholds: Mapping[tuple[str, str], float]
+    problems: Mapping[str, str]
+
+
+def _told(
+    targets: Sequence[str], names: Sequence[str], patients: Sequence[str], num_bootstrap: int, seed: int, of: Segmented
+) -> dict[str, Any]:
+    """`targets` of result.json."""
+    judge = partial(_judged, patients=patients, num_bootstrap=num_bootstrap, seed=seed)
+    told = {}
+    for target in targets:
+        empty_K = of.empty_K[target]
+        problem = of.problems.get(target) or ("no held-out image shows it" if empty_K.all() else "")
         judged = {"encoders": {}} if problem else {
-            **compared({name: judge(found[f"{name} {target}"], empty_K) for name in sources}),
-            "whole_image": judge(found[f"{_WHOLE} {target}"], empty_K)["dice"].to_json(),
-            "thresholds": {name: heads[name][target].threshold for name in sources},
+            **compared({name: judge(of.dice_K[name, target], empty_K) for name in names}),
+            "whole_image": judge(of.dice_K[WHOLE_IMAGE, target], empty_K)["dice"].to_json(),
+            "thresholds": {name: of.thresholds[name, target] for name in names},
         }  # fmt: skip
         num_empty = int(empty_K.sum())
         facts = {"note": problem, "num_with": len(empty_K) - num_empty, "num_without": num_empty}
-        out["targets"][target] = {**facts, **judged}
-    return out
+        told[target] = {**facts, **judged}
+    return told
+
+
+def _linear(
+    shards: ShardSet,
+    sources: Mapping[str, Source],
+    rows: SegmentRows,
+    targets: Sequence[str],
+    seed: int,
+    use_gpu: bool,
+) -> Segmented:
+    """The linear head on frozen tokens."""
+    truth = (("truth",), partial(target_masks, targets=tuple(targets)))
+    heads, problems = _fit_heads(shards, sources, rows, targets, truth, seed, use_gpu)
+    found: dict[str, NDArray[Any]] = {}
+    for block in encoded_blocks(shards, rows.judged, sources, _JudgeActor, (tuple(targets), heads), use_gpu, *truth):
+        for key, values in block.items():
+            found.setdefault(key, np.zeros(len(rows.judged), dtype=values.dtype))[block["position"]] = values
+    pairs = [(name, target) for name in (*sources, WHOLE_IMAGE) for target in targets]
+    return Segmented(
+        dice_K={(name, target): found[key] for name, target in pairs if (key := f"{name} {target}") in found},
+        empty_K={target: found[f"empty {target}"] for target in targets},
+        thresholds={(name, target): head.threshold for name in heads for target, head in heads[name].items()},
+        problems=problems,
+    )
 
 
 def _judged(
@@ -134,16 +191,16 @@ def segment_rows(shards: ShardSet, seed: int) -> SegmentRows:
         judged = []
     elif len(fitted) > MAX_IMAGES:
         note = f"the head is fitted on {MAX_IMAGES} of {len(fitted)} training images"
-    chosen = _spread(chosen, MAX_CHOOSING)
+    chosen = spread(chosen, MAX_CHOOSING)
     return SegmentRows(
-        learned=every.take(sorted([*_spread(fitted, MAX_IMAGES), *chosen])),
+        learned=every.take(sorted([*spread(fitted, MAX_IMAGES), *chosen])),
         chosen=frozenset(every.image_ids[i] for i in chosen),
         judged=every.take(judged),
         note=note,
     )
 
 
-def _spread(at: Sequence[int], most: int) -> list[int]:
+def spread(at: Sequence[int], most: int) -> list[int]:
     """At most `most` of them, evenly spread over the shards."""
     if len(at) <= most:
         return list(at)
@@ -154,16 +211,22 @@ def _spread(at: Sequence[int], most: int) -> list[int]:
 
 
 def _fit_heads(
-    shards: ShardSet, sources: Mapping[str, Source], rows: SegmentRows, seed: int, use_gpu: bool
+    shards: ShardSet,
+    sources: Mapping[str, Source],
+    rows: SegmentRows,
+    targets: Sequence[str],
+    truth: Truth,
+    seed: int,
+    use_gpu: bool,
 ) -> tuple[dict[str, dict[str, Head]], dict[str, str]]:
     """encoder -> target -> head, and target -> why it has none."""
-    learned = _learned(shards, sources, rows, seed, use_gpu)
+    learned = _learned(shards, sources, rows, truth, seed, use_gpu)
     remote = ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")(fit_head)  # as in command.py
     pending = {}
     problems: dict[str, str] = {}
     for name, learn in learned.items():
         ref = ray.put(learn)
-        for t, target in enumerate(TARGETS):
+        for t, target in enumerate(targets):
             if not learn.shares_PT[:, t].any():
                 problems[target] = "no training image shows it"
             elif not any(masks[t].any() for _, masks in learn.chosen):
@@ -187,13 +250,13 @@ class Learn:
 
 
 def _learned(
-    shards: ShardSet, sources: Mapping[str, Source], rows: SegmentRows, seed: int, use_gpu: bool
+    shards: ShardSet, sources: Mapping[str, Source], rows: SegmentRows, truth: Truth, seed: int, use_gpu: bool
 ) -> dict[str, Learn]:
     """By encoder, in the order of the shards, so that a fit is a function of the images."""
     chosen = rows.chosen
     num_a_row = max(4, _NUM_PATCHES // (len(rows.learned) - len(chosen)))
     arguments = (num_a_row, seed, chosen)
-    blocks = list(encoded_blocks(shards, rows.learned, sources, _LearnActor, arguments, use_gpu, *_TRUTH))
+    blocks = list(encoded_blocks(shards, rows.learned, sources, _LearnActor, arguments, use_gpu, *truth))
     images = [
         {key: values[i] for key, values in block.items()} for block in blocks for i in range(len(block["position"]))
     ]
@@ -232,11 +295,17 @@ def fit_head(learn: Learn, target: int) -> Head:
 
 def _best_threshold(head: Head, learn: Learn, target: int) -> tuple[float, float]:
     """The threshold with the best mean Dice over the chosen images with the lesion, and that Dice."""
-    pairs = [
-        (enlarged(head(tokens_ND), masks.shape[-1]), masks[target])
-        for tokens_ND, masks in learn.chosen
-        if masks[target].any()
-    ]
+    return best_threshold(
+        [
+            (enlarged(head(tokens_ND), masks.shape[-1]), masks[target])
+            for tokens_ND, masks in learn.chosen
+            if masks[target].any()
+        ]
+    )
+
+
+def best_threshold(pairs: Sequence[tuple[NDArray[Any], NDArray[np.bool_]]]) -> tuple[float, float]:
+    """The threshold of maps with the best mean Dice against masks, none of them empty, and that Dice."""
     values = np.concatenate([found[mask] for found, mask in pairs])
     tried = np.unique(np.quantile(values, np.linspace(0.02, 0.98, _NUM_THRESHOLDS)))
     means = [float(np.mean([dice(found >= cut_at, mask) for found, mask in pairs])) for cut_at in tried]
@@ -310,19 +379,25 @@ def _pick(share_N: Floats, order_N: NDArray[np.int64], num: int) -> NDArray[np.i
 class _JudgeActor(_Tokens):
     """Dice of every head on each image, and of the whole crop."""
 
-    def __init__(self, sources: Mapping[str, Source], device: str, heads: Mapping[str, Mapping[str, Head]]) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        device: str,
+        targets: tuple[str, ...],
+        heads: Mapping[str, Mapping[str, Head]],
+    ) -> None:
         super().__init__(sources, device)
-        self._heads = heads
+        self._targets, self._heads = targets, heads
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         out: dict[str, NDArray[Any]] = {"position": batch["position"]}
         for i, name in enumerate(self._sources):
             tokens_BND, masks = self._of(name, batch)
-            for t, target in enumerate(TARGETS):
+            for t, target in enumerate(self._targets):
                 own = masks[:, t]
                 if i == 0:  # the crop of the run itself
                     out[f"empty {target}"] = np.array([not mask.any() for mask in own])
-                    out[f"{_WHOLE} {target}"] = np.array([dice(np.ones_like(mask), mask) for mask in own])
+                    out[f"{WHOLE_IMAGE} {target}"] = np.array([dice(np.ones_like(mask), mask) for mask in own])
                 if target in self._heads[name]:
                     head = self._heads[name][target]
                     found = [enlarged(map_N, own.shape[-1]) >= head.threshold for map_N in head(tokens_BND)]

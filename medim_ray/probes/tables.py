@@ -44,6 +44,8 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
             )
         if result["mean"]["fractions"]:
             _print_fractions(result, console)
+    if result["finetune"]["labels"]:
+        console.print(_finetune_table(result["finetune"]))
     if result["regression"]:
         _print_regression(result["regression"], console)
     for name, reason in result["not_available"].items():
@@ -56,6 +58,7 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
     _print_retrieval(result["retrieval"], console)
     _print_zero_shot(result["zero_shot"], console)
     _print_segmentation(result["segmentation"], console)
+    _print_generation(result["generation"], console)
     for line in localisation["warnings"]:
         console.print(f"[yellow]warning: {line}", highlight=False)
     for note in result["notes"]:
@@ -93,6 +96,27 @@ def _probe_table(result: Mapping[str, Any]) -> Table:
             for encoder, numbers in facts["encoders"].items()
         ]
         rows += [(missing, "not available here", "", "") for missing in result["not_available"]]
+        _add_section(table, name, rows)
+    return table
+
+
+def _finetune_table(finetune: Mapping[str, Any]) -> Table:
+    seeds = max(len(values) for facts in finetune["labels"].values() for values in facts["seeds"].values())
+    table = _table(
+        f"Fine-tuned encoders, mean of {seeds} seeds: value [95 % interval over patients]",
+        ("label", "encoder", "AUROC", "AUPRC", "of seeds"),
+        "of seeds: least and greatest AUROC",
+    )
+    sections = {_with_positive(label, facts): facts for label, facts in finetune["labels"].items()}
+    if len(sections) > 1:
+        sections[f"mean of {len(sections)} labels"] = finetune["mean"]
+    for name, facts in sections.items():
+        rows = []
+        for encoder, numbers in facts["encoders"].items():
+            values = [value for value in facts.get("seeds", {}).get(encoder, ()) if value is not None]
+            spread = f"{min(values):.2f} to {max(values):.2f}" if values else ""
+            both = (format_estimate(numbers[metric]) for metric in ("auroc", "auprc"))
+            rows.append((title(encoder), *both, spread))
         _add_section(table, name, rows)
     return table
 
@@ -213,18 +237,59 @@ def _print_zero_shot(zero_shot: Mapping[str, Any], console: Console) -> None:
     console.print(table)
 
 
+GENERATION = {"rouge_l": "ROUGE-L", "bleu_4": "BLEU-4", "macro_f1": "macro F1", "micro_f1": "micro F1"}
+
+
+def _print_generation(generation: Mapping[str, Any], console: Console) -> None:
+    if not generation["encoders"]:
+        _say(console, f"report generation: {generation['note']}")
+        return
+    table = Table(
+        title=f"Reports by {generation['lm']} for {generation['num_images']} held-out images [95 % over patients]",
+        caption="F1 over 14 findings, read by our own tagger",
+        box=SIMPLE_HEAD,
+    )
+    for heading in ("encoder", *GENERATION.values()):
+        table.add_column(heading, no_wrap=True)
+    for name, numbers in generation["encoders"].items():
+        table.add_row(title(name), *(format_estimate(numbers[metric]) for metric in GENERATION))
+    console.print(table)
+    for metric, reason in generation["not_available"].items():
+        _say(console, f"{metric}: not available here: {reason}")
+
+
 def _print_segmentation(segmentation: Mapping[str, Any], console: Console) -> None:
     if segmentation["note"]:
         _say(console, f"segmentation: {segmentation['note']}")
-    judged = {target: facts for target, facts in segmentation["targets"].items() if facts["encoders"]}
-    for target, facts in segmentation["targets"].items():
-        if target not in judged:
-            _say(console, f"segmentation of {target}: {facts['note']}")
-    if not judged:
-        return
+    for title_, targets in segmentation_tables(segmentation).items():
+        judged = {target: facts for target, facts in targets.items() if facts["encoders"]}
+        for target, facts in targets.items():
+            if target not in judged:
+                _say(console, f"segmentation of {target}: {facts['note']}")
+        if judged:
+            console.print(_segmentation_table(title_, judged, segmentation["num_images"]))
+
+
+_HEADS = {"linear": "Linear head", "upernet": "UPerNet", "setr": "SETR-PUP"}
+
+
+def segmentation_tables(segmentation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What is asked of which head, in words -> `targets`."""
+    tables: dict[str, Mapping[str, Any]] = {}
+    if segmentation["targets"]:
+        tables["Linear head on frozen patch tokens"] = segmentation["targets"]
+    for name, targets in segmentation["heads"].items():
+        head = _HEADS[name.removesuffix("_tuned")]
+        tables[f"{head}, encoder trained with it" if name.endswith("_tuned") else f"{head} on a frozen encoder"] = (
+            targets
+        )
+    return tables
+
+
+def _segmentation_table(heading: str, judged: Mapping[str, Any], num_images: int) -> Table:
     table = _table(
-        f"Linear head on patch tokens, {segmentation['num_images']} held-out images: Dice [95 % over patients]",
-        ("target", "encoder", "with lesion", "all, empty/empty = 1"),
+        f"{heading}, {num_images} held-out images: Dice [95 % over patients]",
+        ("target", "encoder", "with it", "all, empty/empty = 1"),
         "whole image: Dice of marking every pixel",
     )
     for target, facts in judged.items():
@@ -234,4 +299,4 @@ def _print_segmentation(segmentation: Mapping[str, Any], console: Console) -> No
         ]
         rows.append(("whole image", format_estimate(facts["whole_image"]), ""))
         _add_section(table, f"{target} ({facts['num_with']} with, {facts['num_without']} without)", rows)
-    console.print(table)
+    return table

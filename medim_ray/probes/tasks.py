@@ -44,11 +44,17 @@ class NumberTask:
     values_K: Floats
 
 
-def make_task(label: str, labels: Sequence[Mapping[str, str]], where: str) -> Task | NumberTask:
+_UNCERTAIN = {"ignore": "", "ones": "1", "zeros": "0"}
+
+
+def make_task(
+    label: str, labels: Sequence[Mapping[str, str]], where: str, uncertain: str = "ignore"
+) -> Task | NumberTask:
     """The classes of `label` over the images of a shard set named `where`, whose known labels are `labels`.
 
     `view` is PA against AP (AP and AP Supine together), `age_group` comes from `age`; a label of numbers with more than
-    ten values is a number. ValueError: no image has the label, or it has one value only.
+    ten values is a number. uncertain: what -1 of a 0/1 label counts as: ignore (unlabelled), ones or zeros (CheXpert).
+    ValueError: no image has the label, or it has one value only.
     """
     found = [row.get(label, "") for row in labels]
     if label == AGE_GROUP and not any(found):
@@ -59,6 +65,8 @@ def make_task(label: str, labels: Sequence[Mapping[str, str]], where: str) -> Ta
         hint = f"did you mean {near[0]!r}?" if near else f"choose among {', '.join(others) or 'none'}"
         raise ValueError(f"probe.labels: no image of {where} has a label {label!r}; {hint}")
     known = [_VIEW.get(value, "") if label == "view" else value for value in found]
+    if set(known) <= {"", "-1", "0", "1"}:
+        known = [_UNCERTAIN[uncertain] if value == "-1" else value for value in known]
     rows = np.array([i for i, value in enumerate(known) if value], dtype=np.int64)
     names = sorted({value for value in known if value})
     if _is_measure(names):
@@ -76,12 +84,13 @@ def make_task(label: str, labels: Sequence[Mapping[str, str]], where: str) -> Ta
 
 
 def default_labels(counts: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:
-    """`view`, every 0/1 label and every label of numbers, from the label counts of a manifest."""
+    """`view`, every 0/1 label (uncertain values among them or not) and every label of numbers, from the label counts of
+    a manifest."""
     return tuple(
         sorted(
             name
             for name, values in counts.items()
-            if name == "view" or set(values) <= {"0", "1"} or _is_measure(list(values))
+            if name == "view" or set(values) <= {"-1", "0", "1"} or _is_measure(list(values))
         )
     )
 

@@ -17,7 +17,20 @@ from medim_ray.data.transforms import cut
 from medim_ray.probes.bootstrap import Floats
 
 ANY = "any lesion"
-TARGETS = ("pneumothorax", ANY)
+PARTS = ("lung", "heart", "rib", "clavicle")  # of the body: no lesions
+
+
+def is_of(target: str, entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of the column `truth` belongs to a target: ANY, or its finding, with side and zone if named.
+
+    `lung` takes every lung; `left lung` and `left upper lung` those entries with this side and zone.
+    """
+    finding = str(entry["finding"])
+    if target == ANY:
+        return finding not in PARTS
+    words = target.split()
+    place, name = words[: len(words) - len(finding.split())], words[len(words) - len(finding.split()) :]
+    return name == finding.split() and set(place) <= {entry["side"], entry["zone"]}
 
 
 def crop_mask(encoded: bytes, box_4: NDArray[np.float32], size: int) -> NDArray[np.bool_]:
@@ -25,23 +38,27 @@ def crop_mask(encoded: bytes, box_4: NDArray[np.float32], size: int) -> NDArray[
     return cut(decode_mask(encoded).astype(np.uint8) * np.uint8(255), box_4, size) >= 128
 
 
-def target_masks(rows: Sequence[Mapping[str, Any]], boxes_B4: NDArray[np.float32], size: int) -> NDArray[np.bool_]:
+def target_masks(
+    rows: Sequence[Mapping[str, Any]], boxes_B4: NDArray[np.float32], size: int, targets: Sequence[str]
+) -> NDArray[np.bool_]:
     """[B, targets, size, size] union of the lesions of each target in each row's `truth`, cut like the image.
 
     A mask may have another size than the image: both are cut by the same fractions of their sides. Masks without a
     pixel are no lesion. ValueError names the image whose mask is no image.
     """
-    masks = np.zeros((len(rows), len(TARGETS), size, size), dtype=np.bool_)
+    masks = np.zeros((len(rows), len(targets), size, size), dtype=np.bool_)
     for own, row, box_4 in zip(masks, rows, boxes_B4, strict=True):
         for lesion in row["truth"]:
+            of = [t for t, target in enumerate(targets) if is_of(target, lesion)]
+            if not of:
+                continue
             try:
                 cut_HW = crop_mask(lesion["mask"], box_4, size)
             except ValueError as error:
                 what = f"the mask of {lesion['finding']!r} can't be decoded"
                 raise ValueError(f"image {row['image_id']!r}: {what}: {error}") from None
-            for t, target in enumerate(TARGETS):
-                if target in (ANY, lesion["finding"]):
-                    own[t] |= cut_HW
+            for t in of:
+                own[t] |= cut_HW
     return masks
 
 

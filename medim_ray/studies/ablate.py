@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medim_ray.config.loader import load, to_tree
-from medim_ray.config.schema import ProbeConfig, RunConfig
+from medim_ray.config.probe import ProbeConfig
+from medim_ray.config.schema import RunConfig
 from medim_ray.data.sources.base import absolute
 from medim_ray.studies.execute import command
 from medim_ray.studies.fit import LAWS, fit_law

@@ -6,7 +6,7 @@ Run again, it goes on: what is done stands in the trials' records (trials.py), a
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import fsspec
@@ -48,8 +48,8 @@ class Experiment(Protocol):
         """The trials that are known by now."""
         ...
 
-    def searches(self) -> Sequence[Search]:
-        """What is run, one after the other."""
+    def searches(self) -> Iterable[Search]:
+        """What is run, one after the other; a search may be made of what came of the one before."""
         ...
 
     def began(self, values: Mapping[str, Any]) -> None:

@@ -1,9 +1,11 @@
 """What a run came to, as named numbers with intervals: probes and maps of result.json, speed and loss of metrics.jsonl.
 
 auroc.LABEL  auprc.LABEL  accuracy.LABEL  f1.LABEL  knn_auroc.LABEL   LABEL: a label, or mean over all of them
-auroc@0.01.LABEL                                                      learned from that share (probe.fractions)
+auroc@0.01.LABEL  auroc@tuned.LABEL                  learned from that share (probe.fractions); encoder fine-tuned
 mae.age  r2.age                                                       labels of numbers
-dice.pneumothorax  recall_at_10.image_to_report  median_rank.image_to_report  zero_shot_auroc.LABEL
+dice.pneumothorax  dice@upernet.pneumothorax  dice@setr_tuned.lung    probe.segment; tuned: the encoder too
+recall_at_10.image_to_report  median_rank.image_to_report  zero_shot_auroc.LABEL
+rouge_l.report  bleu_4.report  macro_f1.report  micro_f1.report       reports that a language model writes
 map_auroc.STRATEGY  lesion_lift.STRATEGY                              word-to-patch maps (.both: times the prior)
 loss  step_s  samples_per_s  data_wait_ratio  peak_gb
 """
@@ -22,7 +24,8 @@ from medim_ray.train.metrics import read_metrics
 
 _OF_LABELS = ("auroc", "auprc", "accuracy", "f1", "knn_auroc", "knn_auprc", "mae", "r2")
 _BEYOND = ("dice", "recall_at_1", "recall_at_5", "recall_at_10", "median_rank", "zero_shot_auroc", "zero_shot_auprc")
-FAMILIES = (*_OF_LABELS, *_BEYOND)
+_WRITTEN = ("rouge_l", "bleu_4", "macro_f1", "micro_f1")
+FAMILIES = (*_OF_LABELS, *_BEYOND, *_WRITTEN)
 MAPS = ("map_auroc", "lesion_lift")
 RUN_NUMBERS = {
     "loss": "mean loss of the last tenth of the steps",
@@ -94,7 +97,7 @@ def outcome_of(run_dir: str, probed: bool) -> Outcome:
 
 def _add_probes(result: Mapping[str, Any], numbers: dict[str, Number], gains: dict[str, Number]) -> None:
     def add(facts: Mapping[str, Any] | None, name: str, prefix: str = "", at: str = "") -> None:
-        if not facts:
+        if not facts or not facts["encoders"]:
             return
         gained = facts["trained_minus_untrained"]
         for family, number in facts["encoders"]["trained"].items():
@@ -107,10 +110,18 @@ def _add_probes(result: Mapping[str, Any], numbers: dict[str, Number], gains: di
         add(facts and facts.get("knn"), label, "knn_")
         for share in (facts or {}).get("fractions", ()):
             add(share, label, at=f"@{share['fraction']:g}")
+    tuned = result.get("finetune", {})
+    for label, facts in {**tuned.get("labels", {}), "mean": tuned.get("mean")}.items():
+        add(facts, label, at="@tuned")
     for label, facts in result.get("regression", {}).items():
         add(facts, label)
-    for target, facts in result.get("segmentation", {}).get("targets", {}).items():
+    add(result.get("generation"), "report")
+    segmentation = result.get("segmentation", {})
+    for target, facts in segmentation.get("targets", {}).items():
         add(facts, target)
+    for head, targets in segmentation.get("heads", {}).items():
+        for target, facts in targets.items():
+            add(facts, target, at=f"@{head}")
     for direction, facts in result.get("retrieval", {}).get("directions", {}).items():
         add(facts, direction)
     zero_shot = result.get("zero_shot", {})

@@ -25,10 +25,11 @@ from medim_ray.data.storage import committed
 from medim_ray.plan.page import PAGE as PLAN_PAGE
 from medim_ray.probes.command import read_result
 from medim_ray.probes.results import SCHEMA_VERSION
-from medim_ray.probes.tables import title
+from medim_ray.probes.tables import GENERATION, segmentation_tables, title
 from medim_ray.studies.figures import curve, interval_bar
 from medim_ray.studies.gallery import Gallery, make_gallery, templates
 from medim_ray.studies.origin import package_commit, this_machine
+from medim_ray.studies.probe_figures import probe_charts
 from medim_ray.studies.waiting import why_it_waits
 from medim_ray.train.before import LOOK_S
 from medim_ray.train.feed import BROKEN_ROWS, STREAM_SECONDS
@@ -108,6 +109,9 @@ def write_report(run_dir: str, num_images: int = _NUM_IMAGES, text: bool = True)
             head=_head(run_dir, config, config_text, records),
             result=result,
             encoder_title=title,
+            segmentation_tables=segmentation_tables,
+            generation_titles=GENERATION,
+            probe_charts=probe_charts,
             prevalence=_prevalence(result),
             protocols=sorted({task["protocol"] for task in result["labels"].values()}) if result else [],
             bar=interval_bar,

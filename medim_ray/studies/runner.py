@@ -123,7 +123,8 @@ class Search:
     """Which trials there are. `trials`: a list made before; `optuna`: the sampler chooses each from those before it.
 
     num: trials of Optuna; seed: of its sampler; begun: the values of those that an earlier life began, in their order.
-    asha: (first rung, reduction), None to let every trial run to its end.
+    asha: (first rung, reduction), None to let every trial run to its end. rungs: up to which the trials of a list run,
+    () for those of the job.
     """
 
     kind: Literal["list", "optuna"]
@@ -132,6 +133,7 @@ class Search:
     seed: int = 0
     begun: Sequence[Mapping[str, Any]] = ()
     asha: tuple[int, int] | None = None
+    rungs: tuple[int, ...] = ()
 
 
 def run_trials(
@@ -148,6 +150,7 @@ def run_trials(
     began: called on the driver with the axis values of a trial that Optuna chose; ended: with every trial that ended.
     received: once it holds a signal (train/signals.py), all trials end where they are; their records stay open.
     """
+    job = replace(job, rungs=search.rungs) if search.rungs else job
     param_space, searcher, num = _what(job, search)
     if not num:
         return
@@ -187,7 +190,9 @@ def _what(job: TrialJob, search: Search) -> tuple[dict[str, Any], OptunaSearch |
         return _by_optuna(job, search)
     # With ASHA the finished trials take part again, by replaying what they reported: its rungs are made of them.
     replayed = search.asha is not None
-    todo = [trial for trial in search.trials if replayed or not read_record(trial.config.run.dir).is_done]
+    todo = [
+        trial for trial in search.trials if replayed or not read_record(trial.config.run.dir).is_done_at(job.rungs[-1:])
+    ]
     return {"config": tune.grid_search([to_tree(trial.config) for trial in todo])}, None, len(todo)
 
 

@@ -190,15 +190,17 @@ def _shown(axis: Axis, value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A point as a run: its configuration, whose run.dir is RUNS/<run hash>."""
+    """A point as a run: its configuration, whose run.dir is RUNS/<name>. lineage: of a run that may have begun from
+    another one's checkpoint (pbt.py), so that its own values do not tell what it is."""
 
     point: Point
     config: RunConfig
+    lineage: str = ""
 
     @property
     def name(self) -> str:
-        """The run's hash: equal for equal results, wherever it ran."""
-        return run_hash(self.config)
+        """The run's hash, or its lineage: equal for equal results, wherever it ran."""
+        return self.lineage or run_hash(self.config)
 
 
 def make_trial(recipe: str | Path, overrides: Sequence[str], point: Point, runs: str) -> Trial:

@@ -6,7 +6,7 @@ The command is stateless: run again it goes on, and repeats no trial that is don
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +14,15 @@ from typing import Any, Literal
 import fsspec
 
 from medim_ray.config.loader import load, to_tree
-from medim_ray.config.schema import ProbeConfig, RunConfig
+from medim_ray.config.probe import ProbeConfig
+from medim_ray.config.schema import RunConfig
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.sources.base import absolute
 from medim_ray.data.storage import committed, storage_faults
 from medim_ray.studies.execute import command
 from medim_ray.studies.outcome import check_metric, needs_probe
 from medim_ray.studies.page import Study
+from medim_ray.studies.pbt import PbtConfig, Population
 from medim_ray.studies.results import Table
 from medim_ray.studies.runner import Group, RunnerConfig, Search
 from medim_ray.studies.space import SearchSpace, Trial
@@ -60,15 +62,18 @@ class SweepConfig:
         },
     )
     metric: str = field(default="auroc.mean", metadata={"help": "what is ranked: auroc.LABEL, lesion_lift.kdm, loss"})
-    search: Literal["grid", "random", "optuna"] = field(default="grid", metadata={"help": "how points are chosen"})
+    search: Literal["grid", "random", "optuna", "pbt"] = field(
+        default="grid", metadata={"help": "how points are chosen"}
+    )
     num_trials: int | None = field(
-        default=None, metadata={"help": "random: cells (each with every seed); optuna: trials; grid: all of them"}
+        default=None, metadata={"help": "random: cells (each with every seed); optuna: trials; pbt: members; grid: all"}
     )
     max_steps: int | None = field(
         default=None, metadata={"help": "budget of optimizer steps over all trials; null: no bound"}
     )
     seed: int = field(default=0, metadata={"help": "of random and optuna"})
     asha: AshaConfig = field(default_factory=AshaConfig)
+    pbt: PbtConfig = field(default_factory=PbtConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     runner: RunnerConfig = field(default_factory=RunnerConfig)
 
@@ -78,6 +83,10 @@ class SweepConfig:
             raise ValueError("num_trials is set, but search=grid runs every point: use search=random, or leave it out")
         if self.search != "grid" and (self.num_trials is None or self.num_trials < 1):
             raise ValueError(f"search={self.search} needs num_trials, at least 1; it is {self.num_trials}")
+        if self.search == "pbt" and (self.asha.first is not None or self.max_steps is not None):
+            raise ValueError("search=pbt has generations of its own: leave asha.first and max_steps out")
+        if self.search != "pbt" and self.pbt != PbtConfig():
+            raise ValueError(f"pbt is set, but search={self.search} has no population: use search=pbt, or leave it out")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps={self.max_steps}: must be at least 1, or null")
 
@@ -105,7 +114,7 @@ class Begun:
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
     """A checked sweep, an `Experiment`. listed: the trials of grid and random; left_out: those over `max_steps`;
-    begun: the trials that Optuna has chosen."""
+    begun: the trials that Optuna has chosen; population: of search=pbt, else None."""
 
     config: SweepConfig
     job: TrialJob
@@ -113,6 +122,7 @@ class Sweep:
     left_out: int
     group: Group
     begun: Begun
+    population: Population | None = None
 
     @property
     def num_optuna(self) -> int:
@@ -125,14 +135,18 @@ class Sweep:
         )
 
     def trials(self) -> Sequence[Trial]:
-        """Those of the list, or those that Optuna has chosen by now."""
+        """Those of the list, those that Optuna has chosen by now, or the latest generation of a population."""
+        if self.population is not None:
+            return self.population.trials()
         if self.config.search != "optuna":
             return self.listed
         chosen = [self.job.trial(self.job.space.point(values)) for values in self.begun.values]
         return list({trial.name: trial for trial in chosen}.values())
 
-    def searches(self) -> Sequence[Search]:
-        """One search."""
+    def searches(self) -> Iterable[Search]:
+        """One search, or one a generation."""
+        if self.population is not None:
+            return self.population.searches()
         config = self.config
         asha = (config.asha.first, config.asha.reduction) if config.asha.first is not None else None
         if config.search != "optuna":
@@ -153,6 +167,8 @@ class Sweep:
         """`27 trials`."""
         if self.config.search == "optuna":
             return f"{self.num_optuna} trials by optuna"
+        if self.population is not None:
+            return f"{len(self.population.generations[0])} members, {len(self.population.rungs)} generations"
         left_out = f" ({self.left_out} more are left out by max_steps)" if self.left_out else ""
         return f"{len(self.listed)} trials{left_out}"
 
@@ -200,6 +216,9 @@ def check_sweep(config: SweepConfig) -> Sweep:
         left_out=left_out,
         group=Group.of([trial.config for trial in corners]),
         begun=Begun(config.out),
+        population=Population(job, config.pbt, config.num_trials or 0, config.seed, config.out)
+        if config.search == "pbt"
+        else None,
     )
 
 
@@ -212,8 +231,8 @@ def data_hash(base: RunConfig) -> str:
 
 
 def _points(config: SweepConfig, job: TrialJob) -> list[Trial]:
-    """The trials in their order, each once; [] for Optuna."""
-    if config.search == "optuna":
+    """The trials in their order, each once; [] for Optuna and populations."""
+    if config.search in ("optuna", "pbt"):
         return []
     num = config.num_trials or 0
     points = job.space.grid() if config.search == "grid" else job.space.random(num, config.seed)

@@ -20,7 +20,8 @@ import yaml
 from rich.console import Console
 
 from medim_ray.config.loader import from_tree, to_tree
-from medim_ray.config.schema import ProbeConfig, RunConfig
+from medim_ray.config.probe import ProbeConfig
+from medim_ray.config.schema import RunConfig
 from medim_ray.data.storage import committed
 from medim_ray.studies.outcome import Number, outcome_of
 from medim_ray.studies.space import Point, SearchSpace, Trial, make_trial
@@ -55,6 +56,10 @@ class Record:
     def is_done(self) -> bool:
         """No further life is needed."""
         return self.state in ("finished", "stopped")
+
+    def is_done_at(self, rungs: Sequence[int]) -> bool:
+        """No further life is needed to have reported at these rungs."""
+        return self.is_done and (self.state == "stopped" or all(self.at(rung) is not None for rung in rungs))
 
     def at(self, step: int) -> Report | None:
         """What was reported at a rung."""
@@ -146,7 +151,9 @@ def _begun(run_dir: str, probe: ProbeConfig | None, data_hash: str) -> Record:
             "`runs`, or the same shards"
         )
     asked = to_tree(probe) if probe is not None else {}
-    reports = record.reports if record.probe == json.loads(json.dumps(asked)) else ()
+    # an option that was not there when the record was written had its default
+    before = {**to_tree(ProbeConfig()), **record.probe} if record.probe else {}
+    reports = record.reports if json.loads(json.dumps([before])) == json.loads(json.dumps([asked])) else ()
     record = replace(record, data_hash=data_hash, probe=asked, reports=reports, attempts=record.attempts + 1)
     if not record.is_done or not reports:
         record = replace(record, state="running")
@@ -156,6 +163,7 @@ def _begun(run_dir: str, probe: ProbeConfig | None, data_hash: str) -> Record:
 
 def _advance(config: RunConfig, step: int, probe: ProbeConfig | None) -> Report:
     """Pretrains to `step`, probes, and reads what came of it. RuntimeError with what was printed where it failed."""
+    from medim_ray.probes.cache import FOLDER
     from medim_ray.probes.command import run_probe
     from medim_ray.probes.watch import MapWatch
     from medim_ray.train.launch import launch
@@ -165,7 +173,9 @@ def _advance(config: RunConfig, step: int, probe: ProbeConfig | None) -> Report:
     try:
         launch(replace(config, train=replace(config.train, stop_after=step)), said, watch=MapWatch.of_run)
         if probe is not None:
-            run_probe(config.run.dir, probe, said)
+            # one cache for all runs: raw pixels, and equal first weights, are probed once
+            cache = probe.cache or f"{config.run.dir.rstrip('/').rpartition('/')[0]}/.{FOLDER}"
+            run_probe(config.run.dir, replace(probe, cache=cache), said)
     except Exception as error:
         assert isinstance(said.file, io.StringIO)
         lines = said.file.getvalue().strip().splitlines()[-20:]

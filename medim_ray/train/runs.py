@@ -19,6 +19,7 @@ from medim_ray.objectives.base import Objective
 from medim_ray.train.build import build_objective
 from medim_ray.train.checkpoint import load_weights
 from medim_ray.train.store import CheckpointStore
+from medim_ray.train.validation import read_best
 
 CONFIG = "config.yaml"
 
@@ -60,6 +61,27 @@ def open_config(run_dir: str) -> RunConfig:
     if config is None:
         raise ValueError(f"{run_dir} is not a run folder (no {CONFIG} in it): give run=PATH of a `medim-ray pretrain`")
     return config
+
+
+def find_checkpoint(run_dir: str, which: str) -> str:
+    """The name of a checkpoint of a run: `latest` ('': the newest that can be used), `best` (by validation during the
+    run) or a step. ValueError that names those there are."""
+    if which == "latest":
+        return ""
+    store = CheckpointStore(run_dir)
+    names = [name for name in store.names() if store.is_committed(name)]
+    if which == "best":
+        best = read_best(run_dir)
+        if best in names:
+            return best
+        why = "it was removed" if best else "no checkpoint was validated during the run (validate.labels=[...])"
+        raise ValueError(f"checkpoint=best: {run_dir} has none: {why}; there are {', '.join(names) or 'none'}")
+    if not which.isdecimal():
+        raise ValueError(f"checkpoint={which!r}: latest, best or a step")
+    found = [name for name in names if name.startswith(f"step-{int(which):08d}-")]
+    if not found:
+        raise ValueError(f"checkpoint={which}: {run_dir} has no checkpoint of this step; there are {', '.join(names)}")
+    return found[0]
 
 
 def load_run(run_dir: str, trained: bool = True, checkpoint: str = "") -> LoadedRun:

@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,10 @@ import transformers
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
+from medim_ray.cli import main
 from medim_ray.config.loader import load
-from medim_ray.config.schema import ProbeConfig, RunConfig
+from medim_ray.config.probe import ProbeConfig, SegmentConfig, TuneConfig
+from medim_ray.config.schema import RunConfig
 from medim_ray.data.ingest import PrepareConfig, prepare
 from medim_ray.data.shards import ShardSet
 from medim_ray.probes.command import run_probe
@@ -32,7 +33,9 @@ from medim_ray.studies.gallery import write_gallery
 from medim_ray.studies.report import write_report
 from medim_ray.train.build import build_crop
 from medim_ray.train.launch import launch
-from medim_ray.train.runs import load_run
+from medim_ray.train.runs import find_checkpoint, load_run
+from medim_ray.train.store import CheckpointStore
+from tests.system.browser import LOOKS, check_in_browser, needs_chromium
 
 pytestmark = pytest.mark.system
 ROOT = Path(__file__).parents[2]
@@ -46,7 +49,7 @@ def run_dir(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     shards = str(folder / "shards")
     prepare(load(PrepareConfig, None, [
         "source.name=phantom", f"source.num_images={NUM_IMAGES}", "source.size=96", "split.train=0.6", "split.val=0.2",
-        "split.test=0.2", "shards.row_group_rows=16", "shards.rows_per_file=32", f"out={shards}",
+        "split.test=0.2", "source.anatomy=true", "shards.row_group_rows=16", "shards.rows_per_file=32", f"out={shards}",
     ]))  # fmt: skip
     run = str(folder / "run")
     config = load(RunConfig, ROOT / "configs/debug/medim-vit_tiny-2w-z1.yaml", [
@@ -73,7 +76,12 @@ def probed(run_dir: str) -> tuple[dict[str, Any], str]:
     out = io.StringIO()
     others = (f"hf:{_tiny_dinov2(Path(run_dir).parent)}", f"run:{run_dir}", "timm:vit_tiny_patch16_224", "hf:no/such")
     config = ProbeConfig(
-        labels=("view", "sex", "cardiomegaly", "age"), num_bootstrap=200, num_folds=3, encoders=others, fractions=(0.1,)
+        labels=("view", "sex", "cardiomegaly", "age"),
+        num_bootstrap=200,
+        num_folds=3,
+        encoders=others,
+        fractions=(0.1,),
+        segment=SegmentConfig(heads=("linear", "setr"), targets=("any lesion", "lung"), tune=TuneConfig(steps=20)),
     )
     return run_probe(run_dir, config, console=Console(file=out, width=140)), out.getvalue()
 
@@ -111,6 +119,20 @@ def test_probe_stands_beside_untrained_and_pixels_with_intervals(
     assert result["mean"]["encoders"]["trained"]["auroc"]["value"] == pytest.approx(np.mean(of_labels))
     for numbers in result["mean"]["trained_minus_untrained"].values():
         assert numbers["low"] < numbers["value"] < numbers["high"]
+
+
+def test_a_checkpoint_is_named_by_its_step_or_as_the_best(run_dir: str) -> None:
+    (name,) = CheckpointStore(run_dir).names()
+    assert find_checkpoint(run_dir, "latest") == "" and find_checkpoint(run_dir, "2") == name
+    for which, message in (
+        ("best", "no checkpoint was validated"),
+        ("3", "no checkpoint of this step"),
+        ("x", "a step"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_checkpoint(run_dir, which)
+    assert main(["export", f"run={run_dir}", "checkpoint=2", f"out={run_dir}/step-2"]) == 0
+    assert main(["export", f"run={run_dir}", "checkpoint=7", f"out={run_dir}/step-7"]) == 2
 
 
 def test_scores_and_splits_are_published_and_a_second_probe_takes_features_from_the_cache(
@@ -168,7 +190,12 @@ def test_patch_tokens_are_judged_on_the_pixels_of_held_out_lesions(probed: tuple
         assert 0.05 < numbers["dice"]["low"] < numbers["dice"]["value"] < numbers["dice"]["high"] < 0.8
         assert numbers["dice_with_empty"]["value"] < 0.9
     assert 0.02 < facts["whole_image"]["value"] < 0.4
-    assert "whole image" in printed and "any lesion" in printed
+    assert "whole image" in printed and "any lesion" in printed and "SETR-PUP on a frozen encoder" in printed
+    lung = found["heads"]["setr"]["lung"]
+    assert lung["note"] == "" and lung["num_with"] == found["num_images"] and len(lung["encoders"]) == 5
+    assert lung["whole_image"] == found["targets"]["lung"]["whole_image"], "the same images, the same masks"
+    for numbers in lung["encoders"].values():
+        assert lung["whole_image"]["value"] + 0.1 < numbers["dice"]["low"] < numbers["dice"]["value"] < 1
 
 
 def test_localisation_is_judged_on_held_out_truth(probed: tuple[dict[str, Any], str]) -> None:
@@ -270,7 +297,7 @@ def test_report_is_whole_and_self_contained(run_dir: str, probed: tuple[dict[str
     for expected in (
         "What the frozen encoder knows", "Do the maps find the lesions?", "Loss and its terms", "Throughput",
         "KDM map", "SDM hides", "anatomy hides", "uniform hides", "True lesions", "SDM sentence", "raw pixels",
-        "Nearest neighbours", "Fewer labels", "Numbers", "predicting the mean",
+        "Nearest neighbours", "Right and wrong, sure and unsure", "Fewer labels", "Numbers", "predicting the mean",
         "Do images and reports find each other?", "Findings from sentences alone",
         "Does a patch token know the lesion?", "is not available here",
         "num_prototypes: 64", "2 of 2 steps", "run_hash", "cardiomegaly", "view (AP)",
@@ -307,48 +334,10 @@ def test_a_run_that_has_only_begun_gets_a_report_without_empty_panels(run_dir: s
         write_report(str(tmp_path / "nothing"))
 
 
-_MEASURE = """<script>
-addEventListener("load", () => {
-  const found = [];
-  if (document.documentElement.scrollWidth > innerWidth + 1) found.push("wider than the window");
-  for (const e of document.querySelectorAll("svg, figure, td.number, .tile")) {
-    if (!e.checkVisibility()) continue;  // a phone has no room for the bars
-    const box = e.getBoundingClientRect();
-    if (box.width < 8 || box.height < 8) found.push("empty " + e.tagName + " " + e.className);
-  }
-  const apart = [...document.querySelectorAll(".tile, .chart, article, h2, .scroll")];
-  for (const a of apart) for (const b of apart) {
-    const p = a.getBoundingClientRect(), q = b.getBoundingClientRect();
-    if (a !== b && p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 1 && q.top < p.bottom - 1)
-      found.push("overlap of " + a.className + " and " + b.className);
-  }
-  const style = getComputedStyle(document.body);
-  document.body.dataset.found = found.join("; ") || "nothing";
-  document.body.dataset.page = style.backgroundColor;
-});
-addEventListener("error", e => { document.title = "console error " + e.message; });
-</script>"""
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="Debian's chromium is not installed")
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (520, False)])
+@needs_chromium
+@pytest.mark.parametrize(("width", "dark"), LOOKS)
 def test_report_in_a_browser(
     run_dir: str, probed: tuple[dict[str, Any], str], tmp_path: Path, width: int, dark: bool
 ) -> None:
-    page = tmp_path / "page.html"
     text = Path(write_report(run_dir, num_images=3)).read_text(encoding="utf-8")
-    page.write_text(text.replace("</head>", f"{_MEASURE}</head>"), encoding="utf-8")
-    command = [
-        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1600",
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--virtual-time-budget=4000", "--dump-dom",
-        page.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in done.stderr, "the browser's console has messages"
-    found = re.search(r'data-found="([^"]*)"', done.stdout)
-    colour = re.search(r'data-page="rgb\((\d+)', done.stdout)
-    assert found is not None and colour is not None, "the page did not finish loading"
-    assert found[1] == "nothing", found[1]
-    assert (int(colour[1]) < 64) == dark
+    check_in_browser(text, tmp_path, width, dark)

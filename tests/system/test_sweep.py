@@ -18,9 +18,11 @@ from rich.console import Console
 from medim_ray.studies.ablate import StudyConfig, check_study
 from medim_ray.studies.execute import execute
 from medim_ray.studies.page import read_study
+from medim_ray.studies.pbt import LINEAGES, POINTER
 from medim_ray.studies.results import Table
 from medim_ray.studies.sweep import check_sweep, load_sweep
 from medim_ray.studies.trials import read_record
+from medim_ray.train.store import CheckpointStore
 from tests.system.runs import MAE, SMALL, assert_same_weights
 
 pytestmark = pytest.mark.system
@@ -119,6 +121,49 @@ def test_a_sweep_whose_driver_is_killed_ends_as_one_that_was_not(phantom_shards:
     assert [run["numbers"]["loss"] for run in cells[0]["runs"]] == [run["numbers"]["loss"] for run in cells[1]["runs"]]
     for run in cells[0]["runs"]:
         assert_same_weights(tmp_path / "straight/out/runs" / run["name"], runs / run["name"])
+
+
+@pytest.mark.chaos
+def test_a_population_goes_on_from_its_best_checkpoint_killed_or_not(phantom_shards: str, tmp_path: Path) -> None:
+    """Two members, one exchange after two of four steps; the driver of the second sweep is killed right after it."""
+    asked: dict[str, Any] = {
+        "space": {"train.lr": [0.0, 1e-3]}, "search": "pbt", "num_trials": 2, "pbt": {"every": 2},
+        "runner": {"max_concurrent": 1},
+    }  # fmt: skip
+    tables: dict[str, Any] = {}
+    for name in ("straight", "killed"):
+        (tmp_path / name).mkdir()
+        command = [str(Path(sys.executable).parent / "medim-ray"), "sweep", "--config"]
+        command.append(str(_file(tmp_path / name, phantom_shards, **asked)))
+        if name == "killed":
+            child = subprocess.Popen(command, start_new_session=True)
+            until = time.monotonic() + 300
+            while not (tmp_path / name / "out" / LINEAGES).exists() and time.monotonic() < until:
+                time.sleep(0.1)
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            tree = json.loads((tmp_path / name / "out" / LINEAGES).read_text())
+            runs = tmp_path / name / "out/runs"
+            assert any(not read_record(str(runs / member["run"])).at(4) for member in tree["generations"][1])
+        subprocess.run(command, check=True, timeout=600)
+        tables[name] = json.loads((tmp_path / name / "out/sweep.json").read_text())
+    runs = tmp_path / "straight/out/runs"
+    first, last = json.loads((tmp_path / "straight/out" / LINEAGES).read_text())["generations"]
+    scores = [read_record(str(runs / member["run"])).at(2) for member in first]
+    losses = [float(score.numbers["loss"].value or 0) for score in scores if score is not None]
+    worst = losses.index(max(losses))
+    assert last[worst]["donor"] == first[1 - worst]["run"] and last[1 - worst] == first[1 - worst]
+    donor, heir = (runs / folder for folder in (last[worst]["donor"], last[worst]["run"]))
+    pointer = json.loads((heir / POINTER).read_text())
+    files = [run / "checkpoints" / pointer["checkpoint"] / "rank-00000.safetensors" for run in (donor, heir)]
+    assert files[0].read_bytes() == files[1].read_bytes(), "the heir stood where the donor stood"
+    newest = CheckpointStore(str(heir)).newest()
+    assert newest is not None and newest.step == 4, "and went on from there"
+    assert [json.loads(line)["step"] for line in (heir / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+    cells = [{cell["runs"][0]["name"]: cell["numbers"]["loss"] for cell in tree["cells"]} for tree in tables.values()]
+    assert cells[0] == cells[1] and len(cells[0]) == 2
+    for member in last:
+        assert_same_weights(runs / member["run"], tmp_path / "killed/out/runs" / member["run"])
 
 
 @pytest.mark.chaos

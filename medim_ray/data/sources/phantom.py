@@ -24,6 +24,7 @@ class PhantomSource:
         num_images: int = described(480, "images; a patient has one to three")
         seed: int = described(0, "another seed is another corpus")
         size: int = described(256, "height and width in pixels")
+        anatomy: bool = described(False, "also the zones of the lungs as truth: `lung`, with side and zone")
 
         def __post_init__(self) -> None:
             if self.num_images < 1:
@@ -66,4 +67,17 @@ class PhantomSource:
             )
             for lesion in study.lesions
         )
+        if self.config.anatomy:
+            truth += self._lungs(int(row["location"]))
         return Sample(image_HW=study.image_HW, view=study.view, report=study.report, labels=study.labels, truth=truth)
+
+    def _lungs(self, index: int) -> tuple[Truth, ...]:
+        """Six zones; no sentence tells them."""
+        from medim_ray.data import phantom
+
+        zones_HW = phantom.zone_map(index, seed=self.config.seed, size=self.config.size)
+        places = [(side, zone) for side in ("right", "left") for zone in ("upper", "mid", "lower")]
+        return tuple(
+            Truth(finding="lung", side=side, zone=zone, sentence="", mask_HW=zones_HW == k)
+            for k, (side, zone) in enumerate(places, 1)
+        )

@@ -137,3 +137,16 @@ def test_phantom_plan_agrees_with_what_is_drawn() -> None:
 def test_unknown_sources_list_the_known() -> None:
     with pytest.raises(ValueError, match=r"Did you mean 'phantom'.*csv, .*phantom"):
         SOURCES["phantoms"]
+
+
+def test_a_phantom_has_the_zones_of_its_lungs_as_truth_where_they_are_asked_for() -> None:
+    plain, more = (
+        SOURCES["phantom"](SOURCES["phantom"].Config(num_images=3, size=64, anatomy=anatomy))
+        for anatomy in (False, True)
+    )
+    lesions, both = (source.sample({"location": "2"}).truth for source in (plain, more))
+    assert [entry.finding for entry in both[: len(lesions)]] == [entry.finding for entry in lesions]
+    zones = {(entry.side, entry.zone): entry.mask_HW for entry in both[len(lesions) :]}
+    assert len(zones) == 6 and {entry.finding for entry in both[len(lesions) :]} == {"lung"}
+    expected = phantom.zone_map(2, size=64)
+    assert (sum(zones.values()) == (expected > 0)).all() and (zones["left", "lower"] == (expected == 6)).all()

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from medim_ray.config.probe import ProbeConfig
 from medim_ray.probes.classify import probe
 from medim_ray.probes.protocol import SMALL, check_protocol
+from medim_ray.probes.results import calibration, confusion
 from medim_ray.probes.tasks import AGE_GROUP, NumberTask, Task, default_labels, make_task
 
 OPTIONS: dict[str, Any] = {"num_folds": 5, "num_bootstrap": 200, "seed": 0}
@@ -69,6 +71,19 @@ def test_a_split_without_a_class_is_refused() -> None:
     y[splits == "val"] = 0
     with pytest.raises(ValueError, match=r"split 'val' has 100 images with x and none of b"):
         check_protocol(_task(y), [str(i) for i in range(SMALL)], splits.tolist(), num_folds=5)
+
+
+@pytest.mark.parametrize(
+    ("policy", "y"), [("ignore", [1, 0, 0]), ("ones", [1, 1, 0, 0, 1]), ("zeros", [1, 0, 0, 0, 0])]
+)
+def test_uncertain_values_are_left_out_or_count_as_ones_or_zeros(policy: str, y: list[int]) -> None:
+    task = make_task("Edema", _labels("Edema", ["1", "-1", "", "0", "0", "-1"]), "shards", policy)
+    assert isinstance(task, Task) and task.classes == ("0", "1") and task.y_K.tolist() == y
+    grade = make_task("grade", _labels("grade", ["-1", "0", "1", "2"]), "shards", policy)
+    assert isinstance(grade, Task) and grade.classes == ("-1", "0", "1", "2"), "a scale is no uncertainty"
+    assert default_labels({"Edema": {"-1": 2, "0": 2, "1": 1}}) == ("Edema",)
+    with pytest.raises(ValueError, match=r"probe\.uncertain: Edema: 'one' is none of ignore, ones, zeros"):
+        ProbeConfig(uncertain={"Edema": "one"})
 
 
 def test_many_numbers_are_a_measure_and_ages_make_groups() -> None:
@@ -134,6 +149,15 @@ def test_both_protocols_find_what_is_there_and_judge_the_right_images(num_classe
         assert 1 / num_classes < scores.accuracy.interval()[0] < scores.accuracy.value < 0.95
         assert 0.4 < scores.f1.value < 0.95
         assert scores.scores_KC.shape == (scores.num_images, num_classes)
+        which = _task(y if scores is by_split else y[:300], num_classes)
+        table, told = np.array(confusion(which, scores)), calibration(which, scores)
+        assert table.sum() == scores.num_images and np.trace(table) / table.sum() == pytest.approx(
+            scores.accuracy.value
+        )
+        assert table.sum(axis=1).tolist() == np.bincount(which.y_K[scores.judged_K]).tolist()
+        chances = [one["probability"] for one in told["bins"]]
+        assert chances == sorted(chances) and sum(one["num"] for one in told["bins"]) == scores.num_images
+        assert told["error"] < 0.12, "a logistic regression knows how sure it is"
         assert 0.6 < scores.knn["auroc"].interval()[0] < scores.knn["auroc"].value < scores.auroc.value + 0.05
     assert set(by_split.parts) == {"train", "val", "test"}
     assert set(out_of_fold.parts) == {f"fold {i}" for i in range(5)}

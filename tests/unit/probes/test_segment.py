@@ -13,7 +13,9 @@ from medim_ray.data.transforms import CROPS, PadCrop
 from medim_ray.probes.encoders import raw_pixels
 from medim_ray.probes.features import Source
 from medim_ray.probes.segment import Learn, _JudgeActor, _LearnActor, _pick, fit_head
-from medim_ray.probes.truth import ANY, TARGETS, dice, enlarged, patch_shares, target_masks
+from medim_ray.probes.truth import ANY, dice, enlarged, is_of, patch_shares, target_masks
+
+TARGETS = ("pneumothorax", ANY)
 
 WHOLE_BOX = np.array([[0.0, 0.0, 1.0, 1.0]], dtype=np.float32)
 
@@ -24,7 +26,8 @@ def _png(mask: NDArray[Any]) -> bytes:
 
 def _row(**lesions: NDArray[Any] | bytes) -> dict[str, Any]:
     truth = [
-        {"finding": name, "mask": mask if isinstance(mask, bytes) else _png(mask)} for name, mask in lesions.items()
+        {"finding": name, "side": "", "zone": "", "mask": mask if isinstance(mask, bytes) else _png(mask)}
+        for name, mask in lesions.items()
     ]
     return {"image_id": "image-1", "truth": truth}
 
@@ -33,7 +36,7 @@ def test_a_mask_of_another_size_is_cut_by_the_same_fractions_of_its_sides() -> N
     small, large = np.zeros((40, 40), bool), np.zeros((400, 400), bool)
     small[8:20, 20:32], large[80:200, 200:320] = True, True
     box = np.array([[0.1, 0.25, 0.9, 1.05]], dtype=np.float32)
-    found = [target_masks([_row(nodule=mask)], box, 64)[0, TARGETS.index(ANY)] for mask in (small, large)]
+    found = [target_masks([_row(nodule=mask)], box, 64, TARGETS)[0, TARGETS.index(ANY)] for mask in (small, large)]
     assert dice(*found) > 0.9 and found[0].sum() == pytest.approx(24 * 24, rel=0.15)
 
 
@@ -44,12 +47,20 @@ def test_empty_masks_are_no_lesion_and_targets_are_unions_of_their_lesions() -> 
         [_row(), _row(pneumothorax=np.zeros((32, 32), bool)), _row(pneumothorax=left, nodule=right)],
         np.repeat(WHOLE_BOX, 3, axis=0),
         32,
+        TARGETS,
     )
     sums = masks.sum(axis=(2, 3))
-    assert TARGETS == ("pneumothorax", ANY)
     assert sums.tolist() == [[0, 0], [0, 0], [16, 48]]
     with pytest.raises(ValueError, match="image 'image-1': the mask of 'nodule' can't be decoded"):
-        target_masks([_row(nodule=b"no image")], WHOLE_BOX, 32)
+        target_masks([_row(nodule=b"no image")], WHOLE_BOX, 32, TARGETS)
+
+
+def test_a_part_of_the_body_is_taken_whole_by_side_or_by_zone_and_is_no_lesion() -> None:
+    upper = {"finding": "lung", "side": "left", "zone": "upper"}
+    tube = {"finding": "chest tube", "side": "", "zone": ""}
+    wanted = ["lung", "left lung", "upper lung", "left upper lung", "right lung", "chest tube", "tube", ANY]
+    assert [is_of(target, upper) for target in wanted] == [True, True, True, True, False, False, False, False]
+    assert [is_of(target, tube) for target in wanted] == [False] * 5 + [True, False, True]
 
 
 def test_dice_at_its_edges_and_shares_of_patches() -> None:
@@ -109,7 +120,7 @@ def test_a_head_on_gray_patches_finds_bright_discs_and_no_hidden_ones(visible: b
     )
     assert 0.02 < learn.shares_PT.mean() < 0.5
     head = fit_head(learn, 1)
-    judged = _JudgeActor(sources, "cpu", {"pixels": {ANY: head}})(_blobs(30, 3, visible))
+    judged = _JudgeActor(sources, "cpu", TARGETS, {"pixels": {ANY: head}})(_blobs(30, 3, visible))
     has = ~judged[f"empty {ANY}"]
     assert has.tolist() == [i % 2 == 0 for i in range(30)] and "pixels pneumothorax" not in judged
     found, chance = judged[f"pixels {ANY}"][has].mean(), judged[f"whole image {ANY}"][has].mean()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from medim_ray.config.loader import load, to_tree
-from medim_ray.config.schema import ProbeConfig, RunConfig
+from medim_ray.config.probe import ProbeConfig
+from medim_ray.config.schema import RunConfig
 from medim_ray.studies.outcome import Number
 from medim_ray.studies.trials import Record, Report, _begun, life, read_record, rung_steps, write_record
 
@@ -59,5 +60,8 @@ def test_other_probes_forget_the_reports_and_not_the_time(tmp_path: Path) -> Non
         str(tmp_path), Record(data_hash="abc", probe=to_tree(asked), reports=REPORTS, seconds=9.0, state="finished")
     )
     assert _begun(str(tmp_path), asked, "abc").reports == REPORTS
+    older = {key: value for key, value in to_tree(asked).items() if key != "finetune"}
+    write_record(str(tmp_path), replace(read_record(str(tmp_path)), probe=older))
+    assert _begun(str(tmp_path), asked, "abc").reports == REPORTS, "options that came later had their defaults"
     again = _begun(str(tmp_path), replace(asked, labels=("sex",)), "abc")
     assert (again.reports, again.state, again.seconds) == ((), "running", 9.0)
