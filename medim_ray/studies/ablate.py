@@ -24,7 +24,7 @@ from medim_ray.studies.runner import Group, RunnerConfig, Search
 from medim_ray.studies.space import SEED, Point, SearchSpace, Trial, make_trial
 from medim_ray.studies.sweep import data_hash, find_recipe
 from medim_ray.studies.trials import ENCODER, TrialJob
-from medim_ray.train.launch import check
+from medim_ray.train.checks import check
 
 ARM = "arm"
 _RUN = re.compile(r"=run:(.+)$")

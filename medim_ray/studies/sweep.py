@@ -27,7 +27,7 @@ from medim_ray.studies.results import Table
 from medim_ray.studies.runner import Group, RunnerConfig, Search
 from medim_ray.studies.space import SearchSpace, Trial
 from medim_ray.studies.trials import TrialJob, rung_steps
-from medim_ray.train.launch import check
+from medim_ray.train.checks import check
 
 BEGUN = "begun.json"
 

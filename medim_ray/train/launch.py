@@ -10,13 +10,12 @@ import json
 import math
 import os
 import pickle
-import shutil
 import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +28,25 @@ from ray.train.torch import TorchTrainer
 from rich.console import Console
 from rich.markup import escape
 
-from medim_ray.config.loader import leaves, to_tree
+from medim_ray.config.loader import to_tree
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.lease import Lease
 from medim_ray.data.pipeline import ReaderFactory, execution_options
 from medim_ray.data.shards import ShardSet
-from medim_ray.data.sources.base import absolute
 from medim_ray.data.storage import is_local, storage_faults
-from medim_ray.models.vit import HUB, INITS
 from medim_ray.track.tracker import start_tracker
 from medim_ray.train.attempts import Budgets, of_error, of_outcome
 from medim_ray.train.backend import WorkerBackend
 from medim_ray.train.before import Look
-from medim_ray.train.build import build_masking, needs_text, stream_plan
+from medim_ray.train.build import needs_text, stream_plan
+from medim_ray.train.checks import absolute_paths, check
 from medim_ray.train.control import RESIZE, STOP, Outcome
 from medim_ray.train.fit import Estimate, estimate, resolve_stage
 from medim_ray.train.growth import Growth
 from medim_ray.train.progress import progress
-from medim_ray.train.runs import read_config, write_config
+from medim_ray.train.runs import write_config
 from medim_ray.train.signals import aside, stop_signals
-from medim_ray.train.snapshots import check_snapshots, snapshot_masking
+from medim_ray.train.snapshots import snapshot_masking
 from medim_ray.train.startup import Startup
 from medim_ray.train.store import Checkpoint, CheckpointStore, Start
 from medim_ray.train.stream import StreamFactory, attend_factory, reader_factory, run_worker
@@ -280,72 +278,6 @@ def _fit(trainer: TorchTrainer, tracker: Any, received: list[int], growth: Growt
                 if record is not None and growth.look(record["num_workers"]):
                     tracker.ask.remote(RESIZE)
     return future.result()
-
-
-def absolute_paths(config: RunConfig) -> RunConfig:
-    """Local paths from the root: workers have working folders of their own, and a run folder outlives this one."""
-    init, path = config.encoder.init, config.text.path
-    masking, of_run = config.masking, getattr(config.masking, "snapshot_run", "")
-    return replace(
-        config,
-        masking=replace(masking, snapshot_run=absolute(of_run)) if of_run else masking,
-        data=replace(config.data, shards=absolute(config.data.shards)),
-        run=replace(config.run, dir=absolute(config.run.dir)),
-        track=replace(config.track, aim_repo=config.track.aim_repo and absolute(config.track.aim_repo)),
-        encoder=replace(config.encoder, init=init if init in INITS or not Path(init).exists() else absolute(init)),
-        text=replace(config.text, path=absolute(path) if path is not None and Path(path).exists() else path),
-    )
-
-
-def check(config: RunConfig) -> ShardSet:
-    """What can be known in a moment, before Ray is asked for anything; ValueError with the fix."""
-    if not config.run.dir:
-        raise ValueError("run.dir is empty: give the folder or URL of the run, e.g. run.dir=runs/first")
-    if not config.data.shards:
-        raise ValueError("data.shards is empty: give what `medim-ray prepare` wrote, e.g. data.shards=shards/cxr")
-    init = config.encoder.init
-    if init not in INITS and not init.startswith(HUB) and not Path(init).exists():
-        raise ValueError(
-            f"encoder.init={init!r}: must be 'random', 'timm', hf:OWNER/NAME or a local checkpoint, and there is no "
-            "such path"
-        )
-    with storage_faults(f"data.shards={config.data.shards}"):
-        shards = ShardSet.open(config.data.shards)
-        shards.check_files(config.data.split)
-    stream_plan(config, shards)
-    build_masking(config)
-    _check_compiler(config)
-    check_snapshots(config, shards)
-    with storage_faults(f"run.dir={config.run.dir}"):
-        old = read_config(config.run.dir)
-        has_checkpoints = bool(CheckpointStore(config.run.dir).names())
-    if old is not None and has_checkpoints:
-        changed = _changed(old, absolute_paths(config))
-        if changed:
-            raise ValueError(
-                f"{config.run.dir} holds another run: {'; '.join(changed)}. Choose another run.dir, or go back to "
-                f"these values to resume"
-            )
-    return shards
-
-
-def _check_compiler(config: RunConfig) -> None:
-    """ValueError where torch.compile was asked for on the CPUs of this machine, and it has no C++ compiler."""
-    compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
-    here = not config.train.use_gpu and not (config.run.ray_address or os.environ.get("RAY_ADDRESS"))
-    if config.train.compile and here and not any(shutil.which(name) for name in compilers if name):
-        raise ValueError(
-            "train.compile=true: torch.compile on a CPU needs a C++ compiler, and there is no g++ or clang++ here: "
-            "install one (apt-get install g++), name it in CXX, or use train.compile=false"
-        )
-
-
-def _changed(old: RunConfig, new: RunConfig) -> list[str]:
-    """Options that may not change in a resumed run and do."""
-    before = {key: value for key, value, meta in leaves(old) if meta.get("fixed", True)}
-    after = {key: value for key, value, meta in leaves(new) if meta.get("fixed", True)}
-    keys = sorted(key for key in before | after if before.get(key) != after.get(key))
-    return [f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in keys]
 
 
 def _cpus(config: RunConfig) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from medim_ray.config.loader import load
 from medim_ray.config.schema import RunConfig, TrainConfig
-from medim_ray.train.launch import _check_compiler
+from medim_ray.train.checks import _check_compiler
 from medim_ray.train.zero import zero_config
 
 GOLDEN: dict[str, Any] = {
