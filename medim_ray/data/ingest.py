@@ -284,6 +284,8 @@ def _in_tasks(
                     num_done += done(result)
                     yield result
         except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, RuntimeError):
+                raise  # `storage_faults` adds what was kept to those of tasks alone
             raise error.cause from None  # so that a full disk is an OSError here too
         finally:
             for ref in pending:
