@@ -31,6 +31,7 @@ from medim_ray.types import BOX, SENTENCE_ID, WORD_IS_PAD, Grid
 
 _SPLITS = ("val", "test", "train")  # held out where there is something held out
 _GROUPS = 8  # row groups of a split that are looked through for images with truth
+_AT_ONCE = 4  # images in one forward pass
 _HIGH = 0.25  # share of the patches that the prior is said to mark
 _AGREEMENT, _LUNGS = "prior_agreement", "lung_lift"
 _CHANCE = {**CHANCE, _AGREEMENT: 0.5, _LUNGS: 1.0}
@@ -81,8 +82,7 @@ class MapWatch:
         was_training = self._objective.training
         self._objective.eval()
         try:
-            device = next(self._objective.parameters()).device
-            attention_BWN = self._maps(to_batch(self._columns, self._views, device), self._text).float().cpu()
+            attention_BWN = torch.cat([self._attention(first) for first in range(0, len(self._image_ids), _AT_ONCE)])
         finally:
             self._objective.train(was_training)
         found: dict[str, dict[int, list[float]]] = {}
@@ -94,6 +94,12 @@ class MapWatch:
             numbers={name: float(np.mean(values)) for name, values in means.items()},
             words=[line for name, values in means.items() if (line := in_words(name, values))],
         )
+
+    def _attention(self, first: int) -> Tensor:
+        """[b, W, N] of the images from `first` on: few at once, so that a look is not where a worker's memory peaks."""
+        columns = {name: values[first : first + _AT_ONCE] for name, values in self._columns.items()}
+        batch = to_batch(columns, self._views, next(self._objective.parameters()).device)
+        return self._maps(batch, self._text).float().cpu()
 
     def _judge(self, question: Question, attention_BWN: Tensor) -> Iterator[tuple[str, float]]:
         """(name, value) of each yardstick that the question's image has."""
