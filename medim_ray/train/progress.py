@@ -84,7 +84,9 @@ def describe(record: dict[str, Any]) -> str:
     """The loss, the rate and the data-wait share, then the other terms for as long as there is room."""
     if "omitted" in record:
         return f"left out: {record['omitted']}"
-    hidden = {"loss", "lr", "grad_norm", "samples_per_s", "step_s", "data_wait_ratio", *ADDED}
-    terms = [f"{k} {v:.3g}" for k, v in record.items() if k not in hidden and isinstance(v, float) and "/" not in k]
+    hidden = {"loss", "lr", "grad_norm", "data_wait_ratio", *ADDED}
+    # Seconds are for metrics.jsonl; names with a slash are details of another number.
+    shown = [k for k in record if k not in hidden and "/" not in k and not k.endswith("_s")]
+    terms = [f"{k} {record[k]:.3g}" for k in shown if isinstance(record[k], float)]
     rates = [f"{record['samples_per_s']:.1f} samples/s", f"wait {record['data_wait_ratio']:.0%}"]
     return " ".join([f"loss {record['loss']:.4g}", *rates, *terms])
