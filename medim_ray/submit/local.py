@@ -29,6 +29,7 @@ from medim_ray.submit.base import (
     notes_outside_kubernetes,
     package_check,
 )
+from medim_ray.submit.spec import Resources
 
 LOG = "log"
 _HANDLE = "process"
@@ -41,8 +42,11 @@ class LocalTarget:
 
     def plan(self, job: Job) -> Plan:
         notes = notes_outside_kubernetes(job.spec)
-        if job.spec.resources.nodes + job.spec.resources.decode_nodes > 1:
-            notes.append("one machine takes the place of all nodes: as many workers as train.num_workers says")
+        if job.spec.resources != Resources():
+            notes.append(
+                "resources.*: this machine takes the place of all nodes, and is neither asked nor bound; as many "
+                "workers as train.num_workers says"
+            )
         lines = [
             "#!/bin/bash",
             f"trap 'echo $? >{shlex.quote(str(job.folder / EXIT_CODE))}' EXIT",

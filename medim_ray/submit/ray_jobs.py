@@ -31,7 +31,7 @@ from medim_ray.submit.base import (
     package_check,
     secret_lines,
 )
-from medim_ray.submit.spec import JobSpec
+from medim_ray.submit.spec import JobSpec, Resources
 from medim_ray.submit.upload import pack
 
 _ASK_S = 30
@@ -51,6 +51,8 @@ class RayJobsTarget:
     def plan(self, job: Job) -> Plan:
         spec = job.spec
         notes = notes_outside_kubernetes(spec)
+        if spec.resources != Resources():
+            notes.append("resources.*: the cluster has the nodes that it has; workers are asked for by train.*")
         if spec.environment.secrets:
             names = ", ".join(spec.environment.secrets)
             notes.append(f"{names}: read where the driver runs; workers have what their nodes were started with")

@@ -222,3 +222,11 @@ def test_the_time_limit_asks_first_and_what_commits_in_time_is_begun_again(tmp_p
     assert time.monotonic() - started < 10
     deaf = "import time; time.sleep(30)"  # the default action of the signal ends it
     assert run(python(deaf), retries=0, time_limit_s=0.5) == UNFINISHED
+
+
+@pytest.mark.parametrize("target", ["local", "ray"])
+def test_what_a_target_does_not_heed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str) -> None:
+    words = ["submit", spec(tmp_path, tagging(tmp_path)), f"target={target}", "--dry-run"]
+    for more, says in (([], False), (["resources.memory_gb=8"], True)):
+        assert main([*words, *more]) == 0
+        assert ("resources.*:" in capsys.readouterr().out) is says
