@@ -253,11 +253,11 @@ def test_the_time_limit_is_told_in_time_and_the_job_goes_on_after_a_requeue(
     straight: tuple[Path, dict[str, torch.Tensor]],
 ) -> None:
     folder, _ = straight
-    long = [f"storage.root={folder}/storage", "args=[train.steps=1200, train.checkpoint_every=100]"]
+    long = [f"storage.root={folder}/storage", "args=[train.steps=450, train.checkpoint_every=50]"]
     assert main([PRETRAIN[0], PRETRAIN[1], "target=local", "name=no-limit", *long]) == 0
     # Slurm counts in minutes, and its notice may come half a minute early: with 40 s of it, after 110 to 140 s.
     assert main([*PRETRAIN, "name=limit", *long, "time_limit_s=180", "slurm.signal_s=40", "retries=9"]) == 0
     log = log_of("limit", folder)
     assert "unfinished, back into the queue (1 of 9)" in log and "start 2" in log and "resuming" in log, log
-    expected, got = (weights(folder / "storage/runs" / name, step=1200) for name in ("no-limit", "limit"))
+    expected, got = (weights(folder / "storage/runs" / name, step=450) for name in ("no-limit", "limit"))
     assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in got)
