@@ -16,6 +16,7 @@ from medim_ray.data.collate import Columns
 from medim_ray.data.reader import BROKEN, SECONDS, STAGES
 from medim_ray.data.rows import too_many
 from medim_ray.data.storage import committed
+from medim_ray.train.metrics import read_records
 
 QUARANTINE = "quarantine.jsonl"
 BROKEN_ROWS = "broken_rows"  # in metrics.jsonl: samples of the step that stand in for a broken row
@@ -66,12 +67,7 @@ class BrokenRows:
 
 def read_quarantine(run_dir: str) -> list[dict[str, Any]]:
     """The records of RUN/quarantine.jsonl: shard, row, image_id, reason, step in which it was met first."""
-    fs, root = fsspec.core.url_to_fs(run_dir)
-    path = f"{root.rstrip('/')}/{QUARANTINE}"
-    fs.invalidate_cache()
-    if not fs.exists(path):
-        return []
-    return [json.loads(line) for line in fs.cat_file(path).decode().splitlines()]
+    return read_records(run_dir, QUARANTINE)
 
 
 def write_quarantine(run_dir: str, records: list[dict[str, Any]]) -> None:

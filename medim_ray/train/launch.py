@@ -235,7 +235,7 @@ def _attempts(
                     return received[0] if received else 0
                 startup = Startup()
                 newest = store.newest(lambda text: console.print(f"[yellow]{escape(text)}", highlight=False))
-                start = _start(newest, max(start.attempt, store.next_attempt() - 1) + 1)
+                start = _start(newest, max(start.attempt + 1, store.next_attempt()))
                 why_enough = budgets.exhausted_by(failure, start.step)
                 if why_enough:
                     console.print(failure.details, markup=False, highlight=False)

@@ -69,9 +69,8 @@ class SnapshotStore:
             if later > step:
                 self._remove(later)
         needed = {source_step(s, every) for s in range(step, step + 2 * every)}
-        missing = sorted(s for s in needed if 0 < s <= step and s not in published)
         # The one of this very step is published again when the run goes on.
-        if missing := [s for s in missing if s != step]:
+        if missing := sorted(s for s in needed if 0 < s < step and s not in published):
             raise ValueError(f"{self.path(missing[0])} is gone: step {step} is masked by it; restore it, or start anew")
 
     def prune(self, oldest_checkpoint: int, every: int) -> None:
