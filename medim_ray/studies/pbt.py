@@ -107,7 +107,7 @@ class Population:
 
     def trials(self) -> list[Trial]:
         """The members of the latest generation, with their number as an axis."""
-        return [self.trial(number, member) for number, member in enumerate(self.generations[-1])]
+        return self._generation(-1)
 
     def trial(self, number: int, member: Member) -> Trial:
         """A member as a trial: its folder is that of its lineage."""
@@ -122,11 +122,10 @@ class Population:
     def searches(self) -> Iterator[Search]:
         """A generation after the other, each made when the one before has run; ends where a signal or a budget of hours
         has cut one, so that nothing is decided by halves."""
-        for number, rung in enumerate(self.rungs):
+        for number in range(len(self.rungs)):
             if number == len(self.generations) and not self._exchange(self.rungs[number - 1]):
                 return
             yield Search(kind="list", trials=self._generation(number), rungs=self.rungs[: number + 1])
-            assert rung == self.rungs[number]
 
     def _generation(self, number: int) -> list[Trial]:
         return [self.trial(i, member) for i, member in enumerate(self.generations[number])]
@@ -134,8 +133,7 @@ class Population:
     def _exchange(self, rung: int) -> bool:
         """The next generation, with every checkpoint that it begins from in its place, then its file; False where a
         member neither reported nor failed."""
-        trials = self._generation(len(self.generations) - 1)
-        records = [read_record(trial.config.run.dir) for trial in trials]
+        records = [read_record(trial.config.run.dir) for trial in self.trials()]
         if any(record.at(rung) is None and record.state != "failed" for record in records):
             return False
         scores = [_score(record, rung, self.job.metric) for record in records]
@@ -240,9 +238,7 @@ def inherit(donor_dir: str, step: int, run_dir: str) -> None:
     if any(store.is_committed(name) for name in store.names()):
         return
     donor = CheckpointStore(donor_dir)
-    name = next(
-        (name for name in donor.names() if name.startswith(f"step-{step:08d}-") and donor.is_committed(name)), ""
-    )
+    name = donor.committed_at(step)
     if not name:
         raise ValueError(
             f"{donor_dir} has no checkpoint of step {step} to go on from: it was removed; begin the sweep anew"

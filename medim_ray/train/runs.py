@@ -78,10 +78,10 @@ def find_checkpoint(run_dir: str, which: str) -> str:
         raise ValueError(f"checkpoint=best: {run_dir} has none: {why}; there are {', '.join(names) or 'none'}")
     if not which.isdecimal():
         raise ValueError(f"checkpoint={which!r}: latest, best or a step")
-    found = [name for name in names if name.startswith(f"step-{int(which):08d}-")]
+    found = store.committed_at(int(which))
     if not found:
         raise ValueError(f"checkpoint={which}: {run_dir} has no checkpoint of this step; there are {', '.join(names)}")
-    return found[0]
+    return found
 
 
 def load_run(run_dir: str, trained: bool = True, checkpoint: str = "") -> LoadedRun:

@@ -121,6 +121,11 @@ class CheckpointStore:
         """Its manifest is there; whether the files fit it is the question of `problem`."""
         return bool(self._ask(lambda: self._fs.exists(f"{self.root}/{name}/{MANIFEST}")))
 
+    def committed_at(self, step: int) -> str:
+        """The name of the newest committed checkpoint of a step, "" where there is none; no file is looked at."""
+        found = (name for name in self.names() if int(name.split("-")[1]) == step)
+        return next((name for name in found if self.is_committed(name)), "")
+
     def committed_step(self) -> int:
         """Optimizer steps behind the newest committed checkpoint, 0 where there is none; no file is looked at."""
         return next((self.open(name).step for name in self.names() if self.is_committed(name)), 0)
