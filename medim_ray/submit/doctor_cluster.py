@@ -320,9 +320,13 @@ def _reduce(url: str, rank: int, num: int, backend: str) -> float:
     """Seconds of one all-reduce, the best of three. AssertionError where the sum is wrong."""
     import datetime
 
+    import ray
     import torch
     import torch.distributed as dist
 
+    from medim_ray.train.network import meet_on
+
+    meet_on(ray.util.get_node_ip_address())
     limit = datetime.timedelta(seconds=_TIMEOUT_S / 2)
     dist.init_process_group(backend, init_method=url, rank=rank, world_size=num, timeout=limit)
     try:

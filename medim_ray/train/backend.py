@@ -11,6 +11,7 @@ import ray
 from ray.train.backend import Backend, BackendConfig
 
 from medim_ray.train.control import catch_sigterm
+from medim_ray.train.network import meet_on
 
 _TIMEOUT_S = 1800  # of collectives, as in Ray; what hangs is found by train.hang_timeout_s before
 _SHUTDOWN_S = 5.0
@@ -49,6 +50,7 @@ def _join(backend: str, address: str, port: int, rank: int, size: int) -> None:
 
     from ray.train.torch import config
 
+    meet_on(ray.util.get_node_ip_address())
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     config._set_torch_distributed_env_vars()
     config._setup_torch_process_group(

@@ -26,8 +26,10 @@ pytestmark = [pytest.mark.system, pytest.mark.chaos]
 ROOT = Path(__file__).parents[2]
 HOSTS = {"head": "10.77.0.1", "one": "10.77.0.2", "two": "10.77.0.3", "three": "10.77.0.4", "client": "10.77.0.5"}
 STEPS = 40
-# Hosts have one storage here, but not one folder for temporary files: Ray keeps a host's own address in it.
+# Hosts have one storage here, but not one folder for temporary files. Nor one table of processes: a driver joins the
+# raylet that it finds in it, so that a job on a worker would take the head's address for its own.
 OWN_TEMP = 'mkdir -p "$0" "$1" && mount --bind "$0" "$1" && shift && exec "$@"'
+OWN_PROCESSES = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 def ip(*words: str) -> None:
@@ -85,7 +87,10 @@ class Network:
     def start(self, host: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
         with (self.folder / f"{host}.log").open("ab") as log:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", f"mr-{host}", "bash", "-c", OWN_TEMP, self.folder / host, self.temp, *command],
+                [
+                    *("ip", "netns", "exec", f"mr-{host}", *OWN_PROCESSES),
+                    *("bash", "-c", OWN_TEMP, self.folder / host, self.temp, *command),
+                ],
                 env=self.environment(),
                 cwd=ROOT,
                 stdout=log,
