@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,22 @@ def test_optuna_with_early_stopping_goes_on_from_what_it_began(
         assert (same.step, same.numbers) == (run.step, run.numbers), "replayed, not repeated"
 
 
+def _one_ended_the_next_begun(runs: Path) -> bool:
+    return {read_record(str(run)).is_done for run in runs.glob("*")} == {True, False}
+
+
+def _any_again(runs: Sequence[Path]) -> bool:
+    return any(read_record(str(run)).attempts > 1 for run in runs)
+
+
+def _wait_until(condition: Callable[[], bool], child: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + 300
+    while not condition():
+        assert child.poll() is None, f"the sweep ended with {child.returncode}"
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
 @pytest.mark.chaos
 def test_a_sweep_whose_driver_is_killed_ends_as_one_that_was_not(phantom_shards: str, tmp_path: Path) -> None:
     space = {"seed": [0, 1, 2]}
@@ -99,16 +117,13 @@ def test_a_sweep_whose_driver_is_killed_ends_as_one_that_was_not(phantom_shards:
         if name == "killed":
             child = subprocess.Popen(command, start_new_session=True)
             runs = tmp_path / name / "out/runs"
-            until = time.monotonic() + 300
-            while not any(read_record(str(run)).is_done for run in runs.glob("*")) and time.monotonic() < until:
-                time.sleep(0.2)
+            _wait_until(partial(_one_ended_the_next_begun, runs), child)
             os.kill(child.pid, signal.SIGUSR1)  # as Slurm does ahead of a time limit
             assert child.wait(timeout=60) == os.EX_TEMPFAIL
             assert not (runs.parent / ".lease").exists()
-            child = subprocess.Popen(command, start_new_session=True)
             begun = [run for run in runs.glob("*") if not read_record(str(run)).is_done]
-            while not any(read_record(str(run)).attempts > 1 for run in begun) and time.monotonic() < until:
-                time.sleep(0.2)
+            child = subprocess.Popen(command, start_new_session=True)
+            _wait_until(partial(_any_again, begun), child)
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
             done = {run.name: read_record(str(run)) for run in runs.glob("*") if read_record(str(run)).is_done}
