@@ -84,16 +84,13 @@ step() {
         $(declare -p inside start sizes decode_sizes token python no_package head_ip port); $code"
 }
 
-run_command() {
-    "${run[@]}" "${command[@]}" &
-    driver=$!
-    local again=1
-    while ((again)); do # a signal ends `wait`, not the command
-        again="" rc=0
-        local before=$asked
-        wait "$driver" || rc=$?
-        if [[ $asked != "$before" ]]; then again=1; fi
-    done
+# The exit code of a child as rc: a signal that this script takes ends `wait`, not the child.
+await() {
+    while
+        rc=0
+        wait "$1" || rc=$?
+        kill -0 "$1" 2>/dev/null
+    do :; done
 }
 
 rm -f "$folder/exit_code$suffix"
@@ -130,7 +127,7 @@ if ((symmetric)); then
         srun "${step_options[@]}" --overlap --cpus-per-task="$cpus" "${inside[@]}" \
         "$python" -m ray.scripts.scripts symmetric-run --address "$RAY_ADDRESS" --min-nodes "$num_nodes" "${sizes[@]}" -- \
         bash -c 'echo $$ >"$0"; exec "$@"' "$entry" "${command[@]}" &
-    wait $! || rc=$?
+    await $!
     [[ -e $entry ]] || fail "the head did not start, see above"
     exit "$rc"
 fi
@@ -157,5 +154,7 @@ fi
 "${run[@]}" "$python" -m medim_ray.submit.wait_nodes "$num_nodes" "$start_timeout_s" "${steps[@]}" ||
     fail "not all of $num_nodes nodes came up"
 [[ -z $asked ]] || fail "the time limit came before the command began: give a longer time_limit_s"
-run_command
+"${run[@]}" "${command[@]}" &
+driver=$!
+await "$driver"
 exit "$rc"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray._private.services import find_gcs_addresses
 
 from medim_ray.cli import main
 from medim_ray.submit import state
@@ -118,6 +119,23 @@ def test_a_failed_head_start_is_a_failed_job(
     said = capsys.readouterr()
     assert "head did not start" in said.out or "nodes came up" in said.out
     assert "doctor: failed, exit code 1" in said.err
+
+
+@pytest.mark.chaos
+@needs_slurm
+def test_a_symmetric_run_passes_the_exit_code_on(
+    slurm: Path, here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if find_gcs_addresses():
+        pytest.skip("`ray symmetric-run` ends every Ray of its machine, and one is running here")
+    monkeypatch.setenv("SLURM_CONF", str(slurm))
+    words = [here, "slurm.symmetric=true", "resources.nodes=1"]
+    assert main([*DOCTOR, *words]) == 0, capsys.readouterr()
+    assert "1 node(s), a task ran" in capsys.readouterr().out
+    file = tmp_path / "file"
+    file.touch()
+    assert main([*DOCTOR, *words, "name=bad", "command=checkpoint", f"args=[verify, {file}]"]) == 2
+    assert "bad: failed, exit code 2" in capsys.readouterr().err
 
 
 @pytest.mark.chaos
