@@ -134,7 +134,7 @@ def test_a_symmetric_run_passes_the_exit_code_on(
     assert "1 node(s), a task ran" in capsys.readouterr().out
     file = tmp_path / "file"
     file.touch()
-    assert main([*DOCTOR, *words, "name=bad", "command=checkpoint", f"args=[verify, {file}]"]) == 2
+    assert main([*DOCTOR, *words, "name=bad", f"command=[checkpoint, verify, {file}]"]) == 2
     assert "bad: failed, exit code 2" in capsys.readouterr().err
 
 
