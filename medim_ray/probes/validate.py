@@ -1,4 +1,4 @@
-"""The validation of one committed checkpoint, in one Ray task: linear probes of its frozen encoder, AUROC by label.
+"""The validation of one committed checkpoint, in one Ray task: linear and k-NN probes of its encoder, AUROC by label.
 
 A small sibling of `medim-ray probe` for use during training (train/validation.py): the first images by a hash of their
 ids, one process, no intervals, no other encoder.
@@ -27,7 +27,7 @@ _BATCH = 32
 
 
 def validate(run_dir: str, checkpoint: str, config: ValidateConfig) -> dict[str, float]:
-    """AUROC of each label of `config`, and `mean` over them.
+    """AUROC of each label of `config` by a linear probe, and by k-NN as `knn_LABEL`; `mean` and `knn_mean` over them.
 
     FileNotFoundError: the checkpoint was pruned. ValueError: a label that can't be probed.
     """
@@ -39,6 +39,7 @@ def validate(run_dir: str, checkpoint: str, config: ValidateConfig) -> dict[str,
     rows = every.take(sorted(order[: config.num_images]))
     features_KD = _features(run, rows)
     found: dict[str, float] = {}
+    nearest: dict[str, float] = {}
     for label in config.labels:
         task = make_task(label, rows.labels, run.shards.url)
         if not isinstance(task, Task):
@@ -46,8 +47,13 @@ def validate(run_dir: str, checkpoint: str, config: ValidateConfig) -> dict[str,
         patients, splits = ([names[i] for i in task.rows_K] for names in (rows.patient_ids, rows.splits))
         check_protocol(task, patients, splits, _NUM_FOLDS)
         scores = probe(task, features_KD[task.rows_K], patients, splits, num_folds=_NUM_FOLDS, num_bootstrap=1, seed=0)
-        found[label] = scores.auroc.value
-    return {**found, "mean": float(np.mean(list(found.values())))}
+        found[label], nearest[f"knn_{label}"] = scores.auroc.value, scores.knn["auroc"].value
+    means = {"mean": _mean(found), "knn_mean": _mean(nearest)}
+    return {**found, **nearest, **means}
+
+
+def _mean(numbers: dict[str, float]) -> float:
+    return float(np.mean(list(numbers.values())))
 
 
 @torch.no_grad()

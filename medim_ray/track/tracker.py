@@ -17,15 +17,19 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _LOG = logging.getLogger(__name__)
 VALIDATION = "validation/"  # names of numbers of an earlier checkpoint in a record of metrics.jsonl
-_MAX_PENDING = 64
+_MAX_PENDING = 256  # records: Aim takes some seconds to open, and steps may be short
 _MAX_WORDS = 100  # different warnings that are kept for the screen
 _RUN_FILE = "aim_run"
 
 
 class Tracker:
-    """The actor. `run_file` remembers the Aim run of a run folder, so that a resumed run goes on in it."""
+    """The actor. `run_file` remembers the Aim run of a run folder, so that a resumed run goes on in it.
+
+    Aim is opened for the first record: it takes seconds of a processor, which workers that start need more.
+    """
 
     def __init__(self, aim_repo: str, run_dir: str, params: dict[str, Any]) -> None:
+        self._waiting = (aim_repo, run_dir, params) if aim_repo else None
         self._latest: dict[str, Any] | None = None
         self._dropped = 0
         self._startup: dict[str, float] = {}
@@ -34,11 +38,17 @@ class Tracker:
         self._last_step = -1
         self._wish = ""
         self._news: dict[str, Any] = {}
-        if aim_repo:
+
+    def _ready(self) -> bool:
+        """Is there an Aim run to write to? Opens it at the first call."""
+        if self._waiting is not None:
+            repo, run_dir, params = self._waiting
+            self._waiting = None
             try:
-                self._open(aim_repo, run_dir, params)
+                self._open(repo, run_dir, params)
             except Exception as error:  # Aim is a view: whatever fails in it must not end a run
-                _LOG.warning("Aim repository %s can't be used, metrics.jsonl is still written: %s", aim_repo, error)
+                _LOG.warning("Aim repository %s can't be used, metrics.jsonl is still written: %s", repo, error)
+        return self._run is not None
 
     def _open(self, aim_repo: str, run_dir: str, params: dict[str, Any]) -> None:
         import aim
@@ -69,7 +79,7 @@ class Tracker:
             if len(self._told) < _MAX_WORDS:
                 self._told.setdefault(words, record["step"])
         self._latest, self._dropped = record, dropped
-        if self._run is not None and record["step"] > self._last_step:
+        if self._ready() and record["step"] > self._last_step:
             self._track(record)
         news, self._news = self._news, {}
         return self._wish, news
@@ -78,7 +88,7 @@ class Tracker:
         """Numbers of the checkpoint after `step` steps: to Aim, and on to the next record of metrics.jsonl."""
         named = {f"{VALIDATION}{name}": value for name, value in numbers.items()}
         self._news = {f"{VALIDATION}step": step, **named}
-        if self._run is not None:
+        if self._ready():
             for name, value in named.items():
                 with contextlib.suppress(Exception):
                     self._run.track(value, name=name, step=step)

@@ -52,14 +52,15 @@ def test_a_dead_server_holds_up_no_step(tmp_path: Path) -> None:
     process, repo = server(tmp_path / "repo")
     try:
         tracker = start_tracker(repo, str(tmp_path / "run"), {"seed": 1})
-        assert ray.get(tracker.latest.remote(), timeout=120) is None
-        assert (tmp_path / "run" / "aim_run").exists(), "the run was not opened on the server"
         client = TrackerClient(tracker)
-        alive = send(client, 0)
+        client.log({"step": 0, "epoch": 0, "loss": 1.0})
+        assert ray.get(tracker.latest.remote(), timeout=120)["step"] == 0
+        assert (tmp_path / "run" / "aim_run").exists(), "the run was not opened on the server"
+        alive = send(client, 1)
     finally:
         process.kill()
         process.wait()
-    dead = send(client, NUM_STEPS)
+    dead = send(client, 1 + NUM_STEPS)
     # Not a race of milliseconds: a call that waited for the server would take its time-outs, seconds each.
     assert statistics.median(dead) < max(0.05 * STEP_S, 3 * statistics.median(alive)) and max(dead) < 1.0
     assert len(client._pending) <= _MAX_PENDING

@@ -27,6 +27,7 @@ def test_every_checkpoint_is_validated_and_the_best_is_kept(phantom_shards: str,
     assert launch(config, Console(file=io.StringIO()), validate).step == 2
     (first,) = read_validation(config.run.dir)
     assert first["step"] == 2 and 0.0 <= first["view"] == first["mean"] <= 1.0
+    assert 0.0 <= first["knn_view"] == first["knn_mean"] <= 1.0
     assert first["view"] == validate(config.run.dir, first["checkpoint"], config.validate)["view"]
 
     # A later checkpoint beats it only by its own number: an impossible one keeps the first as the best.
