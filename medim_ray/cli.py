@@ -82,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     page.add_argument("run", metavar="RUN|SWEEP|STUDY")
     page.add_argument("--no-text", action="store_true", help="leave the words of the reports out")
+    aim = "put the figures into Aim too, without text: into REPO, or where the run's curves are"
+    page.add_argument("--aim", metavar="REPO", nargs="?", const="", help=aim)
     keep = add("checkpoint", _checkpoint, "list, verify or prune the checkpoints of a run", overrides=False)
     keep.add_argument("action", choices=("list", "verify", "prune"))
     keep.add_argument("run")
@@ -312,7 +314,10 @@ def _report(args: argparse.Namespace) -> int:
     from medim_ray.studies.report import write_report
 
     found = read_study(args.run)
-    print(write_study(*found, args.run) if found is not None else write_report(args.run, text=not args.no_text))
+    if found is not None:
+        print(write_study(*found, args.run, args.aim))
+    else:
+        print(write_report(args.run, text=not args.no_text, aim_repo=args.aim))
     return 0
 
 

@@ -1,28 +1,35 @@
-"""Figures as inline SVG that follow the page's light or dark colours. Knows numbers, not runs.
+"""Figures as inline SVG that follow the page's light or dark colours, or as PNG. Knows numbers, not runs.
 
 Matplotlib draws with stand-in colours, which are replaced by CSS variables of templates/style.css; text stays text.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from importlib import resources
 
+import cv2
 import numpy as np
 from markupsafe import Markup
 from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-# Stand-ins for the colours of the page: matplotlib wants numbers, the page has variables.
-_COLOURS = {"#010101": "--ink", "#020202": "--muted", "#030303": "--line", "#040404": "--c1", "#050505": "--c2"}
-_COLOURS |= {"#060606": "--c4", "#070707": "--c5", "#080808": "--c6", "#090909": "--c3", "#0a0a0a": "--card"}
+# Stand-ins for the colours of the page: matplotlib wants numbers, the page has variables. Gray, and so far apart that a
+# pixel of a drawing tells which one it is made of.
+_VARIABLES = ("--ink", "--muted", "--line", "--c1", "--c2", "--c4", "--c5", "--c6", "--c3", "--card")
+_GAP = 16
+_COLOURS = {f"#{3 * f'{_GAP * i:02x}'}": name for i, name in enumerate(_VARIABLES, 1)}
 INK, MUTED, LINE, FIRST, SECOND, *_MORE, CARD = _COLOURS
 SERIES = (FIRST, SECOND, *_MORE)
 _MAX_POINTS = 300
+_PNG_DPI = 160
 _FIGURES = itertools.count()
 STYLE = {
     "svg.fonttype": "none",
@@ -47,7 +54,16 @@ STYLE = {
 }
 
 
-def curve(steps_K: NDArray[np.float64], values_K: NDArray[np.float64], name: str, floor: float | None = None) -> Markup:
+class Drawing(Markup):
+    """An inline SVG element, with the figure that it was drawn from; description: what the figure shows."""
+
+    figure: Figure
+    description: str
+
+
+def curve(
+    steps_K: NDArray[np.float64], values_K: NDArray[np.float64], name: str, floor: float | None = None
+) -> Drawing:
     """A series over the steps: smoothed line, with the raw values (or their range in a bucket of steps) behind it.
 
     NaN is a gap; at least one value is finite. floor: the lower end of the axis, where the number has one.
@@ -106,7 +122,7 @@ def _smooth(values_K: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(valid_K, means_K, np.nan)
 
 
-def to_svg(figure: Figure, description: str) -> Markup:
+def to_svg(figure: Figure, description: str) -> Drawing:
     """The figure as an inline SVG element that scales with its place; no namespace, no metadata, ids of its own."""
     buffer = io.StringIO()
     figure.savefig(
@@ -124,7 +140,36 @@ def to_svg(figure: Figure, description: str) -> Markup:
     text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 var(--font)", text)
     for stand_in, variable in _COLOURS.items():
         text = text.replace(stand_in, f"var({variable})")
-    return Markup(text)
+    drawing = Drawing(text)
+    drawing.figure, drawing.description = figure, description
+    return drawing
+
+
+def to_png(drawing: Drawing) -> bytes:
+    """The figure in the page's light colours, opaque, for what shows no SVG."""
+    canvas = FigureCanvasAgg(drawing.figure)
+    drawing.figure.set_dpi(_PNG_DPI)
+    drawing.figure.patch.set_alpha(0.0)
+    for axes in drawing.figure.axes:
+        axes.patch.set_alpha(0.0)
+    canvas.draw()
+    pixels_HW4 = np.asarray(canvas.buffer_rgba()).astype(np.float64)
+    colours = _light_colours()
+    which_HW = np.clip(np.round(pixels_HW4[:, :, 0] / _GAP).astype(int), 1, len(colours)) - 1
+    opacity_HW1 = pixels_HW4[:, :, 3:] / 255
+    paper = colours[_VARIABLES.index("--card")]
+    painted_HW3 = opacity_HW1 * colours[which_HW] + (1 - opacity_HW1) * paper
+    done, encoded = cv2.imencode(".png", np.round(painted_HW3[:, :, ::-1]).astype(np.uint8))
+    assert done, "OpenCV can't write PNG"
+    return encoded.tobytes()
+
+
+@functools.cache
+def _light_colours() -> NDArray[np.float64]:
+    """[num_variables, 3] RGB, 0 to 255, as the style sheet gives them first."""
+    sheet = resources.files("medim_ray.studies").joinpath("templates/style.css").read_text()
+    found = [re.search(rf"{name}: #([0-9a-f]{{6}})", sheet) for name in _VARIABLES]
+    return np.array([list(bytes.fromhex(match.group(1))) for match in found if match], dtype=np.float64)
 
 
 def interval_bar(

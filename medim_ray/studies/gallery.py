@@ -6,6 +6,7 @@ Images, heat maps, hidden patches and outlines are layers of inline SVG over one
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ import jinja2
 import numpy as np
 import torch
 from matplotlib import colormaps
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -36,6 +38,7 @@ from medim_ray.train.runs import LoadedRun, load_run
 from medim_ray.types import BOX
 
 _SHOWN_SIZE = 256  # pixels of the image in the page; the model's crop may be smaller
+_SHEET_INCHES = 1.6  # a panel of a contact sheet
 _TITLES = {"kdm": "KDM", "sdm": "SDM", "anatomy_sentence": "anatomy of a sentence"}
 _SPLIT_ORDER = {"test": 0, "val": 1, "train": 2}
 
@@ -43,6 +46,7 @@ _SPLIT_ORDER = {"test": 0, "val": 1, "train": 2}
 @dataclass(frozen=True, kw_only=True)
 class Panel:
     """One picture over the image. heat: PNG of the map as a data URI; hidden: SVG path in patch units; '' where none.
+    hidden_HW: the same patches.
 
     ratio: share of the patches that is hidden, NaN where the panel shows a map.
     """
@@ -51,6 +55,7 @@ class Panel:
     caption: str
     heat: str = ""
     hidden: str = ""
+    hidden_HW: NDArray[np.bool_] | None = None
     ratio: float = float("nan")
 
 
@@ -155,6 +160,39 @@ def make_gallery(run: LoadedRun, num: int, text: bool = True) -> Gallery:
     )
 
 
+def contact_sheet(entry: Entry) -> bytes:
+    """One image of the gallery with its panels side by side, as a PNG; no word of its report."""
+    figure = Figure(figsize=(_SHEET_INCHES * (1 + len(entry.panels)), _SHEET_INCHES * 1.15), layout="constrained")
+    every = figure.subplots(1, 1 + len(entry.panels), squeeze=False)[0]
+    image = _pixels(entry.image)
+    extent = (0, 1, 1, 0)
+    for axes in every:
+        axes.imshow(image, cmap="gray", extent=extent)
+        axes.set_axis_off()
+    every[0].set_title(entry.split, fontsize=8)
+    for axes, panel in zip(every[1:], entry.panels, strict=True):
+        share = "" if panel.hidden_HW is None else f", {panel.ratio:.0%}"
+        axes.set_title(f"{panel.title}{share}", fontsize=8)
+        if panel.heat:
+            axes.imshow(_pixels(panel.heat), extent=extent)
+        if panel.hidden_HW is not None:
+            veil_HW4 = np.zeros((*panel.hidden_HW.shape, 4))
+            veil_HW4[panel.hidden_HW] = (0.54, 0.58, 0.64, 1.0)
+            axes.imshow(veil_HW4, extent=extent, interpolation="nearest")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=128)
+    return buffer.getvalue()
+
+
+def _pixels(uri: str) -> NDArray[np.uint8]:
+    """The picture of a data URI: gray or RGBA."""
+    coded = np.frombuffer(base64.b64decode(uri.partition(",")[2]), dtype=np.uint8)
+    decoded = cv2.imdecode(coded, cv2.IMREAD_UNCHANGED)
+    assert decoded is not None, "a picture that this module has encoded"
+    pixels: NDArray[np.uint8] = decoded.astype(np.uint8, copy=False)
+    return pixels if pixels.ndim == 2 else pixels[:, :, [2, 1, 0, 3]]
+
+
 def _sees(run: LoadedRun) -> Any:
     """The objective whose attention guides the masks: the run's own, or that of the run its snapshots are of."""
     of_run = getattr(run.config.masking, "snapshot_run", "")
@@ -232,8 +270,15 @@ def _panels(masks: Masks, s: int, i: int, title: str, remark: str, grid_width: i
         heat = "" if is_fallback else _heat_uri(masks.maps_SBN[s, i].float().numpy(), grid_width)
         panels.append(Panel(title=f"{title} map", caption=caption, heat=heat))
     remark = "fallback: random patches" if is_fallback else remark if masks.maps_SBN is None else ""
-    hidden = squares(hidden_N, grid_width)
-    panels.append(Panel(title=f"{title} hides", caption=remark, hidden=hidden, ratio=float(hidden_N.mean())))
+    panels.append(
+        Panel(
+            title=f"{title} hides",
+            caption=remark,
+            hidden=squares(hidden_N, grid_width),
+            hidden_HW=hidden_N.reshape(-1, grid_width),
+            ratio=float(hidden_N.mean()),
+        )
+    )
     return panels
 
 

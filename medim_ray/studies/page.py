@@ -16,19 +16,19 @@ from typing import Any
 
 import fsspec
 import yaml
-from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table as RichTable
 
 import medim_ray
 from medim_ray.data.storage import committed
-from medim_ray.studies.figures import interval_bar
+from medim_ray.studies.figures import Drawing, interval_bar, to_png
 from medim_ray.studies.fit import Fit, fit_law
 from medim_ray.studies.gallery import templates
 from medim_ray.studies.origin import package_commit, this_machine
 from medim_ray.studies.outcome import Number
 from medim_ray.studies.results import STATES, Cell, Run, Table, make_table, to_csv
 from medim_ray.studies.study_figures import columns_of, curves, heat_map, parallel, scaling
+from medim_ray.track.aim_run import repo_of, show_pictures
 
 REPORT = "report.html"
 KINDS = ("sweep", "study")
@@ -57,8 +57,9 @@ class Study:
     note: str = ""
 
 
-def write_study(study: Study, table: Table, out: str) -> str:
-    """Writes the four files under `out` (any fsspec URL) and returns the page's path."""
+def write_study(study: Study, table: Table, out: str, aim_repo: str | None = None) -> str:
+    """Writes the four files under `out` (any fsspec URL) and returns the page's path. aim_repo: its figures go into an
+    Aim run there too ('': the repository that its runs share); RuntimeError where Aim does not take them."""
     written = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     origin = {
         "written": written,
@@ -77,6 +78,9 @@ def write_study(study: Study, table: Table, out: str) -> str:
     for name, text in files.items():
         with committed(fs, f"{root}/{name}", scratch=root) as file:
             file.write(text.encode())
+    if aim_repo is not None:
+        pictures = ((caption, to_png(drawing)) for caption, drawing in figures(study, table))
+        show_pictures(repo_of(out, aim_repo), out, pictures, step=0)
     return f"{out.rstrip('/')}/{REPORT}"
 
 
@@ -190,11 +194,11 @@ def _page(study: Study, table: Table, origin: Mapping[str, str]) -> str:
     )
 
 
-def figures(study: Study, table: Table) -> list[tuple[str, Markup]]:
+def figures(study: Study, table: Table) -> list[tuple[str, Drawing]]:
     """(caption, SVG) of what can be drawn of this table."""
     if not any(table.metric in cell.numbers for cell in table.cells):
         return []
-    made: list[tuple[str, Markup]] = []
+    made: list[tuple[str, Drawing]] = []
     if study.fit_points:
         caption = "Measured points with 95 % intervals"
         caption += ", the fitted law with its band" if study.fit else ""

@@ -6,18 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from medim_ray.studies.figures import FIRST, LINE, MUTED, SERIES, STYLE, to_svg
+from medim_ray.studies.figures import FIRST, LINE, MUTED, SERIES, STYLE, Drawing, to_svg
 
 _SIZE = (3.1, 2.5)
 _ENCODERS = ("trained", "untrained")
 
 
-def probe_charts(labels: Mapping[str, Any]) -> list[tuple[str, str, Markup]]:
+def probe_charts(labels: Mapping[str, Any]) -> list[tuple[str, str, Drawing]]:
     """(label, what is drawn, SVG) of every label with probabilities: its confusion, then its reliability."""
     made = []
     for label, facts in labels.items():
@@ -35,7 +34,7 @@ def probe_charts(labels: Mapping[str, Any]) -> list[tuple[str, str, Markup]]:
     return made
 
 
-def confusion(classes: Sequence[str], table: Sequence[Sequence[int]]) -> Markup:
+def confusion(classes: Sequence[str], table: Sequence[Sequence[int]]) -> Drawing:
     """Images by true class (rows) and predicted class, shaded by the share of their row."""
     counts = np.array(table, dtype=np.float64)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
@@ -58,7 +57,7 @@ def confusion(classes: Sequence[str], table: Sequence[Sequence[int]]) -> Markup:
         return to_svg(figure, "images by true and predicted class")
 
 
-def reliability(encoders: Mapping[str, Mapping[str, Any]]) -> Markup:
+def reliability(encoders: Mapping[str, Mapping[str, Any]]) -> Drawing:
     """Share that came true over the probability told, in bins of equal counts; the diagonal is perfect."""
     with rc_context(STYLE):
         figure = Figure(figsize=_SIZE, layout="constrained")

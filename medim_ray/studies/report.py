@@ -7,7 +7,7 @@ metric itself. Opening it needs no network.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,11 +26,12 @@ from medim_ray.plan.page import PAGE as PLAN_PAGE
 from medim_ray.probes.command import read_result
 from medim_ray.probes.results import SCHEMA_VERSION
 from medim_ray.probes.tables import GENERATION, segmentation_tables, title
-from medim_ray.studies.figures import curve, interval_bar
-from medim_ray.studies.gallery import Gallery, make_gallery, templates
+from medim_ray.studies.figures import Drawing, curve, interval_bar, to_png
+from medim_ray.studies.gallery import Gallery, contact_sheet, make_gallery, templates
 from medim_ray.studies.origin import package_commit, this_machine
 from medim_ray.studies.probe_figures import probe_charts
 from medim_ray.studies.waiting import why_it_waits
+from medim_ray.track.aim_run import repo_of, show_pictures
 from medim_ray.train.before import LOOK_S
 from medim_ray.train.feed import BROKEN_ROWS, STREAM_SECONDS
 from medim_ray.train.fit import estimate
@@ -59,7 +60,7 @@ class Chart:
 
     name: str
     summary: str
-    svg: Markup
+    svg: Drawing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +88,12 @@ class Head:
     machine: str
 
 
-def write_report(run_dir: str, num_images: int = _NUM_IMAGES, text: bool = True) -> str:
+def write_report(run_dir: str, num_images: int = _NUM_IMAGES, text: bool = True, aim_repo: str | None = None) -> str:
     """Writes RUN/report.html from whatever the run has by now and returns its path or URL.
 
-    num_images: images in the mask gallery; text: words and sentences of their reports beside them. ValueError where
-    `run_dir` is no run folder.
+    num_images: images in the mask gallery; text: words and sentences of their reports beside them; aim_repo: the
+    figures and the gallery, without text, go into the run's Aim run there too ('': the run's own). ValueError where
+    `run_dir` is no run folder; RuntimeError where Aim does not take them.
     """
     config = open_config(run_dir)
     records = read_metrics(run_dir)
@@ -102,6 +104,7 @@ def write_report(run_dir: str, num_images: int = _NUM_IMAGES, text: bool = True)
     fs, root = fsspec.core.url_to_fs(run_dir)
     root = root.rstrip("/")
     config_text = fs.cat_file(f"{root}/{CONFIG}").decode()
+    groups = [*chart_groups(records), *_waiting(records, config), *_validation(read_validation(run_dir))]
     page = (
         templates()
         .get_template("report.html.j2")
@@ -115,7 +118,7 @@ def write_report(run_dir: str, num_images: int = _NUM_IMAGES, text: bool = True)
             prevalence=_prevalence(result),
             protocols=sorted({task["protocol"] for task in result["labels"].values()}) if result else [],
             bar=interval_bar,
-            groups=[*chart_groups(records), *_waiting(records, config), *_validation(read_validation(run_dir))],
+            groups=groups,
             gallery=gallery,
             gallery_note=gallery_note,
             config_text=config_text,
@@ -124,7 +127,22 @@ def write_report(run_dir: str, num_images: int = _NUM_IMAGES, text: bool = True)
     )
     with committed(fs, f"{root}/{REPORT}", scratch=root) as file:
         file.write(page.encode())
+    if aim_repo is not None:
+        repo = repo_of(run_dir, aim_repo or config.track.aim_repo)
+        show_pictures(repo, run_dir, _pictures(groups, result, gallery), len(records))
     return f"{run_dir.rstrip('/')}/{REPORT}"
+
+
+def _pictures(
+    groups: Sequence[ChartGroup], result: Mapping[str, Any] | None, gallery: Gallery | None
+) -> Iterator[tuple[str, bytes]]:
+    """(name, PNG) of every figure of the page, and of every image of its gallery."""
+    for group in groups:
+        yield from ((f"{group.title}: {chart.name}", to_png(chart.svg)) for chart in group.charts)
+    for label, caption, drawing in probe_charts(result["labels"]) if result else ():
+        yield f"{label}: {caption}", to_png(drawing)
+    for i, entry in enumerate(gallery.entries if gallery else (), 1):
+        yield f"masks: image {i}", contact_sheet(entry)
 
 
 def _gallery(run_dir: str, num_images: int, text: bool) -> tuple[Gallery | None, str]:

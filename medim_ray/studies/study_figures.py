@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from medim_ray.studies.figures import CARD, FIRST, INK, LINE, MUTED, SERIES, STYLE, to_svg
+from medim_ray.studies.figures import CARD, FIRST, INK, LINE, MUTED, SERIES, STYLE, Drawing, to_svg
 from medim_ray.studies.fit import Fit
 from medim_ray.studies.outcome import Number, better_is_higher
 from medim_ray.studies.results import Cell, Table
@@ -27,7 +26,7 @@ def values_of(cells: Sequence[Cell], axis: str) -> list[Any]:
     return sorted(found) if all(isinstance(value, int | float) for value in found) else sorted(found, key=str)
 
 
-def heat_map(table: Table, rows: str, columns: str) -> Markup:
+def heat_map(table: Table, rows: str, columns: str) -> Drawing:
     """The metric at each pair of values of two axes; what is not learned or not there is said in the field."""
     ys, xs = values_of(table.cells, rows), values_of(table.cells, columns)
     at = {(cell.values[rows], cell.values[columns]): cell for cell in table.cells}
@@ -67,7 +66,7 @@ def _field(axes: Any, cell: Cell | None, metric: str, corner: tuple[int, int], s
         axes.text(x + 0.5, y + 0.72, cell.verdict, ha="center", va="center", fontsize=7, color=MUTED)
 
 
-def curves(table: Table, x_axis: str, series_axis: str | None) -> Markup:
+def curves(table: Table, x_axis: str, series_axis: str | None) -> Drawing:
     """The metric over a numeric axis, a line with its 95 % band for each value of another axis."""
     names = values_of(table.cells, series_axis) if series_axis else [None]
     with rc_context(STYLE):
@@ -115,7 +114,7 @@ def _scale(axes: Any, xs: Sequence[float]) -> None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def parallel(table: Table) -> Markup:
+def parallel(table: Table) -> Drawing:
     """A line a cell over all axes to the metric; ranked cells in colour, the others in gray."""
     columns = [*table.axes, table.metric]
     with rc_context({**STYLE, "axes.grid": False}):
@@ -161,7 +160,7 @@ def _parallel_scale(table: Table, column: str) -> tuple[Any, list[tuple[float, s
     return height, [(height(value), f"{value:.3g}") for value in dict.fromkeys((low, high))]
 
 
-def scaling(points: Sequence[tuple[float, Number]], fit: Fit | None, x_name: str, y_name: str) -> Markup:
+def scaling(points: Sequence[tuple[float, Number]], fit: Fit | None, x_name: str, y_name: str) -> Drawing:
     """Measured points with intervals on logarithmic axes, the fitted law with its band, and the held-out point."""
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from pathlib import Path
 from typing import Any
 
-import fsspec
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from medim_ray.track.aim_run import open_aim_run
 
 _LOG = logging.getLogger(__name__)
 VALIDATION = "validation/"  # names of numbers of an earlier checkpoint in a record of metrics.jsonl
 _MAX_PENDING = 256  # records: Aim takes some seconds to open, and steps may be short
 _MAX_WORDS = 100  # different warnings that are kept for the screen
-_RUN_FILE = "aim_run"
 
 
 class Tracker:
-    """The actor. `run_file` remembers the Aim run of a run folder, so that a resumed run goes on in it.
+    """The actor. A resumed run goes on in the same Aim run.
 
     Aim is opened for the first record: it takes seconds of a processor, which workers that start need more.
     """
@@ -51,25 +50,9 @@ class Tracker:
         return self._run is not None
 
     def _open(self, aim_repo: str, run_dir: str, params: dict[str, Any]) -> None:
-        import aim
-
-        if "://" not in aim_repo:
-            Path(aim_repo).mkdir(parents=True, exist_ok=True)
-            aim.Repo.from_path(aim_repo, init=True)
-        fs, root = fsspec.core.url_to_fs(run_dir)
-        file = f"{root.rstrip('/')}/{_RUN_FILE}"
-        known = fs.cat_file(file).decode().strip() if fs.exists(file) else None
-        self._run = aim.Run(
-            run_hash=known,
-            repo=aim_repo,
-            force_resume=known is not None,
-            system_tracking_interval=None,
-            capture_terminal_logs=False,
-            log_system_params=False,
-        )
+        self._run = open_aim_run(aim_repo, run_dir)
         self._run["config"] = params
         self._last_step = self._run.get("last_step", -1)  # steps that are done again are not shown twice
-        fs.pipe_file(file, f"{self._run.hash}\n".encode())
 
     def log(self, record: dict[str, Any], dropped: int) -> tuple[str, dict[str, Any]]:
         """A record of metrics.jsonl, and how many the sender has dropped so far; what the workers are asked for (see

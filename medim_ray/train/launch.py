@@ -34,6 +34,7 @@ from medim_ray.data.lease import Lease
 from medim_ray.data.pipeline import ReaderFactory, execution_options
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.storage import is_local, storage_faults
+from medim_ray.track.aim_run import repo_of
 from medim_ray.track.tracker import start_tracker
 from medim_ray.train.attempts import Budgets, of_error, of_outcome
 from medim_ray.train.backend import WorkerBackend
@@ -212,7 +213,9 @@ def _attempts(
     """
     write_config(config, shards.content_hash)
     tree = to_tree(config)
-    tracker = start_tracker(_aim_repo(config) if config.track.aim else "", config.run.dir, tree)
+    tracker = start_tracker(
+        repo_of(config.run.dir, config.track.aim_repo) if config.track.aim else "", config.run.dir, tree
+    )
     budgets = Budgets(config.train)
     growth = Growth(config.train)
     store = _store(config)
@@ -308,12 +311,6 @@ def ray_session(address: str, num_cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _aim_repo(config: RunConfig) -> str:
-    """Runs beside each other share one repository; a run on object storage has it in the working directory."""
-    beside = Path(config.run.dir).resolve().parent if "://" not in config.run.dir else Path.cwd()
-    return config.track.aim_repo or str(beside)
 
 
 def _trainer(

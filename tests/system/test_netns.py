@@ -89,7 +89,7 @@ class Network:
             process = subprocess.Popen(
                 [
                     *("ip", "netns", "exec", f"mr-{host}", *OWN_PROCESSES),
-                    *("bash", "-c", OWN_TEMP, self.folder / host, self.temp, *command),
+                    *("bash", "-c", OWN_TEMP, str(self.folder / host), str(self.temp), *command),
                 ],
                 env=self.environment(),
                 cwd=ROOT,

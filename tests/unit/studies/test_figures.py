@@ -11,7 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medim_ray.studies.figures import _buckets, _smooth, curve, interval_bar, outline, squares
+from medim_ray.studies.figures import (
+    _VARIABLES,
+    _buckets,
+    _light_colours,
+    _smooth,
+    curve,
+    interval_bar,
+    outline,
+    squares,
+    to_png,
+)
 
 
 def test_a_curve_follows_the_page_colours_and_names_nothing_outside() -> None:
@@ -19,8 +29,21 @@ def test_a_curve_follows_the_page_colours_and_names_nothing_outside() -> None:
     svg = str(curve(steps, np.exp(-steps / 20), "loss"))
     assert ET.fromstring(svg.replace("xlink:href", "href")).attrib["viewBox"]
     assert "http" not in svg and "url(#" in svg
-    assert "var(--c1)" in svg and not re.search(r"#0[0-9]0[0-9]0[0-9]", svg)
+    assert "var(--c1)" in svg and not re.search(r"#(?:[1-9a]0){3}", svg)
     assert "<text" in svg, "text must stay text"
+
+
+def test_a_png_has_the_light_colours_of_the_style_sheet() -> None:
+    drawing = curve(np.arange(40.0), np.linspace(0.0, 1.0, 40), "loss")
+    decoded = cv2.imdecode(np.frombuffer(to_png(drawing), np.uint8), cv2.IMREAD_COLOR)
+    assert decoded is not None
+    pixels = decoded[:, :, ::-1].reshape(-1, 3)
+    colours, counts = np.unique(pixels, axis=0, return_counts=True)
+    known = dict(zip(_VARIABLES, _light_colours().astype(int).tolist(), strict=True))
+    assert colours[counts.argmax()].tolist() == known["--card"], "the paper"
+    for name in ("--c1", "--muted", "--line"):  # the curve, the ticks' text, the grid
+        assert known[name] in colours.tolist(), name
+    assert known["--c2"] not in colours.tolist()
 
 
 def test_ids_of_two_figures_on_a_page_differ_and_every_reference_holds() -> None:
