@@ -30,6 +30,13 @@ from medim_ray.submit.base import (
 )
 from medim_ray.submit.local import LOG, environment, file_status, new_folder, tail, working_dir
 
+# Reasons to wait that do not pass by themselves.
+_FIXES = {
+    "PartitionTimeLimit": "time_limit_s is over what the partition allows; give less, or another slurm.partition",
+    "PartitionNodeLimit": "resources.nodes is over what the partition allows; give fewer, or another slurm.partition",
+    "AssocMaxWallDurationPerJobLimit": "time_limit_s is over what slurm.account allows",
+    "QOSMaxWallDurationPerJobLimit": "time_limit_s is over what the quality of service allows",
+}
 _PENDING = (
     "PENDING",
     "CONFIGURING",
@@ -110,7 +117,8 @@ def _status_of(line: str) -> Status:
     reason = values.get("Reason", "None")
     shown = name if reason in ("None", "") else f"{name}, {reason}"
     if name in _PENDING:
-        return Status(state="pending", reason="" if shown == "PENDING" else shown)
+        fix = f": {_FIXES[reason]}" if reason in _FIXES else ""
+        return Status(state="pending", reason="" if shown == "PENDING" else f"{shown}{fix}")
     if name in _RUNNING:
         return Status(state="running", reason=shown)
     if name == "COMPLETED":

@@ -91,6 +91,14 @@ def test_a_job_on_two_nodes_is_one_job_and_leaves_nothing_behind(
     ):
         assert main([*DOCTOR, here, "name=other", *more]) == 2
         assert re.search(message, capsys.readouterr().err)
+    assert main([*DOCTOR, here, "name=long", "time_limit_s=7200", "--detach"]) == 0  # its partition allows an hour
+    for _ in range(100):
+        main(["jobs", "status", "long"])
+        if "time_limit_s is over what the partition allows" in (told := capsys.readouterr().out):
+            break
+        time.sleep(0.2)
+    assert "pending" in told and "give less, or another slurm.partition" in told
+    assert main(["jobs", "stop", "long"]) == 0
 
 
 @needs_slurm
