@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from medim_ray import types
 from medim_ray.data.plan import Block, StreamPlan
-from medim_ray.data.rows import RowReader, ShardFiles
+from medim_ray.data.rows import PlannedRows, ShardFiles
 from medim_ray.data.texts import ReportEncoder, text_rows
 from medim_ray.data.transforms import Crop, CropPlan, cut
 from medim_ray.draws import Draws
@@ -60,7 +60,7 @@ class BlockReader:
         decode: Literal["full", "scaled"],
     ) -> None:
         self._plan, self._crop, self._masking, self._grid, self._reports = plan, crop, masking, grid, reports
-        self._read = RowReader(plan, files, max_broken_ratio, crop.shrink if decode == "scaled" else None)
+        self._read = PlannedRows(plan, files, max_broken_ratio, crop.shrink if decode == "scaled" else None)
 
     def __call__(self, block: Block) -> dict[str, NDArray[Any]]:
         cv2.setNumThreads(1)  # an actor is one core; more come from more actors

@@ -205,7 +205,7 @@ class Read:
         return [[asdict(one) for one in self.broken.get(place, [])] for place in range(len(self.rows))]
 
 
-class RowReader:
+class PlannedRows:
     """Callable: a block of the plan -> its decoded rows, each row group touched once.
 
     max_broken_ratio: share of the corpus; ShardFaultError where this reader alone has met more broken rows than that.

@@ -15,7 +15,7 @@ import pytest
 
 from medim_ray.data.fingerprint import row_checksum
 from medim_ray.data.plan import RowGroup, StreamPlan
-from medim_ray.data.rows import COLUMNS, RowReader, RowStore, ShardFaultError, ShardFiles
+from medim_ray.data.rows import COLUMNS, PlannedRows, RowStore, ShardFaultError, ShardFiles
 from medim_ray.data.shards import SCHEMA
 
 FILES, GROUPS, ROWS, SIDE = 2, 3, 8, 24
@@ -67,7 +67,7 @@ def flip(root: Path, row: int) -> None:
 
 def ids_of(plan: StreamPlan, files: ShardFiles, first_step: int, last_step: int, ratio: float = 0.2) -> list[list[str]]:
     """Image ids of each global step, as one reader gets them."""
-    reader, ids = RowReader(plan, files, ratio), [[""] * plan.global_batch for _ in range(last_step)]
+    reader, ids = PlannedRows(plan, files, ratio), [[""] * plan.global_batch for _ in range(last_step)]
     for index in range(plan.num_blocks(first_step, last_step)):
         read = reader(plan.block(index, first_step))
         for row, step, position in zip(read.rows, read.block.steps_K, read.block.positions_K, strict=True):
@@ -100,7 +100,7 @@ def test_shard_row_and_reason_are_told_of_each_broken_row(tmp_path: Path) -> Non
     files = write(tmp_path)
     flip(tmp_path, 30)
     plan = plan_of(window_steps=6, granules=1)
-    read = RowReader(plan, files, 0.2)(plan.block(0, 0))
+    read = PlannedRows(plan, files, 0.2)(plan.block(0, 0))
     (met,) = [records for records in read.broken_records() if records]
     assert met == [{"shard": "1.parquet", "row": 6, "image_id": "i30", "reason": "its checksum does not fit"}]
     assert json.loads(json.dumps(met)) == met and read.read_s > 0 and read.decode_s > 0
@@ -116,7 +116,7 @@ def test_an_image_that_no_longer_decodes_is_a_broken_row(tmp_path: Path) -> None
     pq.write_table(rows, tmp_path / "0.parquet", row_group_size=ROWS)
     files = files._replace(sizes=[p.stat().st_size for p in sorted(tmp_path.glob("*.parquet"))])
     plan = plan_of(window_steps=6, granules=1)
-    met = RowReader(plan, files, 0.2)(plan.block(0, 0)).broken.values()
+    met = PlannedRows(plan, files, 0.2)(plan.block(0, 0)).broken.values()
     assert {(one.image_id, one.reason) for (one, *_) in met} == {
         (f"i{row}", "its image can't be decoded") for row in (5, 6, 7)
     }
@@ -141,7 +141,7 @@ def test_shards_without_row_checksums_are_judged_by_those_of_their_pages(tmp_pat
     clean = ids_of(plan_of(), files, 0, 6)
     flip(tmp_path, 17)
     plan = plan_of(window_steps=6, granules=1)
-    read = RowReader(plan, files, 0.2)(plan.block(0, 0))
+    read = PlannedRows(plan, files, 0.2)(plan.block(0, 0))
     rows = {one.row for met in read.broken.values() for one in met}
     assert rows == set(range(16, 24)), "the row group of the damaged page"
     assert {one.reason for met in read.broken.values() for one in met} == {"its row group can't be read"}
@@ -172,7 +172,7 @@ def test_row_groups_are_read_once_an_epoch_and_one_after_the_other(tmp_path: Pat
             return super()._read(file, index)
 
     plan = plan_of(window_steps=1)
-    reader = RowReader(plan, files, 0.0)
+    reader = PlannedRows(plan, files, 0.0)
     reader.store = Counting(files, COLUMNS, num_groups=2 * plan.window_groups)
     for index in range(plan.num_blocks(0, 6)):
         reader(plan.block(index, 0))
