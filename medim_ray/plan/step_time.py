@@ -40,8 +40,9 @@ class StepTime:
     """Seconds of a step.
 
     dispatch: Python and the engine's hooks, which a GPU's queue hides. communication: all of it; exposed: the part that
-    nothing hides. decode and storage run beside the step and matter where they are longer than `train`. flops: of one
-    device in one step.
+    nothing hides. decode and storage run beside the step and matter where they are longer than `train`. crowding: how
+    much longer `train` takes where workers take every core, and decoding and Ray run on the same. flops: of one device
+    in one step.
     """
 
     compute: float
@@ -52,6 +53,7 @@ class StepTime:
     exposed: float
     decode: float
     storage: float
+    crowding: float
     flops: float
 
     @property
@@ -60,7 +62,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return max(self.train, self.decode, self.storage)
+        return max(self.crowding * self.train, self.decode, self.storage)
 
 
 def step_time(cluster: Cluster, work: Workload, setting: Setting, utilisation: float | None = None) -> StepTime:
@@ -70,7 +72,9 @@ def step_time(cluster: Cluster, work: Workload, setting: Setting, utilisation: f
     flops = images * work.flops(setting.checkpointed)
     backward = images * (work.flops(setting.checkpointed) - work.forward_flops) / rate
     communication = _communication(cluster, work, setting)
-    hidden = min(cluster.code.overlap[setting.stage] * communication, backward)
+    # On cores the collectives are work of the processor that computes: nothing of them hides.
+    overlap = 0.0 if cluster.gpu.is_cpu else cluster.code.overlap[setting.stage]
+    hidden = min(overlap * communication, backward)
     own = work.num_trained / (setting.num_gpus if setting.stage else 1)
     kept = work.num_frozen / (setting.num_gpus if setting.stage == 3 else 1)
     return StepTime(
@@ -82,8 +86,14 @@ def step_time(cluster: Cluster, work: Workload, setting: Setting, utilisation: f
         exposed=communication - hidden,
         decode=setting.global_batch * decode_core_s(work) / decode_cores(cluster, setting.num_gpus),
         storage=setting.global_batch * stored_bytes(work) / cluster.storage,
+        crowding=assumption("cpu_crowding_ratio") if _takes_every_core(cluster, setting.num_gpus) else 1.0,
         flops=flops,
     )
+
+
+def _takes_every_core(cluster: Cluster, num_gpus: int) -> bool:
+    """Workers on CPU cores leave none for what runs beside them."""
+    return cluster.gpu.is_cpu and workers_per_node(cluster, num_gpus) >= cluster.config.cores_per_node
 
 
 def _dispatch(cluster: Cluster, work: Workload, setting: Setting) -> float:
