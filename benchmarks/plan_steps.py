@@ -54,7 +54,7 @@ CLUSTER = ROOT / "configs" / "clusters" / "this_machine.yaml"
 OUT = ROOT / "jobs" / "results" / "plan-steps.jsonl"
 NUM_WARM, NUM_TIMED = 1, 4
 MODELS = ("tiny", "small", "base")
-# Configurations (model, workers, stage) whose time a constant cpu_* of constants.yaml was solved from; the others judge.
+# Configurations (model, workers, stage) whose time a constant cpu_* of constants.yaml was solved from; others judge.
 # Memory is judged in every row.
 CALIBRATES = {
     ("base", 1, 0): "calibrates time",
