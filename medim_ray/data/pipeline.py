@@ -9,15 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
-import ray
 from numpy.typing import NDArray
-from ray.data import ActorPoolStrategy, Dataset, ExecutionOptions
+from ray.data import ActorPoolStrategy, Dataset, ExecutionOptions, TaskPoolStrategy
+from ray.data._internal.logical.interfaces import LogicalPlan
+from ray.data._internal.logical.operators import StreamingRepartition
+from ray.data.read_api import from_blocks
 
 from medim_ray.data.plan import StreamPlan
 
 if TYPE_CHECKING:  # the processes that only pass blocks on need no decoder, tokenizer or torch
     from medim_ray.data.reader import BlockReader
+
+_CHAPTER = 2048  # block numbers in one object
 
 ReaderFactory = Callable[[], "BlockReader"]
 Attend = Callable[[dict[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
@@ -58,10 +63,7 @@ def train_stream(
     Each output block is one block of the plan, `plan.window_steps * plan.granule` rows. make_attend: a second pool of
     as many actors, with a model, whose maps join the columns.
     """
-    num_blocks = plan.num_blocks(first_step, last_step)
-    # Objects, not read tasks: where all CPUs belong to workers, a task that asks for one would wait for ever.
-    numbers = ray.data.from_arrow([pa.table({"id": [index]}) for index in range(num_blocks)])
-    blocks = numbers.map_batches(
+    blocks = _numbers(plan.num_blocks(first_step, last_step)).map_batches(
         _DecodeActor,
         fn_constructor_args=(make_reader, plan, first_step),
         batch_size=1,
@@ -79,6 +81,26 @@ def train_stream(
         compute=ActorPoolStrategy(size=num_actors),
         num_cpus=0.2,  # another number than the decoders': Ray Data would fuse the two stages into one process
     )
+
+
+def _numbers(num_blocks: int) -> Dataset:
+    """The numbers of the blocks, one a block of Ray Data, made while they are used: a long run has millions of them,
+    and with an object for each it would begin after minutes.
+
+    What Ray Data's `repartition(target_num_rows_per_block=1)` makes, which can't be told to ask for no CPU: where all
+    belong to workers, it would wait for ever.
+    """
+    every = range(num_blocks)
+    chapters = from_blocks(
+        [pa.table({"id": np.array(every[i : i + _CHAPTER])}) for i in range(0, num_blocks, _CHAPTER)]
+    )
+    rows = StreamingRepartition(
+        input_dependencies=[chapters._logical_plan.dag],
+        target_num_rows_per_block=1,
+        ray_remote_args={"num_cpus": 0},
+        compute=TaskPoolStrategy(1),
+    )
+    return Dataset._from_parent(chapters, LogicalPlan(rows, chapters.context))
 
 
 def execution_options() -> ExecutionOptions:
