@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from medim_ray import types
 from medim_ray.reports.sections import split_sentences
 from medim_ray.reports.tagger import Mention, Tagger
-from medim_ray.reports.tokens import encode
+from medim_ray.reports.tokens import BareTokenizer, encode
 
 _CACHE_KB = 8192  # of the file that stays in memory
 
@@ -60,7 +60,7 @@ class ReportEncoder:
     """
 
     def __init__(self, tokenizer: Any, num_tokens: int) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = BareTokenizer.of(tokenizer)
         self._tagger = Tagger()
         self._num_tokens, num_words = num_tokens, num_tokens - 1
         self._dtype = np.dtype(

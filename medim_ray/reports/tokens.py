@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 
 from medim_ray.reports.sections import Sentence
 from medim_ray.reports.tagger import Mention
 
-__all__ = ["ASSERTION_CODES", "EncodedReport", "encode"]
+__all__ = ["ASSERTION_CODES", "BareTokenizer", "EncodedReport", "encode"]
 
 ASSERTION_CODES = {"": 0, "present": 1, "absent": 2, "uncertain": 3, "prior": 4}
 
@@ -40,10 +41,33 @@ class EncodedReport:
     num_sentences: int
 
 
+@dataclass(frozen=True)
+class BareTokenizer:
+    """What `encode` needs of a fast Hugging Face tokenizer: its core, and the ids of the tokens that frame a report.
+
+    Processes that it is sent to need not load transformers.
+    """
+
+    core: tokenizers.Tokenizer
+    first_id: int
+    last_id: int
+    pad_id: int
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> BareTokenizer:
+        """ValueError for a slow tokenizer, or one without the special tokens."""
+        ids = special_token_ids(tokenizer)
+        core = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        core.no_truncation()
+        core.no_padding()
+        return cls(core, *ids)
+
+
 def encode(
     text: str, tokenizer: Any, mentions: Sequence[Mention], sentences: Sequence[Sentence], num_tokens: int
 ) -> EncodedReport:
-    """Encode `text` with a fast Hugging Face tokenizer; mentions and sentences carry offsets into the same `text`.
+    """Encode `text` with a fast Hugging Face tokenizer, or the bare one of it, which is made once for many reports;
+    mentions and sentences carry offsets into the same `text`.
 
     A word of which not all pieces fit is dropped with its pieces; a sentence cut by the limit keeps its visible words.
     Empty text is [CLS] [SEP] and padding. Raises ValueError for a slow tokenizer, one without the special tokens, or
@@ -51,19 +75,19 @@ def encode(
     """
     if num_tokens < 3:
         raise ValueError(f"num_tokens={num_tokens}: must be at least 3 ([CLS], one word, [SEP]); the paper uses 112")
-    first_id, last_id, pad_id = special_token_ids(tokenizer)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    word_ids: list[int | None] = encoding.word_ids()
+    bare = tokenizer if isinstance(tokenizer, BareTokenizer) else BareTokenizer.of(tokenizer)
+    encoding = bare.core.encode(text, add_special_tokens=False)
+    word_ids: list[int | None] = encoding.word_ids
     keep = _num_kept(word_ids, num_tokens - 2)
 
-    token_ids_T = np.full(num_tokens, pad_id, np.int64)
-    token_ids_T[0] = first_id
-    token_ids_T[1 : keep + 1] = encoding["input_ids"][:keep]
-    token_ids_T[keep + 1] = last_id
+    token_ids_T = np.full(num_tokens, bare.pad_id, np.int64)
+    token_ids_T[0] = bare.first_id
+    token_ids_T[1 : keep + 1] = encoding.ids[:keep]
+    token_ids_T[keep + 1] = bare.last_id
     words = np.array(word_ids[:keep], dtype=np.int64)
     is_new = np.ones(keep, bool)
     is_new[1:] = words[1:] != words[:-1]
-    offsets = np.array(encoding["offset_mapping"][:keep], dtype=np.int64).reshape(-1, 2)
+    offsets = np.array(encoding.offsets[:keep], dtype=np.int64).reshape(-1, 2)
     firsts = np.flatnonzero(is_new)
     starts = offsets[firsts, 0]
     ends = offsets[np.append(firsts[1:], keep) - 1, 1] if keep else starts

@@ -40,9 +40,9 @@ def config_of(shards: str, *overrides: str) -> RunConfig:
     return load(RunConfig, recipe, [f"data.shards={shards}", "data.window_steps=3", *overrides])
 
 
-def first_batch(config: RunConfig) -> Batch:
+def first_batch(config: RunConfig, last_step: int = 2) -> Batch:
     plan = stream_plan(config, ShardSet.open(config.data.shards))
-    dataset = train_stream(plan, reader_factory(config, ShardSet.open(config.data.shards)), 0, 2, 1)
+    dataset = train_stream(plan, reader_factory(config, ShardSet.open(config.data.shards)), 0, last_step, 1)
     blocks = dataset.iter_batches(batch_size=None, batch_format="numpy")
     columns = next(steps_of_rank(blocks, plan.granules_per_step))
     return to_batch(columns, build_crop(config).views, torch.device("cpu"))
@@ -124,6 +124,15 @@ def test_worker_counts_and_late_starts_see_the_same_crops_and_masks(phantom_shar
     assert len(straight) == LAST * 8
     assert runs[2, 0] == straight and runs[4, 0] == straight
     assert runs[2, 5] == [row for row in straight if row[0] >= 5]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_of_a_million_steps_begins_like_a_short_one(phantom_shards: str) -> None:
+    """With an object for each of its millions of blocks it would not begin within the session's time."""
+    config = config_of(phantom_shards)
+    short, long = (first_batch(config, last_step) for last_step in (2, 1_000_000))
+    assert long.image_ids == short.image_ids
+    assert torch.equal(long.views["image"], short.views["image"])
 
 
 @pytest.mark.chaos
