@@ -6,6 +6,7 @@ deals block k to rank k mod n. The consumer puts the granules of a window back i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, Dataset, ExecutionOptions, TaskPoolStrategy
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.logical.interfaces import LogicalPlan
 from ray.data._internal.logical.operators import StreamingRepartition
 from ray.data.read_api import from_blocks
@@ -22,11 +24,26 @@ from medim_ray.data.plan import StreamPlan
 if TYPE_CHECKING:  # the processes that only pass blocks on need no decoder, tokenizer or torch
     from medim_ray.data.reader import BlockReader
 
-_CHAPTER = 2048  # block numbers in one object
+_FEW = 1024  # block numbers, of which each may be an object
+_CHAPTER = 256  # block numbers in one object
 
 ReaderFactory = Callable[[], "BlockReader"]
 Attend = Callable[[dict[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
 """Adds columns that need a model to those of a block."""
+
+
+class Rest(ExecutionCallback):
+    """Ray Data's loop over its tasks takes at least 50 ms a turn. Where a stream is ahead of the training it finds
+    tasks with results that nobody wants yet, and would turn at once, for ever: a whole core for nothing (Ray 2.60)."""
+
+    _TURN_S = 0.05  # where a task is still at work, Ray itself waits for up to 100 ms
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def on_execution_step(self, executor: Any) -> None:
+        time.sleep(max(0.0, self._next - time.monotonic()))
+        self._next = time.monotonic() + self._TURN_S
 
 
 class _DecodeActor:
@@ -71,6 +88,7 @@ def train_stream(
         compute=ActorPoolStrategy(size=num_actors),
         num_cpus=0.25,
     )
+    blocks.context.custom_execution_callback_classes = [Rest]
     if make_attend is None:
         return blocks
     return blocks.map_batches(
@@ -84,16 +102,15 @@ def train_stream(
 
 
 def _numbers(num_blocks: int) -> Dataset:
-    """The numbers of the blocks, one a block of Ray Data, made while they are used: a long run has millions of them,
-    and with an object for each it would begin after minutes.
-
-    What Ray Data's `repartition(target_num_rows_per_block=1)` makes, which can't be told to ask for no CPU: where all
-    belong to workers, it would wait for ever.
-    """
+    """The numbers of the blocks, one a block of Ray Data. Many are cut from chapters while they are used: a long run
+    has millions of blocks, and with an object for each it would begin after minutes."""
+    size = 1 if num_blocks <= _FEW else _CHAPTER
     every = range(num_blocks)
-    chapters = from_blocks(
-        [pa.table({"id": np.array(every[i : i + _CHAPTER])}) for i in range(0, num_blocks, _CHAPTER)]
-    )
+    chapters = from_blocks([pa.table({"id": np.array(every[i : i + size])}) for i in range(0, num_blocks, size)])
+    if size == 1:
+        return chapters
+    # What `repartition(target_num_rows_per_block=1)` makes, which can't be told to ask for no CPU: where all belong to
+    # workers, it would wait for ever.
     rows = StreamingRepartition(
         input_dependencies=[chapters._logical_plan.dag],
         target_num_rows_per_block=1,
