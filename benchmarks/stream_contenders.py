@@ -248,7 +248,7 @@ def serve(batches: Iterator[Columns], num_first: int, started: float) -> None:
             left -= num
             if SECONDS in columns:
                 seconds += columns[SECONDS].sum(axis=0)
-        # Since the last answer: what was decoded ahead in the turns of the others is paid for too.
+        # Since the last answer, which is this turn's lead: see stream.py.
         cpu, before = tree_seconds(), cpu
         answer = {"wall_s": time.perf_counter() - begun, "cpu_s": cpu - before}
         stages = {name: round(float(value), 3) for name, value in zip(STAGES, seconds, strict=True)}
