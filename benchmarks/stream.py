@@ -8,9 +8,9 @@ is asked for samples in turn; its processor time is user + system of it and all 
 before the first measurement (start, caches of tokens, a pass over the images) is reported apart. --peers names the
 interpreter of `make peers`.
 
-Contenders decode ahead while the others have their turn (Ray up to its object store: 10,000 samples of 224 px), and what
-is idle costs something too (Ray's daemons: 0.1 of a core). So each turn begins with --lead samples that do not count, more
-than may lie ready, and processor seconds are those of the --samples right behind them.
+Contenders decode ahead while the others have their turn (Ray up to its object store: 10,000 samples of 224 px), and
+what is idle costs something too (Ray's daemons: 0.1 of a core). So each turn begins with --lead samples that do not
+count, more than may lie ready, and processor seconds are those of the --samples right behind them.
 """
 
 from __future__ import annotations
