@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import torch
 
 from medim_ray.config.loader import load
 from medim_ray.config.schema import RunConfig
+from medim_ray.data import pipeline
 from medim_ray.data.collate import Columns, steps_of_rank, to_batch
 from medim_ray.data.pipeline import execution_options, train_stream
 from medim_ray.data.reader import IMAGE_ID, STEP
@@ -32,6 +34,7 @@ from medim_ray.types import TOKEN_IDS, Batch
 
 pytestmark = pytest.mark.system
 LAST = 14
+WORKERS = re.compile(r"ray::(MapWorker|StreamingRepartition)")  # processes of the stream, by their titles
 LONG = 36  # steps, three epochs, in which decoders are killed
 
 
@@ -163,7 +166,9 @@ def attack(shards: str, told: Path) -> None:
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="WARNING")
     cases = []
+    pipeline._CHAPTER = 8
     for seed, (num_workers, prefetch) in enumerate([(1, 1), (1, 4), (2, 1), (2, 4)]):
+        pipeline._FEW = 0 if prefetch == 4 else 1024  # the block numbers cut from chapters, as in a long run, or not
         node = cluster.add_node(num_cpus=1)
         killer = Killer(cluster, node, np.random.default_rng(seed))
         killer.start()
@@ -177,7 +182,7 @@ def attack(shards: str, told: Path) -> None:
 
 
 class Killer(threading.Thread):
-    """Kills three decoding processes at random times, and the node after the second one. More of them would kill each
+    """Kills three processes that decode or cut chapters at random times, and the node after the second one. More of them would kill each
     new one before it has decoded anything, on a busy machine."""
 
     def __init__(self, cluster: Any, node: Any, rng: np.random.Generator) -> None:
@@ -189,10 +194,10 @@ class Killer(threading.Thread):
     def run(self) -> None:
         while self.num_killed < 3 and not self._stop_now.wait(float(self._rng.uniform(0.5, 2.0))):
             below = psutil.Process().children(recursive=True)
-            decoders = [process for process in below if "MapWorker" in " ".join(command_of(process))]
-            if not decoders:
+            at_work = [process for process in below if WORKERS.search(" ".join(command_of(process)))]
+            if not at_work:
                 continue
-            decoders[int(self._rng.integers(len(decoders)))].kill()
+            at_work[int(self._rng.integers(len(at_work)))].kill()
             self.num_killed += 1
             if self.num_killed == 2:
                 self._cluster.remove_node(self._node, allow_graceful=False)
