@@ -182,8 +182,8 @@ def attack(shards: str, told: Path) -> None:
 
 
 class Killer(threading.Thread):
-    """Kills three processes that decode or cut chapters at random times, and the node after the second one. More of them would kill each
-    new one before it has decoded anything, on a busy machine."""
+    """Kills three processes that decode or cut chapters at random times, and the node after the second one. More of
+    them would kill each new one before it has decoded anything, on a busy machine."""
 
     def __init__(self, cluster: Any, node: Any, rng: np.random.Generator) -> None:
         super().__init__(daemon=True)
