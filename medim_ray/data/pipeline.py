@@ -88,6 +88,7 @@ def train_stream(
         compute=ActorPoolStrategy(size=num_actors),
         num_cpus=0.25,
     )
+    blocks.context.target_max_block_size = None  # above 192 MiB a block would be cut, and its parts dealt to two ranks
     blocks.context.custom_execution_callback_classes = [Rest]
     if make_attend is None:
         return blocks

@@ -138,6 +138,16 @@ def test_a_run_of_a_million_steps_begins_like_a_short_one(phantom_shards: str) -
     assert torch.equal(long.views["image"], short.views["image"])
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_a_block_is_one_block_however_large(phantom_shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Data cuts what is larger than its target, here a thousandth of a block."""
+    config = config_of(phantom_shards)
+    whole = first_batch(config)
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "target_max_block_size", 1000)
+    again = first_batch(config)
+    assert again.image_ids == whole.image_ids and torch.equal(again.views["image"], whole.views["image"])
+
+
 @pytest.mark.chaos
 def test_killed_decoders_and_a_lost_node_change_no_sample_and_no_mask(phantom_shards: str, tmp_path: Path) -> None:
     """1 and 2 workers, two prefetch depths; decoding processes are killed at random and one raylet in mid-stream."""
