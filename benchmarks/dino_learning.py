@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning import FINDINGS, with_interval
+from benchmarks.learning import FINDINGS, parse, with_interval
 from medim_ray.train.validation import read_validation
 
 CONFIGS = Path(__file__).parents[1] / "configs/debug"
@@ -95,13 +95,7 @@ def end_table(results: dict[str, list[Run]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards")
-    parser.add_argument("out")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    args = parser.parse_args()
+    args = parse(__doc__, "--arms", list(ARMS))
     results = {arm: [run_one(arm, seed, args) for seed in args.seeds] for arm in args.arms}
     head = f"{args.steps} steps of {BATCH} images, seeds {', '.join(map(str, args.seeds))}; mean over the labels "
     head += f"{', '.join(LABELS)}; mean +- 95 % t-interval over seeds.\n"

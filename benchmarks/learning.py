@@ -164,14 +164,19 @@ def map_table(results: dict[str, list[Run]]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(meaning: str | None, option: str, names: Sequence[str]) -> argparse.Namespace:
+    """Shards, folder, seeds and steps of such a table, and by `option` which of its rows."""
+    parser = argparse.ArgumentParser(description=meaning, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards")
     parser.add_argument("out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
-    args = parser.parse_args()
+    parser.add_argument(option, nargs="+", choices=list(names), default=list(names))
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse(__doc__, "--objectives", list(OBJECTIVES))
     results = {name: [run_one(name, seed, args) for seed in args.seeds] for name in args.objectives}
     head = f"{args.steps} steps, seeds {', '.join(map(str, args.seeds))}; mean +- 95 % t-interval over seeds.\n"
     text = "\n".join([head, *probe_table(results), *verdicts(results), "", *map_table(results)])
