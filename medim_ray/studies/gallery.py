@@ -45,18 +45,23 @@ _SPLIT_ORDER = {"test": 0, "val": 1, "train": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One picture over the image. heat: PNG of the map as a data URI; hidden: SVG path in patch units; '' where none.
-    hidden_HW: the same patches.
-
-    ratio: share of the patches that is hidden, NaN where the panel shows a map.
-    """
+    """One picture over the image: a map or what is hidden. heat: PNG of the map as a data URI, '' where there is none;
+    hidden_HW: the hidden patches, None where the panel shows a map."""
 
     title: str
     caption: str
     heat: str = ""
-    hidden: str = ""
     hidden_HW: NDArray[np.bool_] | None = None
-    ratio: float = float("nan")
+
+    @property
+    def hidden(self) -> str:
+        """The hidden patches as an SVG path in patch units."""
+        return "" if self.hidden_HW is None else squares(self.hidden_HW, self.hidden_HW.shape[1])
+
+    @property
+    def ratio(self) -> float:
+        """Share of the patches that is hidden, NaN where the panel shows a map."""
+        return float("nan") if self.hidden_HW is None else float(self.hidden_HW.mean())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,9 +279,7 @@ def _panels(masks: Masks, s: int, i: int, title: str, remark: str, grid_width: i
         Panel(
             title=f"{title} hides",
             caption=remark,
-            hidden=squares(hidden_N, grid_width),
             hidden_HW=hidden_N.reshape(-1, grid_width),
-            ratio=float(hidden_N.mean()),
         )
     )
     return panels

@@ -105,6 +105,7 @@ def write_report(run_dir: str, num_images: int = _NUM_IMAGES, text: bool = True,
     root = root.rstrip("/")
     config_text = fs.cat_file(f"{root}/{CONFIG}").decode()
     groups = [*chart_groups(records), *_waiting(records, config), *_validation(read_validation(run_dir))]
+    drawn = probe_charts(result["labels"]) if result else []
     page = (
         templates()
         .get_template("report.html.j2")
@@ -114,7 +115,7 @@ def write_report(run_dir: str, num_images: int = _NUM_IMAGES, text: bool = True,
             encoder_title=title,
             segmentation_tables=segmentation_tables,
             generation_titles=GENERATION,
-            probe_charts=probe_charts,
+            probe_charts=drawn,
             prevalence=_prevalence(result),
             protocols=sorted({task["protocol"] for task in result["labels"].values()}) if result else [],
             bar=interval_bar,
@@ -129,17 +130,17 @@ def write_report(run_dir: str, num_images: int = _NUM_IMAGES, text: bool = True,
         file.write(page.encode())
     if aim_repo is not None:
         repo = repo_of(run_dir, aim_repo or config.track.aim_repo)
-        show_pictures(repo, run_dir, _pictures(groups, result, gallery), len(records))
+        show_pictures(repo, run_dir, _pictures(groups, drawn, gallery), len(records))
     return f"{run_dir.rstrip('/')}/{REPORT}"
 
 
 def _pictures(
-    groups: Sequence[ChartGroup], result: Mapping[str, Any] | None, gallery: Gallery | None
+    groups: Sequence[ChartGroup], of_probes: Sequence[tuple[str, str, Drawing]], gallery: Gallery | None
 ) -> Iterator[tuple[str, bytes]]:
     """(name, PNG) of every figure of the page, and of every image of its gallery."""
     for group in groups:
         yield from ((f"{group.title}: {chart.name}", to_png(chart.svg)) for chart in group.charts)
-    for label, caption, drawing in probe_charts(result["labels"]) if result else ():
+    for label, caption, drawing in of_probes:
         yield f"{label}: {caption}", to_png(drawing)
     for i, entry in enumerate(gallery.entries if gallery else (), 1):
         yield f"masks: image {i}", contact_sheet(entry)
