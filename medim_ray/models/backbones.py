@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -226,23 +225,15 @@ def build(config: ImageEncoder.Config) -> Any:
 
 def _load(model: nn.Module, init: str) -> None:
     """Load a checkpoint strictly: parts of heads may be left over, nothing may be missing."""
-    if init.startswith(HUB):
-        _load_renamed(model, init, read_state(init.removeprefix(HUB)))
-        return
-    path = Path(init)
-    if path.is_dir():
-        candidates = [path / name for name in ("model.safetensors", "pytorch_model.bin", "model.pth")]
-        path = next((p for p in candidates if p.is_file()), candidates[0])
-    if not path.is_file():
+    if not init.startswith(HUB) and not Path(init).exists():
         raise ValueError(
-            f"encoder.init={init!r}: must be 'random', 'timm' or a local checkpoint, and {path} is no file"
+            f"encoder.init={init!r}: must be 'random', 'timm', hf:OWNER/NAME or a local checkpoint, "
+            "and there is no such file"
         )
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # torch, pickle and safetensors raise half a dozen classes for an unreadable file
-        raise ValueError(f"encoder.init={init!r}: {path} is unreadable ({error}); use a .safetensors file") from error
-    for wrapper in ("model", "state_dict", "teacher"):
-        state = state.get(wrapper, state)
+        state = read_state(init.removeprefix(HUB))
+    except ValueError as error:
+        raise ValueError(f"encoder.init={init!r}: {error}") from None
     if isinstance(model, VisionTransformer) and any(key.endswith(_OTHER_LAYOUTS) for key in state):
         _load_renamed(model, init, state)
         return

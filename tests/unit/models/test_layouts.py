@@ -82,6 +82,24 @@ def test_features_are_those_of_transformers(tmp_path: Path, registers: bool, swi
     assert (ours.patches_BND - theirs[:, num_prefix:]).abs().max() < 1e-5
 
 
+def test_a_hub_id_is_read_from_the_local_cache_and_an_unknown_one_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout of the cache as huggingface_hub leaves it after a download; nothing is asked of the network."""
+    repository, commit = tmp_path / "models--some-lab--chest-dino", "0" * 40
+    save_peer(repository / "snapshots" / commit, registers=False, swiglu=False, image_size=56)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = tiny_encoder().config
+    by_id = ImageEncoder(replace(config, init="hf:some-lab/chest-dino")).backbone.state_dict()
+    by_folder = ImageEncoder(replace(config, init=str(repository / "snapshots" / commit))).backbone.state_dict()
+    assert by_id.keys() == by_folder.keys() and all(torch.equal(by_id[key], by_folder[key]) for key in by_id)
+    with pytest.raises(ValueError, match=r"encoder.init='hf:some-lab/other'.*could not be fetched as a model id"):
+        ImageEncoder(replace(config, init="hf:some-lab/other"))
+
+
 @pytest.mark.parametrize(("registers", "swiglu"), list(NAMES))
 def test_hf_ours_hf_is_equal_bit_for_bit(tmp_path: Path, registers: bool, swiglu: bool) -> None:
     save_peer(tmp_path / "in", registers, swiglu, image_size=56)

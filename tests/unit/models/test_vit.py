@@ -166,9 +166,9 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"does not fit encoder.name"):
         tiny(init=str(tmp_path / "narrow.safetensors"))
     (tmp_path / "text.safetensors").write_text("no weights")
-    with pytest.raises(ValueError, match="unreadable"):
+    with pytest.raises(ValueError, match="is no readable checkpoint"):
         tiny(init=str(tmp_path / "text.safetensors"))
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="and there is no such file"):
         tiny(init=str(tmp_path / "absent"))
 
 
