@@ -24,8 +24,8 @@ from medim_ray.models.vit import ImageEncoder
 from medim_ray.probes.encoders import encoder_source
 from medim_ray.probes.features import decode_crops, extract, pixels_of
 from medim_ray.probes.rows import RowReader, list_rows, work_items
+from medim_ray.session import ray_session
 from medim_ray.train.build import build_crop
-from medim_ray.train.launch import ray_session
 
 
 def main() -> None:

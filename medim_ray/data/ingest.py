@@ -41,6 +41,7 @@ from medim_ray.data.storage import StorageConfig, filesystem, missing_packages, 
 from medim_ray.data.summary import SALT_VARIABLE, PrepareSummary, notices_of_copies, summarize
 from medim_ray.data.vocabulary import VocabularyConfig
 from medim_ray.data.work import WorkFolder, WrittenFile
+from medim_ray.session import ray_session
 
 __all__ = ["PrepareConfig", "PrepareSummary", "QuarantineConfig", "ShardConfig", "prepare"]
 _LOOK_S = 1.0  # seconds between looks at the lease, where no task ends
@@ -195,7 +196,7 @@ def _run(
     part_rows = config.shards.row_group_rows or 64
     facts, whole = work.parts()
     num_before = _num_rows(facts)
-    with _ray():
+    with ray_session(object_store_memory=None):
         encode = _Encode(config, RowEncoder(source, ImageEncoder(config.image)), rows, part_rows, work, lease)
         todo = set(range(-(-rows.num_rows // part_rows))) - facts.keys()
         facts |= encode(todo, num_done=num_before)
@@ -245,20 +246,6 @@ def _refuse_too_many(
         f"quarantine.max_ratio={config.quarantine.max_ratio} allows. The first is "
         f"image {first[1]!r}. Check the paths of the source, or allow more"
     )
-
-
-@contextlib.contextmanager
-def _ray() -> Iterator[None]:
-    """A running Ray; one that is started here ends here."""
-    if ray.is_initialized():
-        yield
-        return
-    address = os.environ.get("RAY_ADDRESS") or "local"  # never a cluster that happens to run on this machine
-    ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="WARNING")
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _in_tasks(

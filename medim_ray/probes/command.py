@@ -41,7 +41,7 @@ from medim_ray.probes.rows import RowList, list_rows
 from medim_ray.probes.segment import segment
 from medim_ray.probes.tables import print_result
 from medim_ray.probes.tasks import Task, default_labels, make_task
-from medim_ray.train.launch import ray_session
+from medim_ray.session import ray_session
 from medim_ray.train.runs import LoadedRun, find_checkpoint, load_run
 
 __all__ = ["ProbeRoot", "read_result", "run_probe"]

@@ -16,12 +16,13 @@ from medim_ray.config.schema import RunConfig
 from medim_ray.data.lease import Lease
 from medim_ray.data.sources.base import absolute
 from medim_ray.data.storage import storage_faults
+from medim_ray.session import ray_session
 from medim_ray.studies.page import REPORT, Study, print_table, write_study
 from medim_ray.studies.results import Table, make_run, make_table
 from medim_ray.studies.runner import Group, RunnerConfig, Search, run_trials, trials_at_once
 from medim_ray.studies.space import Trial
 from medim_ray.studies.trials import Record, TrialJob, read_record
-from medim_ray.train.launch import LEASE, ray_session
+from medim_ray.train.launch import LEASE
 from medim_ray.train.signals import exit_code, stop_signals
 
 

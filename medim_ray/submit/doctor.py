@@ -77,22 +77,12 @@ def _accelerators() -> tuple[bool, str]:
 def _ray() -> tuple[bool, str]:
     import ray
 
+    from medim_ray.session import ray_session
+
     address = os.environ.get("RAY_ADDRESS", "")
-    was_running = ray.is_initialized()
-    if not was_running:
-        ray.init(
-            address=address or "local",
-            include_dashboard=False if not address else None,
-            log_to_driver=False,
-            logging_level="ERROR",
-            **({} if address else {"num_cpus": 1, "object_store_memory": 100 << 20}),
-        )
-    try:
+    with ray_session(num_cpus=1, object_store_memory=100 << 20):
         answer = ray.get(ray.remote(num_cpus=1)(lambda: 6 * 7).remote(), timeout=60)
         nodes = len(ray.nodes())
-    finally:
-        if not was_running:
-            ray.shutdown()
     where = f"cluster at {address}" if address else "started here"
     return answer == 42, f"{ray.__version__}, {where}, {nodes} node(s), a task ran"
 

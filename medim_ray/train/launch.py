@@ -13,7 +13,7 @@ import pickle
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from medim_ray.data.lease import Lease
 from medim_ray.data.pipeline import ReaderFactory, execution_options
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.storage import is_local, storage_faults
+from medim_ray.session import ray_session
 from medim_ray.track.aim_run import repo_of
 from medim_ray.track.tracker import start_tracker
 from medim_ray.train.attempts import Budgets, of_error, of_outcome
@@ -287,30 +288,6 @@ def _cpus(config: RunConfig) -> int:
     """Logical CPUs for a Ray that is started here: the workers, the decoding actors, a validation."""
     beside = 1 + (math.ceil(config.validate.num_cpus) if config.validate.labels else 0)
     return max(os.cpu_count() or 1, math.ceil(config.train.max_workers * config.train.cpus_per_worker) + beside)
-
-
-@contextlib.contextmanager
-def ray_session(address: str, num_cpus: int) -> Iterator[None]:
-    """Joins the cluster at `address` or RAY_ADDRESS, or starts Ray here; leaves a running session alone."""
-    if ray.is_initialized():
-        yield
-        return
-    address = address or os.environ.get("RAY_ADDRESS", "")
-    if address:
-        ray.init(address=address, log_to_driver=False, logging_level="WARNING")
-    else:
-        ray.init(
-            address="local",  # not a cluster that somebody else happens to run on this machine
-            num_cpus=num_cpus,
-            object_store_memory=512 << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="WARNING",
-        )
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _trainer(

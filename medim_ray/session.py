@@ -1,0 +1,58 @@
+"""The Ray that a command works in: a running one, the cluster at an address, or one started here while it lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
+# Ray's words for a raylet whose helper processes were not there within 30 s.
+_TOO_SLOW = "timed out during startup"
+
+
+@contextlib.contextmanager
+def ray_session(
+    address: str = "", num_cpus: int | None = None, object_store_memory: int | None = 512 << 20
+) -> Iterator[None]:
+    """Joins the cluster at `address` or RAY_ADDRESS, or starts Ray here and ends it afterwards; leaves a session that
+    runs alone. RuntimeError where Ray does not come up.
+
+    Of a Ray that is started here: logical CPUs (None: those of the machine), bytes of its object store (None: Ray's
+    share of the memory).
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    if address:
+        ray.init(address=address, **_QUIET)
+    else:
+        _start(num_cpus=num_cpus, object_store_memory=object_store_memory)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(**sizes: int | None) -> None:
+    """A second time where it was too slow: a cold disk has been read by then."""
+    for is_last in (False, True):
+        try:
+            # "local": not a cluster that somebody else happens to run on this machine.
+            ray.init(address="local", include_dashboard=False, **sizes, **_QUIET)
+            return
+        except Exception as error:  # Ray raises the bare class
+            if _TOO_SLOW not in str(error):
+                raise
+            ray.shutdown()
+            if is_last:
+                load, cpus = os.getloadavg()[0], os.cpu_count()
+                raise RuntimeError(
+                    f"Ray did not come up on this machine, twice: load {load:.0f} on {cpus} CPUs. End what else runs "
+                    "here, or join a running cluster with run.ray_address or RAY_ADDRESS. Ray's own words are in "
+                    "/tmp/ray/session_latest/logs"
+                ) from error
