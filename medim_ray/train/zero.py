@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from medim_ray.models.blocks import checkpoint_activations, compile_blocks
 from medim_ray.objectives.base import ParameterGroup, split_by_part
+from medim_ray.train.averaging import GradientAverage
 from medim_ray.train.clipping import Clipping
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ def build_engine(module: nn.Module, train: TrainConfig) -> Any:
     if train.stage == 0 and dist.get_world_size() == 1:
         # DeepSpeed would copy all gradients into a buffer and back for a sum over one rank: 5 % of a ViT-Small's step.
         engine.enable_backward_allreduce = False
+    elif train.stage == 0:
+        GradientAverage(engine)
     engine.clipping = Clipping(engine, train.clip_norm, parts)
     for flat in _flat_tensors(engine):
         engine_state = _torch_optimizer(engine).state[flat]
