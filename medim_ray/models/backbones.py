@@ -34,6 +34,15 @@ _OTHER_LAYOUTS = ("embeddings.patch_embeddings.projection.weight", "encoder.back
 _HEAD_KEYS = ("head.", "head_dist.", "fc.", "fc_norm.", "attn_pool.", "mask_token", "dist_token")
 
 
+class GrayConv(nn.Conv2d):
+    """A convolution over three colours that takes a gray image as it is, by its weights' sum over the colours: what it
+    gives for the image three times, at a third of the cost."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        gray = x_BCHW.shape[1] == 1
+        return self._conv_forward(x_BCHW, self.weight.sum(dim=1, keepdim=True) if gray else self.weight, self.bias)
+
+
 class TokenViT(VisionTransformer):
     """timm's ViT with a forward that masks tokens.
 
@@ -199,6 +208,7 @@ def create(config: ImageEncoder.Config, pretrained: bool = False) -> Any:
         model = timm.create_model(config.name, norm_layer=BatchNorm, **common)
         # timm builds by name and offers no place for a subclass; ours adds methods only, no state.
         model.__class__ = MapResNet
+        _take_gray(model)
         return model
     if "width" in sizes:
         sizes["embed_dim"] = sizes.pop("width")
@@ -213,7 +223,14 @@ def create(config: ImageEncoder.Config, pretrained: bool = False) -> Any:
             "use e.g. vit_base_patch16_224, deit_base_patch16_224, vit_base_patch14_dinov2 or resnet50"
         )
     model.__class__ = TokenViT
+    _take_gray(model)
     return model
+
+
+def _take_gray(model: nn.Module) -> None:
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    assert type(first) is nn.Conv2d and first.in_channels == 3
+    first.__class__ = GrayConv
 
 
 def build(config: ImageEncoder.Config) -> Any:

@@ -133,7 +133,7 @@ class ImageEncoder(nn.Module):
         Sizes other than `image_size` work where the patch divides them: positions are interpolated as DINOv2 does.
         """
         assert (hidden_BN is None) == (mask_token_D is None), "hidden_BN and mask_token_D come together"
-        x_BCHW = ((images_BCHW - self.config.mean) / self.config.std).expand(-1, 3, -1, -1)
+        x_BCHW = (images_BCHW - self.config.mean) / self.config.std
         return Features(*self.backbone(x_BCHW, visible_BK, need_cls_attention, hidden_BN, mask_token_D, wanted_M))
 
 

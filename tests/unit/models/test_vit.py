@@ -186,3 +186,17 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_bad_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(**options)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "resnet18d"])
+def test_gray_images_give_the_features_and_gradients_of_three_equal_colours(name: str) -> None:
+    encoder = ImageEncoder(ImageEncoder.Config(name=name, image_size=64)).train(False)
+    first = next(module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d))
+    found = []
+    for pixels in (images(), images().expand(-1, 3, -1, -1)):
+        encoder.zero_grad()
+        features = encoder(pixels)
+        (features.global_BD.square().sum() + features.patches_BND.square().sum()).backward()
+        assert first.weight.grad is not None and first.weight.shape[1] == 3
+        found.append((features.patches_BND.detach(), first.weight.grad.clone()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
