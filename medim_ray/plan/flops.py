@@ -104,14 +104,14 @@ def vit_pass(
 ) -> Pass:
     """`num_crops` crops of `num_tokens` tokens through the ViT.
 
-    num_patches: patches that the embedding projects (all of them, also where only some tokens go on).
+    num_patches: patches that the embedding projects, of gray pixels (all patches, also where only some tokens go on).
     block_share: share of the samples that a block computes (drop path that skips), 1 otherwise.
     """
     width, tokens = vit.width, num_tokens * num_crops * block_share
     products = 2.0 * (4 * width * width + 2 * width * vit.mlp_width)
     attention = 4.0 * num_tokens * width
     blocks = vit.depth * tokens * (products + attention)
-    embed = 2.0 * 3 * vit.patch_size**2 * width * num_patches * num_crops
+    embed = 2.0 * vit.patch_size**2 * width * num_patches * num_crops
     # Units of width: 12 of the 16 do not depend on the MLP; its hidden layer is kept twice.
     wide = vit.mlp_width / width
     kept = (KEPT_PER_TOKEN_LAYERSCALE if vit.layer_scale else KEPT_PER_TOKEN) - 8 + 2 * wide
