@@ -102,9 +102,9 @@ def _runtime(work: Workload, on_cpu: bool) -> float:
 def _reducing(trained: float, size: float, stage: int, share: float, on_cpu: bool) -> float:
     """Beside gradients and activations at the end of the backward pass: the bucket that gradients are gathered in (of a
     fixed size; a CPU backs only those pages that are written), the flat copy that is reduced, the own share."""
-    flat = size * min(trained, REDUCE_BUCKET)
     if stage == 0:
-        return flat
+        return 0.0 if on_cpu else size * trained  # train/averaging.py: in place, or buckets of which all are kept
+    flat = size * min(trained, REDUCE_BUCKET)
     bucket = flat if on_cpu else size * REDUCE_BUCKET
     if stage == 3:
         return bucket + flat * (2.0 if on_cpu else 1.0)  # gloo reduces and scatters a further copy

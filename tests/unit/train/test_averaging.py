@@ -25,7 +25,7 @@ class Uneven(nn.Module):
         self.first = nn.Linear(WIDTH, WIDTH)
         self.rare = nn.Linear(WIDTH, WIDTH)
         self.last = nn.Linear(WIDTH, WIDTH)
-        assert self.last.weight.numel() >= averaging._LARGE
+        assert self.last.weight.numel() >= averaging.CPU_BUCKET
 
     def forward(self, x_BD: Tensor) -> Tensor:
         """A batch of positive first elements goes through `rare`, another does not touch it."""
@@ -66,10 +66,10 @@ def compare() -> None:
 def check(config: TrainConfig) -> None:
     torch.manual_seed(0)
     module = Uneven()
-    under_way: list[int] = []  # sums, when the last gradient of a backward pass is there
+    under_way: list[int] = []  # buckets, when the last gradient of a backward pass is there
     engine = zero.build_engine(module, config)
     average: Any = engine.buffered_allreduce_fallback.__self__
-    module.first.weight.register_post_accumulate_grad_hook(lambda _: under_way.append(len(average._sums)))
+    module.first.weight.register_post_accumulate_grad_hook(lambda _: under_way.append(len(average._under_way)))
     rank = torch.distributed.get_rank()
     for step in range(STEPS):
         for micro in batch(step).chunk(2)[rank].chunk(config.accumulation):
@@ -81,7 +81,8 @@ def check(config: TrainConfig) -> None:
         torch.testing.assert_close(fragment.tensors["exp_avg"], expected, rtol=1e-4, atol=1e-7)
     last_micro = under_way[config.accumulation - 1 :: config.accumulation]
     # Rank 1 has no gradient for `rare`: only `last`, which is there before it on rank 0, can go ahead.
-    assert last_micro[0] == 0 and set(last_micro[1:]) == ({3} if rank == 0 else {1}), under_way
+    assert last_micro[0] == 0, under_way
+    assert min(last_micro[1:]) >= 3 if rank == 0 else set(last_micro[1:]) == {1}, under_way
     assert set(under_way) - set(last_micro) <= {0}, "a gradient travelled before its last micro-batch"
 
 
