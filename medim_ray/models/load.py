@@ -60,7 +60,7 @@ def read_state(source: str | Path) -> dict[str, Tensor]:
     try:
         state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # torch, pickle and safetensors raise half a dozen classes for an unreadable file
-        raise ValueError(f"{path} is no readable checkpoint ({error}); use .safetensors") from error
+        raise ValueError(f"{path} is no readable checkpoint ({error}); use a .safetensors file") from error
     for wrapper in ("model", "state_dict", "teacher"):
         state = state.get(wrapper, state)
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
