@@ -24,7 +24,7 @@ PACKAGE = ROOT / "medim_ray"
 # Lower layers first; a module imports from its own layer and from those below. config.loader is a leaf that owners of a
 # Config may use; `plan` (cost model) reads configurations only.
 LAYERS = [
-    {"registry", "types", "draws", "schedules", "__init__"},
+    {"registry", "types", "draws", "schedules", "session", "__init__"},
     {"reports"},
     {"masking", "models"},
     {"data", "objectives"},
