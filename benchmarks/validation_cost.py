@@ -27,8 +27,8 @@ _NEIGHBOUR = "import torch; torch.set_num_threads(1); x = torch.rand(1024, 1024)
 _VALIDATION = ["validate.labels=[view,pneumothorax]", "validate.num_images=400"]
 
 
-def step_seconds(shards: str, side: str) -> tuple[float, float]:
-    """Median step time of one run, and the validations that it had."""
+def step_seconds(shards: str, side: str) -> tuple[float, int]:
+    """Median step time of one run, and how many validations it had."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         options = [f"data.shards={shards}", f"run.dir={folder}", "encoder.name=vit_small_patch16_224"]
