@@ -72,7 +72,8 @@ def run_one(name: str, seed: int, args: argparse.Namespace) -> Run:
         began = time.monotonic()
         tool = [sys.executable, "-m", "medim_ray.cli"]
         subprocess.run([*tool, "pretrain", "--config", str(RECIPE), *options], check=True, stdout=subprocess.DEVNULL)
-        subprocess.run([*tool, "probe", f"run={folder}", *_PROBE], check=True, stdout=subprocess.DEVNULL)
+        shared = f"probe.cache={Path(args.out) / 'features'}"  # pixels, and weights before training, are probed once
+        subprocess.run([*tool, "probe", f"run={folder}", shared, *_PROBE], check=True, stdout=subprocess.DEVNULL)
         print(f"{name} seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     looks = [record for record in records if any(key.startswith("maps/") for key in record)]

@@ -7,28 +7,22 @@ What is written: results.py; what is printed: tables.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
 from numpy.typing import NDArray
 from rich.console import Console
 
 from medim_ray.config.loader import run_hash
 from medim_ray.config.probe import ProbeConfig
-from medim_ray.probes.cache import FOLDER, FeatureCache, ScoreFile
-from medim_ray.probes.classify import probe
+from medim_ray.probes.cache import FOLDER, FeatureCache
 from medim_ray.probes.encoders import Encoders, open_encoders
 from medim_ray.probes.features import extract
 from medim_ray.probes.finetune import Tuned, finetune
 from medim_ray.probes.localise import Localisation, localise
-from medim_ray.probes.protocol import check_protocol, judged_patients
-from medim_ray.probes.regress import regress
+from medim_ray.probes.protocol import check_protocol
 from medim_ray.probes.results import (
     SCHEMA_VERSION,
-    AnyScores,
-    AnyTask,
     finetune_results,
     label_results,
     read_result,
@@ -38,6 +32,7 @@ from medim_ray.probes.results import (
 )
 from medim_ray.probes.retrieve import retrieve
 from medim_ray.probes.rows import RowList, list_rows
+from medim_ray.probes.scoring import AnyScores, AnyTask, groups_of, patients_of, score_all
 from medim_ray.probes.segment import segment
 from medim_ray.probes.tables import print_result
 from medim_ray.probes.tasks import Task, default_labels, make_task
@@ -83,14 +78,14 @@ def run_probe(
         tuned: Tuned = {}
         if tasks and "finetune" in config.tasks:
             classes = [task for task in tasks if isinstance(task, Task)]
-            among = _among(tasks, every)
+            among = patients_of(tasks, every)
             tuned = finetune(run.shards, classes, every, encoders.sources, among, config, run.config.train.use_gpu)
         if tasks and "labels" in config.tasks:
             wanted = every.take(sorted({int(i) for task in tasks for i in task.rows_K}))
             cache = FeatureCache(config.cache or f"{run_dir.rstrip('/')}/{FOLDER}", run.shards.content_hash)
             features, more = _features(run, wanted, encoders, cache, console)
             notes += more
-            scores = _probe_all(tasks, every, wanted, features, encoders, cache, config)
+            scores = score_all(tasks, every, wanted, features, encoders.sources, cache, config)
         beyond = _beyond_labels(run, untrained, encoders, config)
     result = {
         "schema_version": SCHEMA_VERSION,
@@ -150,7 +145,7 @@ def _tasks(run: LoadedRun, rows: RowList, config: ProbeConfig) -> tuple[list[Any
         try:
             policy = config.uncertain.get(label, config.uncertain.get("all", "ignore"))
             task = make_task(label, rows.labels, run.shards.url, policy)
-            check_protocol(task, *_groups(task, rows), config.num_folds)
+            check_protocol(task, *groups_of(task, rows), config.num_folds)
             if isinstance(task, Task) or "labels" in config.tasks:  # a number is not fine-tuned
                 tasks.append(task)
         except ValueError as error:
@@ -160,11 +155,6 @@ def _tasks(run: LoadedRun, rows: RowList, config: ProbeConfig) -> tuple[list[Any
     if not tasks and not config.labels:
         notes.append("no label of these shards can be probed; name some with probe.labels=[...]")
     return tasks, notes
-
-
-def _groups(task: AnyTask, rows: RowList) -> tuple[list[str], list[str]]:
-    """Patients and splits of the task's images."""
-    return [rows.patient_ids[i] for i in task.rows_K], [rows.splits[i] for i in task.rows_K]
 
 
 def _features(
@@ -183,68 +173,3 @@ def _features(
         told += f", {len(encoders.sources) - len(left)} of them from the cache"
     console.print(told, highlight=False)
     return {name: found[name] for name in encoders.sources}, notes
-
-
-def _probe_all(
-    tasks: list[AnyTask],
-    rows: RowList,
-    wanted: RowList,
-    features: Mapping[str, NDArray[Any]],
-    encoders: Encoders,
-    cache: FeatureCache,
-    config: ProbeConfig,
-) -> dict[str, dict[str, AnyScores]]:
-    """label -> encoder -> scores, one Ray task each. `features` are those of `wanted`, tasks speak of `rows`."""
-    place = {image_id: i for i, image_id in enumerate(wanted.image_ids)}
-    stored = {name: ray.put(values) for name, values in features.items()}
-    shared = ray.put(_among(tasks, rows))
-    # "DEFAULT": in a trial of a sweep, not in the placement group of the trial, which has room for the trial alone
-    remote = ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")(_probe_rows)
-    pending = {
-        (task.label, name): remote.remote(
-            task,
-            stored[name],
-            [place[rows.image_ids[i]] for i in task.rows_K],
-            *_groups(task, rows),
-            shared,
-            config,
-            cache.scores(encoders.sources[name], task, rows, config) if isinstance(task, Task) else None,
-        )
-        for task in tasks
-        for name in features
-    }
-    done = dict(zip(pending, ray.get(list(pending.values())), strict=True))
-    return {task.label: {name: done[task.label, name] for name in features} for task in tasks}
-
-
-def _among(tasks: Sequence[AnyTask], rows: RowList) -> list[str]:
-    """The patients that joint bootstrap draws of all tasks are taken from."""
-    return sorted({patient for task in tasks for patient in judged_patients(task, *_groups(task, rows))})
-
-
-def _probe_rows(
-    task: AnyTask,
-    features: Any,
-    at: list[int],
-    patient_ids: list[str],
-    splits: list[str],
-    among: list[str],
-    config: ProbeConfig,
-    file: ScoreFile | None,
-) -> AnyScores:
-    options: dict[str, Any] = {
-        "num_folds": config.num_folds,
-        "num_bootstrap": config.num_bootstrap,
-        "seed": config.seed,
-        "among": among,
-    }
-    if not isinstance(task, Task):
-        return regress(task, features[at], patient_ids, splits, **options)
-    options |= {"fractions": config.fractions, "num_draws": config.num_draws}
-    assert file is not None
-    known = file.read()
-    before = len(known)
-    found = probe(task, features[at], patient_ids, splits, known=known, **options)
-    if len(known) > before:
-        file.write(known)
-    return found

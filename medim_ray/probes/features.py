@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import cv2
 import numpy as np
@@ -22,8 +22,10 @@ from medim_ray.data.shards import ShardSet
 from medim_ray.data.transforms import Crop
 from medim_ray.probes.rows import RowList, RowReader, work_items
 from medim_ray.probes.stream import Block, item_of, pooled
-from medim_ray.probes.trainable import Trainable
 from medim_ray.types import BOX
+
+if TYPE_CHECKING:  # tasks that decode load no torch
+    from medim_ray.probes.trainable import Trainable
 
 _BATCH = 32
 _PIXELS, _NOTES = "pixels/", "annotations/"

@@ -51,7 +51,7 @@ def finetune(
     rows: those that the tasks speak of; among: as in bootstrap.patient_weights.
     """
     device = "cuda" if use_gpu else "cpu"
-    # "DEFAULT": as in command.py
+    # "DEFAULT": as in scoring.py
     remote = ray.remote(num_cpus=0 if use_gpu else 1, num_gpus=float(use_gpu), scheduling_strategy="DEFAULT")(_task)
     read = ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")(read_crops)
     wanted = sorted({int(i) for task in tasks for i in task.rows_K})

@@ -105,7 +105,7 @@ def generate(
     if out["note"]:
         return out
     rows = list_rows(shards)
-    # "DEFAULT": as in command.py
+    # "DEFAULT": as in scoring.py
     remote = ray.remote(num_cpus=0 if use_gpu else 1, num_gpus=float(use_gpu), scheduling_strategy="DEFAULT")(_task)
     reader = RowReader.of(shards, "image_id", "image")
     parts = [(rows.take(at), [reports[i] for i in at]) for at in (learn, choose, judged)]

@@ -23,7 +23,8 @@ from medim_ray.probes.encoders import TRAINED
 from medim_ray.probes.finetune import TUNED, Tuned, mean_over_seeds
 from medim_ray.probes.regress import NumberScores
 from medim_ray.probes.rows import RowList
-from medim_ray.probes.tasks import NumberTask, Task
+from medim_ray.probes.scoring import AnyScores, AnyTask
+from medim_ray.probes.tasks import Task
 
 RESULT = "result.json"
 SCHEMA_VERSION = 3
@@ -39,9 +40,6 @@ _SCORES_SCHEMA = pa.schema(
         ("scores", pa.list_(pa.float64())),  # one a class in the order of result.json, of a number the prediction
     ]
 )
-
-AnyTask = Task | NumberTask
-AnyScores = ProbeScores | NumberScores
 
 
 def label_results(tasks: Sequence[AnyTask], scores: Mapping[str, Mapping[str, AnyScores]]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from medim_ray.models.segmentation import build_head, segmentation_loss
 from medim_ray.probes.bootstrap import Floats
 from medim_ray.probes.features import Source
 from medim_ray.probes.rows import RowList, RowReader, centre_columns, work_items
-from medim_ray.probes.segment import WHOLE_IMAGE, Segmented, SegmentRows, best_threshold
+from medim_ray.probes.segment import WHOLE_IMAGE, Segmented, SegmentRows
+from medim_ray.probes.segment_linear import best_threshold
 from medim_ray.probes.trainable import Trainable
 from medim_ray.probes.truth import dice, target_masks
 from medim_ray.probes.tune import fit, seeded
@@ -57,7 +58,7 @@ def segment_trained(
     use_gpu: bool,
 ) -> dict[str, Segmented]:
     """head -> what it came to with every encoder. Needs a running Ray."""
-    # "DEFAULT": as in command.py
+    # "DEFAULT": as in scoring.py
     remote = ray.remote(num_cpus=0 if use_gpu else 1, num_gpus=float(use_gpu), scheduling_strategy="DEFAULT")(_task)
     reader = RowReader.of(shards, "image_id", "image", "truth")
     shared = ray.put((reader, rows))

@@ -122,9 +122,16 @@ def test_the_readme_names_commands_and_files_that_exist() -> None:
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
 
 
-def test_decoding_actors_load_neither_torch_nor_timm() -> None:
-    """They come by the dozen: a second of start and 200 MB less in each."""
-    modules = "medim_ray.data.reader, medim_ray.data.pipeline, medim_ray.masking, medim_ray.train.stream"
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "medim_ray.data.reader, medim_ray.data.pipeline, medim_ray.masking, medim_ray.train.stream",
+        "medim_ray.probes.features, medim_ray.probes.scoring, medim_ray.probes.segment_linear",
+    ],
+    ids=["decoding actors", "tasks of probes"],
+)
+def test_what_comes_by_the_dozen_loads_neither_torch_nor_timm(modules: str) -> None:
+    """Three seconds of start and 200 MB less in each process."""
     heavy = "{'torch', 'timm', 'transformers', 'deepspeed'} & set(sys.modules)"
     code = f"import sys, {modules}; print(sorted({heavy}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)

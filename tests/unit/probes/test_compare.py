@@ -16,8 +16,9 @@ from medim_ray.cli import main
 from medim_ray.probes.classify import probe
 from medim_ray.probes.compare import CompareOptions, CompareRoot, run_compare
 from medim_ray.probes.regress import regress
-from medim_ray.probes.results import AnyScores, AnyTask, label_results, read_scores, write_result, write_scores
+from medim_ray.probes.results import label_results, read_scores, write_result, write_scores
 from medim_ray.probes.rows import RowList
+from medim_ray.probes.scoring import AnyScores, AnyTask
 from medim_ray.probes.tasks import NumberTask, Task
 
 NUM = 180

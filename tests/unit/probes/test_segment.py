@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from medim_ray.data.transforms import CROPS, PadCrop
 from medim_ray.probes.encoders import raw_pixels
 from medim_ray.probes.features import Source
-from medim_ray.probes.segment import Learn, _JudgeActor, _LearnActor, _pick, fit_head
+from medim_ray.probes.segment import _JudgeActor, _LearnActor, _pick
+from medim_ray.probes.segment_linear import Learn, fit_head
 from medim_ray.probes.truth import ANY, dice, enlarged, is_of, patch_shares, target_masks
 
 TARGETS = ("pneumothorax", ANY)
