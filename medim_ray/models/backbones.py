@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
+from timm.layers import Attention
 from timm.models.resnet import ResNet
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +24,7 @@ from medim_ray.models.blocks import recomputed
 from medim_ray.models.layouts import to_timm
 from medim_ray.models.load import load_weights, read_state
 from medim_ray.models.norms import BatchNorm
+from medim_ray.models.packing import Pack, run_packed
 from medim_ray.models.vit import HUB, INITS
 
 if TYPE_CHECKING:
@@ -58,26 +60,23 @@ class TokenViT(VisionTransformer):
         hidden_BN: Tensor | None,
         mask_token_D: Tensor | None,
         wanted_M: Tensor | None,
+        more_BCHW: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        x_BHWD = self.patch_embed(x_BCHW.to(self.pos_embed.dtype))
-        prefix_P1D, positions_1ND = self._positions(x_BHWD.shape[1], x_BHWD.shape[2])
-        x_BND = x_BHWD.flatten(1, 2)
-        if hidden_BN is not None and mask_token_D is not None:
-            x_BND = torch.where(hidden_BN[:, :, None], mask_token_D.to(x_BND.dtype), x_BND)
-        x_BND = x_BND + positions_1ND
-        if visible_BK is not None:
-            x_BND = x_BND.gather(1, visible_BK[:, :, None].expand(-1, -1, x_BND.shape[2]))
-        x_BLD = torch.cat([p_1D.expand(x_BND.shape[0], -1, -1) for p_1D in prefix_P1D] + [x_BND], dim=1)
-        x_BLD = self.norm_pre(self.pos_drop(x_BLD))
+        x_BLD = self._embed(x_BCHW, hidden_BN, mask_token_D, visible_BK)
         run = recomputed if self.grad_checkpointing and self.training else _run
+        if more_BCHW is not None:
+            assert wanted_M is not None
+            pack, x_TD = Pack.of([x_BLD, self._embed(more_BCHW)])
+            for block in self.blocks[:-1]:
+                x_TD = run(partial(run_packed, block, pack=pack), x_TD)
+            return self._wanted(x_TD, pack, wanted_M)
         for block in self.blocks[:-1]:
             x_BLD = run(block, x_BLD)
-        num_prefix = self.num_prefix_tokens
         if wanted_M is not None:
-            assert self.has_class_token and not need_cls_attention
-            last = partial(_wanted_rows, self.blocks[-1], num_prefix=num_prefix, wanted_M=wanted_M)
-            x_RD = self.norm(run(last, x_BLD))
-            return x_RD[: len(x_BLD)], x_RD[len(x_BLD) :], None
+            assert not need_cls_attention
+            pack, x_TD = Pack.of([x_BLD])
+            return self._wanted(x_TD, pack, wanted_M)
+        num_prefix = self.num_prefix_tokens
         attention_BN = None
         if need_cls_attention and self.has_class_token:
             x_BLD, attention_BL = run(partial(_with_cls_attention, self.blocks[-1]), x_BLD)
@@ -88,6 +87,38 @@ class TokenViT(VisionTransformer):
         patches_BND = x_BLD[:, num_prefix:]
         global_BD = x_BLD[:, 0] if self.has_class_token else patches_BND.mean(dim=1)
         return global_BD, patches_BND, attention_BN
+
+    def _embed(
+        self,
+        x_BCHW: Tensor,
+        hidden_BN: Tensor | None = None,
+        mask_token_D: Tensor | None = None,
+        visible_BK: Tensor | None = None,
+    ) -> Tensor:
+        """[B, L, D] tokens as the first block takes them."""
+        x_BHWD = self.patch_embed(x_BCHW.to(self.pos_embed.dtype))
+        prefix_P1D, positions_1ND = self._positions(x_BHWD.shape[1], x_BHWD.shape[2])
+        x_BND = x_BHWD.flatten(1, 2)
+        if hidden_BN is not None and mask_token_D is not None:
+            x_BND = torch.where(hidden_BN[:, :, None], mask_token_D.to(x_BND.dtype), x_BND)
+        x_BND = x_BND + positions_1ND
+        if visible_BK is not None:
+            x_BND = x_BND.gather(1, visible_BK[:, :, None].expand(-1, -1, x_BND.shape[2]))
+        x_BLD = torch.cat([p_1D.expand(x_BND.shape[0], -1, -1) for p_1D in prefix_P1D] + [x_BND], dim=1)
+        tokens_BLD: Tensor = self.norm_pre(self.pos_drop(x_BLD))
+        return tokens_BLD
+
+    def _wanted(self, x_TD: Tensor, pack: Pack, wanted_M: Tensor) -> tuple[Tensor, Tensor, None]:
+        """The last block and the final norm for the CLS tokens of all crops and the patches `wanted_M` of those of the
+        first size: [crops, D], [M, D]."""
+        assert self.has_class_token
+        run = recomputed if self.grad_checkpointing and self.training else _run
+        length, num_prefix = pack.sizes[0][1], self.num_prefix_tokens
+        num_patches = length - num_prefix
+        wanted_rows_M = wanted_M // num_patches * length + num_prefix + wanted_M % num_patches
+        rows_R = torch.cat([pack.first_rows(), wanted_rows_M])
+        x_RD = self.norm(run(partial(run_packed, self.blocks[-1], pack=pack, rows_R=rows_R), x_TD))
+        return x_RD[: pack.num_crops], x_RD[pack.num_crops :], None
 
     def _positions(self, height: int, width: int) -> tuple[list[Tensor], Tensor]:
         """Prefix tokens with their positions, and the positions of a height x width grid [1, N, D].
@@ -120,10 +151,10 @@ class MapResNet(ResNet):
         hidden_BN: Tensor | None,
         mask_token_D: Tensor | None,
         wanted_M: Tensor | None,
+        more_BCHW: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        assert visible_BK is None and hidden_BN is None and wanted_M is None, (
-            "a ResNet has no tokens; objectives check takes_tokens"
-        )
+        for of_tokens in (visible_BK, hidden_BN, wanted_M, more_BCHW):
+            assert of_tokens is None, "a ResNet has no tokens; objectives check takes_tokens"
         x_BCHW = x_BCHW.to(next(self.parameters()).dtype, memory_format=torch.channels_last)
         run = recomputed if self.grad_checkpointing and self.training else _run
         x_BCHW = self.maxpool(self.act1(self.bn1(self.conv1(x_BCHW))))
@@ -159,35 +190,6 @@ def _with_cls_attention(block: nn.Module, x_BLD: Tensor) -> tuple[Tensor, Tensor
     return out_BLD, weights_BHL.mean(dim=1)
 
 
-def _wanted_rows(block: Any, x_BLD: Tensor, num_prefix: int, wanted_M: Tensor) -> Tensor:
-    """A timm block's output for the CLS tokens and the patches `wanted_M` (crop * N + patch) only: [B + M, D].
-
-    All tokens are attended to, but what follows the attention is computed for these rows alone; with few of them that
-    is three quarters of the block. The same numbers as of the whole block, and the same draws of stochastic depth.
-    """
-    num, length, _ = x_BLD.shape
-    num_patches = length - num_prefix
-    first_B = torch.arange(num, device=x_BLD.device)
-    crop_R = torch.cat([first_B, wanted_M // num_patches])
-    rows_R = torch.cat([first_B * length, wanted_M // num_patches * length + num_prefix + wanted_M % num_patches])
-
-    def rows_only(_module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        return inputs[0].flatten(0, 1).index_select(0, rows_R)
-
-    def drop(path: nn.Module, y_RD: Tensor) -> Tensor:
-        if isinstance(path, nn.Identity) or not path.training:
-            return y_RD
-        return y_RD * path(y_RD.new_ones(num, 1, 1)).flatten()[crop_R, None]
-
-    handle = block.attn.proj.register_forward_pre_hook(rows_only)
-    try:
-        attended_RD = block.attn(block.norm1(x_BLD))
-    finally:
-        handle.remove()
-    x_RD = x_BLD.flatten(0, 1).index_select(0, rows_R) + drop(block.drop_path1, block.ls1(attended_RD))
-    return x_RD + drop(block.drop_path2, block.ls2(block.mlp(block.norm2(x_RD))))
-
-
 def create(config: ImageEncoder.Config, pretrained: bool = False) -> Any:
     """The timm model of `config` as one of our two classes; ValueError where it is neither."""
     if not timm.is_model(config.name):
@@ -217,14 +219,20 @@ def create(config: ImageEncoder.Config, pretrained: bool = False) -> Any:
         model = timm.create_model(
             config.name, img_size=config.image_size, dynamic_img_size=True, global_pool="", **common, **sizes
         )
-    if type(model) is not VisionTransformer or model.pos_embed is None:
+    if type(model) is not VisionTransformer or model.pos_embed is None or not all(map(_is_plain, model.blocks)):
         raise ValueError(
-            f"encoder.name={config.name!r}: must be a timm VisionTransformer with learned positions or a ResNet; "
+            f"encoder.name={config.name!r}: must be a timm VisionTransformer with learned positions and plain "
+            "pre-norm blocks, or a ResNet; "
             "use e.g. vit_base_patch16_224, deit_base_patch16_224, vit_base_patch14_dinov2 or resnet50"
         )
     model.__class__ = TokenViT
     _take_gray(model)
     return model
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether it is a block as packing.py runs it: not parallel, post-norm, gated or with differential attention."""
+    return type(block) is Block and type(block.attn) is Attention and block.attn.gate is None
 
 
 def _take_gray(model: nn.Module) -> None:

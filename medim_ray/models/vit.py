@@ -21,7 +21,8 @@ HUB = "hf:"  # and what begins so: an id of the Hugging Face hub
 class Features(NamedTuple):
     """What an encoder returns (a named tuple, because the hooks of ZeRO-3 walk tuples and not dataclasses).
 
-    global_BD: CLS token after the final norm, or the mean of the patches where there is no CLS token.
+    global_BD: CLS token after the final norm, or the mean of the patches where there is no CLS token; those of
+        `more_BCHW` last.
     patches_BND: patch features after the final norm, row by row; [B, K, D] in the order of `visible_BK` where given,
         [M, D] in the order of `wanted_M` where given.
     cls_attention_BN: float32, last block's attention from CLS to each patch, mean over heads, softmaxed over all
@@ -50,7 +51,8 @@ class ImageEncoder(nn.Module):
     """Gray images -> Features. `backbone` is the timm model itself, so its state dict is a timm checkpoint.
 
     Attributes: grid (patches at `image_size`), width (D), patch_size (pixels), num_prefix_tokens, has_cls,
-    takes_tokens (visible_BK and hidden_BN are possible: ViT yes, ResNet no).
+    takes_tokens (visible_BK and hidden_BN are possible: ViT yes, ResNet no), packs (more_BCHW is possible: a ViT whose
+    blocks are not compiled).
     Raises ValueError for unknown names and files, and for an image size that the patch size does not divide.
     """
 
@@ -93,6 +95,7 @@ class ImageEncoder(nn.Module):
         self.grid = _grid(config, self.patch_size)
         self.width = int(self.backbone.num_features)
         self.takes_tokens = isinstance(self.backbone, backbones.TokenViT)
+        self.packs = self.takes_tokens
         self.has_cls = self.takes_tokens and self.backbone.has_class_token
         self.num_prefix_tokens = int(self.backbone.num_prefix_tokens) if self.takes_tokens else 0
 
@@ -112,6 +115,7 @@ class ImageEncoder(nn.Module):
         """Compiles the blocks of a ViT at their first call, but for the last, whose attention is read by hooks; a
         ResNet stays as it is."""
         if self.takes_tokens:
+            self.packs = False
             for block in self.backbone.blocks[:-1]:
                 block.compile()
 
@@ -123,6 +127,7 @@ class ImageEncoder(nn.Module):
         hidden_BN: Tensor | None = None,
         mask_token_D: Tensor | None = None,
         wanted_M: Tensor | None = None,
+        more_BCHW: Tensor | None = None,
     ) -> Features:
         """Encode `images_BCHW` (float in [0, 1], C = 1; three channels are taken as they are).
 
@@ -130,11 +135,16 @@ class ImageEncoder(nn.Module):
         hidden_BN, mask_token_D: patches whose embedding is replaced by the token before positions are added.
         wanted_M: int64 places image * N + patch; patches_BND then holds these alone, [M, D], and the last block does
             not compute the others. Needs a CLS token, and no CLS attention.
+        more_BCHW: crops of another size that go through the blocks in the same pass (packing.py); their CLS tokens
+            follow those of `images_BCHW` in global_BD. Needs `wanted_M`, whose patches are those of `images_BCHW`.
         Sizes other than `image_size` work where the patch divides them: positions are interpolated as DINOv2 does.
         """
         assert (hidden_BN is None) == (mask_token_D is None), "hidden_BN and mask_token_D come together"
         x_BCHW = (images_BCHW - self.config.mean) / self.config.std
-        return Features(*self.backbone(x_BCHW, visible_BK, need_cls_attention, hidden_BN, mask_token_D, wanted_M))
+        if more_BCHW is not None:
+            more_BCHW = (more_BCHW - self.config.mean) / self.config.std
+        options = (visible_BK, need_cls_attention, hidden_BN, mask_token_D, wanted_M, more_BCHW)
+        return Features(*self.backbone(x_BCHW, *options))
 
 
 def _grid(config: ImageEncoder.Config, patch_size: int) -> Grid:

@@ -1,4 +1,7 @@
-"""RAD-DINO under DeepSpeed: one loss curve at every ZeRO stage and worker count; a teacher sharded like the student."""
+"""RAD-DINO under DeepSpeed: one loss curve at every ZeRO stage and worker count; a teacher sharded like the student.
+
+Two workers take local and global crops in one pass (`objective.pack`), one worker takes a pass a size: the same curve.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ RUNS: list[tuple[int, Literal["fp32", "bf16"]]] = [
 ]
 
 
-def objective() -> RadDino:
+def objective(pack: Literal["on", "off"]) -> RadDino:
     """Weights away from their start, where all features are alike and Adam follows the signs of rounding errors."""
     torch.manual_seed(0)
     config = ImageEncoder.Config(
@@ -45,7 +48,7 @@ def objective() -> RadDino:
         for parameter in encoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     head = DinoHead.Config(num_prototypes=64, hidden=32, bottleneck=16)
-    options = RadDino.Config(head=head, koleo_gather=True, ema_start=0.9, frozen_ratio=0.1)
+    options = RadDino.Config(head=head, koleo_gather=True, ema_start=0.9, frozen_ratio=0.1, pack=pack)
     masking = StepBlockMasking(StepBlockMasking.Config())
     parts = Parts(encoder=encoder, text=None, masking=masking, num_steps=NUM_STEPS, global_batch=GLOBAL_BATCH)
     return RadDino(options, parts)
@@ -73,7 +76,7 @@ def curve(
 
     from medim_ray.train.zero import build_engine
 
-    module = objective()
+    module = objective(pack="on" if num_ranks > 1 else "off")
     train = TrainConfig(
         steps=NUM_STEPS, num_workers=num_ranks, zero=stage, global_batch=GLOBAL_BATCH, precision=precision
     )

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
+from medim_ray.models.packing import Pack, run_packed
 from medim_ray.models.vit import ImageEncoder, MaskToken
 from medim_ray.types import Grid
 
@@ -71,6 +72,48 @@ def test_wanted_patches_are_those_of_the_whole_image_with_gradients_and_draws() 
         torch.testing.assert_close(*results)
     none = encoder(images(2, 56), wanted_M=wanted_M[:0])
     assert none.patches_BND.shape == (0, 48) and none.global_BD.shape == (2, 48)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_crops_of_two_sizes_in_one_pass_are_those_of_two_passes(name: str, recompute: bool) -> None:
+    size = 56 if "patch14" in name else 64
+    encoder = tiny(name=name, image_size=size).train()
+    if recompute:
+        encoder.checkpoint_activations()
+    wanted_M, large, small = torch.tensor([3, 0, 17]), images(2, size), images(5, size // 2)
+    results = []
+    for packed in (False, True):
+        encoder.zero_grad()
+        first = encoder(large, wanted_M=wanted_M, more_BCHW=small if packed else None)
+        cls_BD = first.global_BD
+        if not packed:
+            cls_BD = torch.cat([cls_BD, encoder(small, wanted_M=wanted_M[:0]).global_BD])
+        assert cls_BD.shape == (7, 48)
+        ((cls_BD.square() * torch.arange(7)[:, None]).sum() + first.patches_BND.pow(3).sum()).backward()
+        results.append((cls_BD, first.patches_BND, *(p.grad for p in encoder.parameters() if p.grad is not None)))
+    torch.testing.assert_close(*results)
+
+
+def test_stochastic_depth_drops_whole_crops_of_a_pack_as_often_as_it_should() -> None:
+    block = tiny(drop_path=0.5).train().backbone.blocks[-1]
+    assert block.drop_path1.drop_prob == 0.5
+    groups = [torch.randn(300, 4, 48), torch.randn(200, 2, 48)]
+    pack, x_TD = Pack.of(groups)
+    torch.nn.init.zeros_(block.mlp.fc2.weight)  # of the two residuals only the attention's is left
+    torch.nn.init.zeros_(block.mlp.fc2.bias)
+    moved_T = (run_packed(block, x_TD, pack) - x_TD).abs().sum(dim=1) > 0
+    share = []
+    for of_size in moved_T.split([1200, 400]):
+        by_crop = of_size.unflatten(0, (300 if len(of_size) == 1200 else 200, -1))
+        assert (by_crop == by_crop[:, :1]).all()  # a crop is dropped whole or kept whole
+        share.append(float(by_crop[:, 0].float().mean()))
+    assert all(abs(one - 0.5) < 4 * (0.25 / 200) ** 0.5 for one in share)
+
+
+def test_blocks_that_can_not_be_packed_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"vit_small_patch16_18x2_224.*plain pre-norm blocks"):
+        ImageEncoder(ImageEncoder.Config(name="vit_small_patch16_18x2_224"))
 
 
 def test_hidden_pixels_reach_nothing_with_visible_patches() -> None:

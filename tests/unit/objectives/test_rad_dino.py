@@ -68,6 +68,25 @@ def test_the_loss_falls_and_only_the_student_learns() -> None:
     assert all(torch.equal(before[key], value) for key, value in teacher_of(objective).items())
 
 
+def test_one_pass_for_crops_of_both_sizes_gives_the_same_step() -> None:
+    steps = []
+    for pack in ("off", "on"):
+        objective, batch = make(pack=pack), make_batch()
+        passes: list[int] = []
+        objective.student_encoder.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        output = objective(batch)
+        output.loss.backward()
+        assert len(passes) == (1 if pack == "on" else 2)
+        gradients = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+        steps.append((output.logs, gradients))
+    (logs, gradients), (packed_logs, packed_gradients) = steps
+    torch.testing.assert_close(packed_logs, logs, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == packed_gradients.keys()
+    scale = max(float(gradient.norm()) for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        assert (packed_gradients[name] - gradient).norm() < 1e-4 * gradient.norm() + 1e-5 * scale, name
+
+
 def test_after_step_moves_the_teacher_by_the_schedule() -> None:
     objective = make(ema_start=0.9, ema_end=1.0)
     with torch.no_grad():
