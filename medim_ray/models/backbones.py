@@ -9,7 +9,6 @@ import difflib
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -25,7 +24,7 @@ from medim_ray.models.layouts import to_timm
 from medim_ray.models.load import load_weights, read_state
 from medim_ray.models.norms import BatchNorm
 from medim_ray.models.packing import Pack, run_packed
-from medim_ray.models.vit import HUB, INITS
+from medim_ray.models.vit import HUB, INITS, check_init
 
 if TYPE_CHECKING:
     from medim_ray.models.vit import ImageEncoder
@@ -250,11 +249,7 @@ def build(config: ImageEncoder.Config) -> Any:
 
 def _load(model: nn.Module, init: str) -> None:
     """Load a checkpoint strictly: parts of heads may be left over, nothing may be missing."""
-    if not init.startswith(HUB) and not Path(init).exists():
-        raise ValueError(
-            f"encoder.init={init!r}: must be 'random', 'timm', hf:OWNER/NAME or a local checkpoint, "
-            "and there is no such file"
-        )
+    check_init(init)
     try:
         state = read_state(init.removeprefix(HUB))
     except ValueError as error:

@@ -7,6 +7,7 @@ patches in MedIM's local term (PAPERS.md, MedIM). It holds no projection, no hea
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,15 @@ from medim_ray.types import Grid
 
 INITS = ("random", "timm")  # values of `init` that are no path
 HUB = "hf:"  # and what begins so: an id of the Hugging Face hub
+
+
+def check_init(init: str) -> None:
+    """ValueError where `init` is neither a word, nor an id of the hub, nor a path that is there."""
+    if init not in INITS and not init.startswith(HUB) and not Path(init).exists():
+        raise ValueError(
+            f"encoder.init={init!r}: must be 'random', 'timm', hf:OWNER/NAME or a local checkpoint, and there is no "
+            "such path"
+        )
 
 
 class Features(NamedTuple):

@@ -12,7 +12,7 @@ from medim_ray.config.schema import RunConfig
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.sources.base import absolute
 from medim_ray.data.storage import storage_faults
-from medim_ray.models.vit import HUB, INITS
+from medim_ray.models.vit import INITS, check_init
 from medim_ray.train.build import build_masking, stream_plan
 from medim_ray.train.runs import read_config
 from medim_ray.train.snapshots import check_snapshots
@@ -40,12 +40,7 @@ def check(config: RunConfig) -> ShardSet:
         raise ValueError("run.dir is empty: give the folder or URL of the run, e.g. run.dir=runs/first")
     if not config.data.shards:
         raise ValueError("data.shards is empty: give what `medim-ray prepare` wrote, e.g. data.shards=shards/cxr")
-    init = config.encoder.init
-    if init not in INITS and not init.startswith(HUB) and not Path(init).exists():
-        raise ValueError(
-            f"encoder.init={init!r}: must be 'random', 'timm', hf:OWNER/NAME or a local checkpoint, and there is no "
-            "such path"
-        )
+    check_init(config.encoder.init)
     with storage_faults(f"data.shards={config.data.shards}"):
         shards = ShardSet.open(config.data.shards)
         shards.check_files(config.data.split)

@@ -211,7 +211,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(ValueError, match="is no readable checkpoint"):
         tiny(init=str(tmp_path / "text.safetensors"))
-    with pytest.raises(ValueError, match="and there is no such file"):
+    with pytest.raises(ValueError, match="and there is no such path"):
         tiny(init=str(tmp_path / "absent"))
 
 
