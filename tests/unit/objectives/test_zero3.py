@@ -1,7 +1,8 @@
 """Every objective of this package gives, in two processes under ZeRO-3, the losses of one plain process.
 
 ZeRO-3 frees a parameter after the forward of the module that owns it: an objective that reads a parameter elsewhere
-fails here and nowhere else. Norms are per sample, so that two halves of a batch are the batch.
+fails here and nowhere else, and so does what publishes parameters. Norms are per sample, so that two halves of a batch
+are the batch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 from medim_ray.data.texts import TextRows
 from medim_ray.masking import MASKINGS
 from medim_ray.probes.localise import ModelMaps
+from medim_ray.train.snapshot_store import SnapshotStore
+from medim_ray.train.snapshots import Publisher
 from tests.unit.objectives.batches import batch_for, build
 
 SMALL = {"projection_hidden": 64, "projection_dim": 32, "decoder_widths": (16, 8, 8, 8), "norm": "layer"}
@@ -38,8 +41,9 @@ STEPS = 3
 NO_TEXT = TextRows(columns={}, mentions=[])  # maps are made of the batch's own columns
 
 
-def losses(case: str, rank: int, num_ranks: int) -> list[float]:
-    """This rank's loss at each step: plain AdamW for one rank, ZeRO-3 for several."""
+def losses(case: str, rank: int, num_ranks: int, folder: Path) -> list[float]:
+    """This rank's loss at each step: a plain loop for one rank, ZeRO-3 for several. What MedIM's attention needs is
+    published at the end under `folder`."""
     name, masking_options, options = CASES[case]
     objective = build(name, masking_options, **options)
     strategy = MASKINGS[masking_options["name"]]
@@ -81,6 +85,8 @@ def losses(case: str, rank: int, num_ranks: int) -> list[float]:
             loss.backward()
             optimizer.step()
         result.append(loss.item())
+    if case == "medim":
+        Publisher(SnapshotStore(str(folder / f"published-{num_ranks}")), STEPS, objective, rank)(STEPS)
     return result
 
 
@@ -104,9 +110,13 @@ def test_losses_are_those_of_one_process(tmp_path: Path) -> None:
     for case in CASES:
         ranks = [json.loads((tmp_path / f"{case}-{rank}.json").read_text()) for rank in (0, 1)]
         joined = [sum(pair) / 2 for pair in zip(*ranks, strict=True)]
-        plain = losses(case, 0, 1)
+        plain = losses(case, 0, 1, tmp_path)
         assert joined == pytest.approx(plain, rel=1e-4), case
         assert plain[-1] < plain[case == "input"], case
+    sharded, whole = (SnapshotStore(str(tmp_path / f"published-{num}")).wait(STEPS) for num in (2, 1))
+    assert sharded.keys() == whole.keys() and {name.partition(".")[0] for name in whole} >= {"encoder", "text"}
+    for name, tensor in whole.items():
+        torch.testing.assert_close(sharded[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def main(folder: str) -> None:
@@ -117,7 +127,7 @@ def main(folder: str) -> None:
     deepspeed.ops.__compatible_ops__ = {}  # as train/zero.py: else it compiles one, for minutes
     deepspeed.init_distributed("gloo")
     for case in CASES:
-        values = losses(case, dist.get_rank(), dist.get_world_size())
+        values = losses(case, dist.get_rank(), dist.get_world_size(), Path(folder))
         Path(folder, f"{case}-{dist.get_rank()}.json").write_text(json.dumps(values))
     dist.destroy_process_group()
 
