@@ -47,7 +47,8 @@ studies: .venv/installed
 		(cd studies/$$name-phantoms && cp *.json *.csv report.html ../../jobs/results/$$name-phantoms/); \
 	done
 	$(BIN)/python benchmarks/learning.py shards/phantoms studies/learning
-	mkdir -p jobs/results/learning && cp studies/learning/learning.md jobs/results/learning/
+	$(BIN)/python -m benchmarks.dino_learning shards/phantoms studies/dino_learning
+	mkdir -p jobs/results/learning && cp studies/learning/learning.md studies/dino_learning/dino_learning.md jobs/results/learning/
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ For every arm and seed one `medim-ray pretrain`, validated at each checkpoint by
 `medim-ray probe` beside the weights that the run began with. A run that has its result.json is not run again, one that
 was cut goes on from its checkpoint: repeat the command until the table is there. Means over seeds, 95 % t-intervals.
 
-    python -m benchmarks.dino_learning SHARDS OUT [--seeds 0 1 2] [--steps 300] [--arms mae small-batch ...]
+    python -m benchmarks.dino_learning SHARDS OUT [--seeds 0 1 2] [--steps 200] [--arms mae small-batch ...]
 """
 
 from __future__ import annotations

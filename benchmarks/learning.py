@@ -4,7 +4,7 @@ For every objective and seed one `medim-ray pretrain` and one `medim-ray probe`,
 result.json is not run again, one that was cut goes on from its checkpoint: repeat the command until the table is there.
 Numbers are means over seeds with a 95 % t-interval. A row that does not beat uniform masking says so.
 
-    python benchmarks/learning.py SHARDS OUT [--seeds 0 1 2] [--steps 300] [--objectives mae medim ...]
+    python benchmarks/learning.py SHARDS OUT [--seeds 0 1 2] [--steps 200] [--objectives mae medim ...]
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def parse(meaning: str | None, option: str, names: Sequence[str]) -> argparse.Na
     parser.add_argument("shards")
     parser.add_argument("out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument(option, nargs="+", choices=list(names), default=list(names))
     return parser.parse_args()
 
