@@ -5,6 +5,7 @@ Follows the paper's code (MedIM, "word pieces summed to words"): word i is token
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from medim_ray.reports.sections import Sentence
+from medim_ray.reports.sections import Sentence, blank_markup
 from medim_ray.reports.tagger import Mention
 
 __all__ = ["ASSERTION_CODES", "BareTokenizer", "EncodedReport", "encode"]
@@ -76,7 +77,8 @@ def encode(
     if num_tokens < 3:
         raise ValueError(f"num_tokens={num_tokens}: must be at least 3 ([CLS], one word, [SEP]); the paper uses 112")
     bare = tokenizer if isinstance(tokenizer, BareTokenizer) else BareTokenizer.of(tokenizer)
-    encoding = bare.core.encode(text, add_special_tokens=False)
+    readable, places = _readable(text)
+    encoding = bare.core.encode(readable, add_special_tokens=False)
     word_ids: list[int | None] = encoding.word_ids
     keep = _num_kept(word_ids, num_tokens - 2)
 
@@ -92,7 +94,9 @@ def encode(
     starts = offsets[firsts, 0]
     ends = offsets[np.append(firsts[1:], keep) - 1, 1] if keep else starts
     # A byte-level tokenizer makes words of bare white space: tokens like others, but no words.
-    is_word = np.array([bool(text[start:end].strip()) for start, end in zip(starts, ends, strict=True)], bool)
+    is_word = np.array([bool(readable[start:end].strip()) for start, end in zip(starts, ends, strict=True)], bool)
+    if places is not None and keep:  # back to `text`
+        starts, ends = places[starts], places[np.maximum(ends - 1, 0)] + 1
     numbers = np.where(is_word, np.cumsum(is_word) - 1, -1)
     word_of_token_T = np.full(num_tokens, -1, np.int16)
     word_of_token_T[1 : keep + 1] = numbers[np.cumsum(is_new) - 1]
@@ -116,6 +120,23 @@ def encode(
         sentence_id_W=sentence_id_W,
         num_sentences=len(np.unique(sentence_id_W[:num_words])) if sentences else 0,
     )
+
+
+_UNREAD = re.compile(r"_{2,}|[^\S\n]{3,}")
+
+
+def _readable(text: str) -> tuple[str, NDArray[np.int64] | None]:
+    """The text as it is read: markup and runs of underscores (blanks of de-identification) are one space each, so that
+    they cost no tokens; and the place in `text` of each of its characters, None where nothing was taken out."""
+    plain = blank_markup(text)
+    if _UNREAD.search(plain) is None:
+        return plain, None
+    kept, last = [], 0
+    for match in _UNREAD.finditer(plain):
+        kept.append(np.arange(last, match.start() + 1))
+        last = match.end()
+    places = np.concatenate([*kept, np.arange(last, len(plain))])
+    return _UNREAD.sub(" ", plain), places
 
 
 def special_token_ids(tokenizer: Any) -> tuple[int, int, int]:

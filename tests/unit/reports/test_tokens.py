@@ -127,3 +127,15 @@ def test_tokenizers_that_cannot_serve_are_refused() -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=WORD_PIECE.backend_tokenizer, cls_token="[CLS]", sep_token="[SEP]")
     with pytest.raises(ValueError, match="no pad_token"):
         encoded(TEXT, 20, bare)
+
+
+@pytest.mark.parametrize("tokenizer", [WORD_PIECE, BYTE_BPE], ids=["word pieces", "bytes"])
+def test_blanks_and_markup_cost_no_tokens(tokenizer: Any) -> None:
+    text = "_" * 120 + "\n<p>No <b>left</b> effusion.</p> ___ Enlarged heart."
+    report = encoded(text, 64, tokenizer)
+    words = [text[m.start : m.end].lower() for m in TAGGER.tag(text)]
+    assert words == ["effusion", "enlarged heart"]
+    assert report.mesh_flag_W.sum() == 3 and report.num_sentences == 2
+    plain = encoded("\nNo left effusion. Enlarged heart.", 64, tokenizer)
+    assert (~report.word_is_pad_W).sum() == (~plain.word_is_pad_W).sum()
+    assert report.assertion_W[report.mesh_flag_W].tolist() == plain.assertion_W[plain.mesh_flag_W].tolist()
