@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["Report", "Sentence", "blank_markup", "split_sections", "split_sentences"]
+__all__ = ["Report", "Sentence", "blank_markup", "split_sections", "split_sentences", "untold_spans"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ _HEADING = re.compile(
 )
 _BLOCK_TAG = re.compile(r"<\s*/?\s*(?:br|p|div|li|ul|ol|tr|table|h[1-6]|body|html)\b[^<>]*>", re.IGNORECASE)
 _TAG = re.compile(
-    r"<!--.*?-->|<!doctype[^<>]*>|<\s*/?\s*(?:a|b|i|u|em|strong|span|font|sub|sup|td|th|tbody|thead|head|title|meta|pre|code|small"
+    r"<!--(?:(?!<!--).)*?-->|<!doctype[^<>]*>|<\s*/?\s*(?:a|b|i|u|em|strong|span|font|sub|sup|td|th|tbody|thead|head|title|meta|pre|code|small"
     r"|center|img|hr|section|article|br|p|div|li|ul|ol|tr|table|h[1-6]|body|html)\b[^<>]*>|&(?:[a-zA-Z]{2,8}|\#\d{1,6}|\#x[0-9a-fA-F]{1,5});",
     re.IGNORECASE | re.DOTALL,
 )
@@ -73,27 +73,50 @@ def split_sections(text: str) -> Report:
     """Sections of a report with headings ("FINDINGS: ..."), without (all `body`), or with both.
 
     Under indication, comparison or technique a blank line ends the section, because many archives put the findings
-    there without a heading; text under "findings and impression" is findings. Technique, examination, recommendation
-    and signature blocks are left out. White space around a section is dropped. No text raises.
+    there without a heading, and so does the first line where the report would have no finding otherwise; text under
+    "findings and impression" is findings. Technique, examination, recommendation and signature blocks are left out.
+    White space around a section is dropped. No text raises.
     """
     text = blank_markup(text).replace("\r\n", "\n").replace("\r", "\n")
     parts: dict[str, list[str]] = {name: [] for name in ("findings", "impression", "indication", "comparison", "body")}
+    for name, start, end in _pieces(text):
+        piece = text[start:end].strip()
+        if piece and name in parts:
+            parts[name].append(piece)
+    return Report(**{name: "\n".join(pieces) for name, pieces in parts.items()})
+
+
+def untold_spans(text: str) -> list[tuple[int, int]]:
+    """Character spans that tell no finding of this study: indication, comparison, technique, signature."""
+    plain = blank_markup(text).replace("\r\n", " \n").replace("\r", "\n")
+    return [(start, end) for name, start, end in _pieces(plain) if name in _UNTOLD]
+
+
+_UNTOLD = ("indication", "comparison", "other")
+
+
+def _pieces(text: str) -> list[tuple[str, int, int]]:
+    """(section, start, end) in order; "body" where there is no heading."""
+    pieces: list[tuple[str, int, int]] = []
     current, begin = "body", 0
     heads = [match for match in _HEADING.finditer(text) if _is_heading(match, text)]
     for match in [*heads, None]:
-        section = text[begin : match.start() if match else len(text)]
-        kept, overflow = section, ""
-        if current in ("indication", "comparison", "other"):
-            pieces = re.split(r"\n[ \t]*\n", section.strip(), maxsplit=1)
-            kept, overflow = pieces[0], pieces[1] if len(pieces) > 1 else ""
-        if current != "other" and kept.strip():
-            parts[current].append(kept.strip())
-        if overflow.strip():
-            parts["body"].append(overflow.strip())
+        end = match.start() if match else len(text)
+        first = end - len(text[begin:end].lstrip())
+        gap = re.compile(r"\n[ \t]*\n").search(text, first, end) if current in _UNTOLD else None
+        pieces.append((current, begin, gap.start() if gap else end))
+        if gap:
+            pieces.append(("body", gap.end(), end))
         if match:
             current = "findings" if match.lastgroup == "both" else str(match.lastgroup)
             begin = match.end()
-    return Report(**{name: "\n".join(pieces) for name, pieces in parts.items()})
+    if any(text[start:end].strip() for name, start, end in pieces if name not in _UNTOLD):
+        return pieces
+    for place, (name, start, end) in reversed(list(enumerate(pieces))):
+        line_end = text.find("\n", end - len(text[start:end].lstrip()), end)
+        if name == "indication" and line_end >= 0:
+            return [*pieces[:place], (name, start, line_end), ("body", line_end, end), *pieces[place + 1 :]]
+    return pieces
 
 
 def _is_heading(match: re.Match[str], text: str) -> bool:
@@ -109,7 +132,10 @@ _ABBREVIATION_WORDS = """
 dr drs mr mrs ms prof vs approx ca cf e.g i.e eg ie etc fig st jr sr resp incl dept est min max no nos
 """
 _ABBREVIATION = frozenset(_ABBREVIATION_WORDS.split())
+_UNIT_WORDS = "cm mm ml cc kg mg lb lbs yr yrs wk wks hr hrs min sec"
+_UNITS = frozenset(_UNIT_WORDS.split())
 _CLOCK = frozenset(["a.m", "p.m"])
+_CAPITAL_START = re.compile(r"(?:\A\W*|[.!?]\s+|\n\s*)(?!X+\b)[A-Z]")
 _LIST_START = re.compile(r"\s*(?:\(?\d{1,2}[.)](?=\s|[A-Z])|[-*\u2022\u2013])\s*")
 
 
@@ -122,13 +148,14 @@ def split_sentences(text: str) -> list[Sentence]:
     """
     source = blank_markup(text)
     width = max(60, max(map(len, source.split("\n")), default=0)) if "\n" in source else 0
+    without_capitals = _CAPITAL_START.search(source) is None  # dictated in lower case: a stop is all there is
     sentences: list[Sentence] = []
     begin = 0
     for match in _BOUNDARY.finditer(source):
         if source[match.start()] == "\n":
             if not _breaks_at_newline(source, match, width):
                 continue
-        elif not _breaks_at_stop(source, begin, match):
+        elif not _breaks_at_stop(source, begin, match, without_capitals):
             continue
         _append(sentences, text, source, begin, match.end())
         begin = match.end()
@@ -148,14 +175,18 @@ def _append(sentences: list[Sentence], text: str, source: str, begin: int, end: 
     sentences.append(Sentence(text[start:end], start, end))
 
 
-def _breaks_at_stop(source: str, begin: int, match: re.Match[str]) -> bool:
+def _breaks_at_stop(source: str, begin: int, match: re.Match[str], without_capitals: bool) -> bool:
+    if match[0][0] == "?":
+        return bool(source[begin : match.start()].strip()) and not source[match.start() - 1].isspace()  # "? pneumonia"
     if match[0][0] != ".":
         return True
     line = source[max(begin, match.start() - 40) : match.start()]
     before = "" if not line or line[-1].isspace() else line.split()[-1].lstrip("(['\"")
     following = source[match.end() : match.end() + 6].lstrip()
-    if before.isdigit() and len(before) <= 2 and not source[begin : match.start() - len(before)].strip(" \t\n("):
-        return False  # the number of a list entry
+    if before.isdigit() and len(before) <= 2:
+        ahead_of_it = source[begin : match.start() - len(before)].strip(" \t\n(")
+        if not ahead_of_it or ahead_of_it.endswith(":"):
+            return False  # the number of a list entry
     word = before.lower()
     if word in ("no", "nos"):
         return not following[:1].isdigit()
@@ -166,7 +197,9 @@ def _breaks_at_stop(source: str, begin: int, match: re.Match[str]) -> bool:
     if len(before) == 1 and before.isupper():
         previous = source[begin : match.start() - 1].rstrip()
         return not previous.endswith((".", "XXXX"))  # an initial after "Dr." or another initial
-    return not following[:1].islower() or len(match[0]) > 1
+    if not following[:1].islower() or len(match[0]) > 1:
+        return True
+    return without_capitals and word not in _UNITS
 
 
 def _breaks_at_newline(source: str, match: re.Match[str], width: int) -> bool:

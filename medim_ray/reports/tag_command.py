@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -12,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medim_ray.reports.mesh import Vocabulary
+from medim_ray.reports.sections import untold_spans
 from medim_ray.reports.tagger import Mention, Tagger, indexed_headings
 
 __all__ = ["TagSummary", "read_reports", "run_tag"]
 
+_LONGEST_FIELD = 2**27  # characters; csv's own limit is 131,072
 _ROWS_PER_GROUP = 20_000  # mentions held in memory before a Parquet row group is written
 
 
@@ -36,7 +39,8 @@ def read_reports(
     Raises ValueError for a missing column, an empty file, an empty or repeated id, or a row with too many fields.
     """
     with fsspec.open(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.DictReader(file)
+        csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
+        reader = csv.DictReader(file, strict=True)  # a quote that is never closed would swallow the rows after it
         if not reader.fieldnames:
             raise ValueError(
                 f"{path}: empty file; it needs a header line with the columns {id_column} and {', '.join(text_columns)}"
@@ -57,7 +61,7 @@ def read_reports(
                     )
                 rows[identifier], first_line[identifier] = row, reader.line_num
         except csv.Error as error:
-            raise ValueError(f"{path}: line {reader.line_num} is no CSV ({error})") from None
+            raise ValueError(f"{path}: after line {reader.line_num} it is no CSV ({error}): is a quote open?") from None
     if not rows:
         raise ValueError(f"{path}: a header and no reports; nothing to tag")
     texts = [[row[name] or "" for name in text_columns] for row in rows.values()]
@@ -86,11 +90,18 @@ def run_tag(
 
     `mentions` names a Parquet file for every mention: the id, `column` (the text column), start and end in characters
     of that column, text, heading, tree_numbers, category, assertion, side, zone, course, sentence. `vocabulary` names
-    an NLM MeSH file, which is added to the bundled terms. All paths are fsspec URLs. Errors as in `read_reports`.
+    an NLM MeSH file, which is added to the bundled terms. All paths are fsspec URLs. Mentions under the headings
+    indication, comparison or technique of a whole report are mentions, and give no heading. Errors as in
+    `read_reports`; ValueError where a file would be written over another.
     """
     if not text_columns:
         raise ValueError(
             "text_columns is empty; name at least one column with report text, such as findings,impression"
+        )
+    _check_paths(reports_csv, out, mentions)
+    if id_column in _OWN_FIELDS and mentions:
+        raise ValueError(
+            f"id_column={id_column!r}: the file of mentions has a column of that name; rename it in {reports_csv}"
         )
     chest = Vocabulary.default()
     tagger = Tagger(chest if vocabulary is None else chest.merged(Vocabulary.from_nlm(vocabulary)))
@@ -105,7 +116,9 @@ def run_tag(
             table.writerow([id_column, "headings"])
             for identifier, columns in zip(ids, texts, strict=True):
                 found = [tagger.tag(text) for text in columns]
-                headings = indexed_headings([mention for group in found for mention in group])
+                headings = indexed_headings(
+                    [mention for text, group in zip(columns, found, strict=True) for mention in _told(text, group)]
+                )
                 table.writerow([identifier, ";".join(headings)])
                 num_without += not headings
                 num_mentions += sum(map(len, found))
@@ -124,11 +137,32 @@ def run_tag(
     return TagSummary(len(ids), num_mentions, num_without)
 
 
+def _told(text: str, mentions: list[Mention]) -> list[Mention]:
+    """Those of the study itself: not of its indication, comparison or technique."""
+    spans = untold_spans(text) if mentions and ":" in text else []
+    return [mention for mention in mentions if not any(start <= mention.start < end for start, end in spans)]
+
+
+def _check_paths(reports_csv: str, out: str, mentions: str | None) -> None:
+    """ValueError where two of the files are one."""
+    named = {"REPORTS.csv": reports_csv, "--out": out, **({"--mentions": mentions} if mentions else {})}
+    places: dict[str, str] = {}
+    for option, path in named.items():
+        fs, place = fsspec.core.url_to_fs(path)
+        key = f"{fs.protocol} {Path(place).resolve() if 'file' in fs.protocol else place}"
+        if key in places:
+            raise ValueError(f"{option} {path} is the file of {places[key]}, which it would write over; name another")
+        places[key] = option
+
+
 def _mention_schema(id_column: str) -> pa.Schema:
     fields = [(id_column, pa.string()), ("column", pa.string()), ("start", pa.int32()), ("end", pa.int32())]
     fields += [("text", pa.string()), ("heading", pa.string()), ("tree_numbers", pa.list_(pa.string()))]
     fields += [(name, pa.string()) for name in ("category", "assertion", "side", "zone", "course")]
     return pa.schema([*fields, ("sentence", pa.int32())])
+
+
+_OWN_FIELDS = frozenset(("column", "sentence", *_mention_schema("").names[1:]))
 
 
 def _mention_row(id_column: str, identifier: str, column: str, mention: Mention) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Sections and sentences: headings, abbreviations, wrapped lines, and offsets that always fit."""
 
+import time
 from itertools import pairwise
 
 import pytest
@@ -119,3 +120,28 @@ def test_markup_is_blanked_in_place(text: str) -> None:
     assert len(blank_markup(text)) == len(text)
     assert blank_markup("no <XXXX> and < 5 mm") == "no <XXXX> and < 5 mm"
     split_sections(text)
+
+
+def test_a_one_line_indication_does_not_swallow_the_findings() -> None:
+    report = split_sections("INDICATION: fall\nLungs are clear.\nNo fracture.")
+    assert (report.indication, report.body) == ("fall", "Lungs are clear.\nNo fracture.")
+    headed = split_sections("INDICATION: fall\nfrom a ladder\nFINDINGS: No fracture.")
+    assert (headed.indication, headed.body, headed.findings) == ("fall\nfrom a ladder", "", "No fracture.")
+
+
+def test_a_list_number_after_a_heading_is_no_sentence() -> None:
+    texts = [sentence.text for sentence in split_sentences("FINDINGS: 1. Left effusion. 2. Clear lungs.")]
+    assert texts == ["FINDINGS: 1. Left effusion.", "2. Clear lungs."]
+
+
+def test_text_without_capitals_is_split_at_its_stops() -> None:
+    texts = [sentence.text for sentence in split_sentences("no effusion. nodule of 5 mm. in size. seen by dr. xxxx.")]
+    assert texts == ["no effusion.", "nodule of 5 mm. in size.", "seen by dr. xxxx."]
+    mixed = "The nodule is seen best on view no. four. It is small. then stable."
+    assert [one.text for one in split_sentences(mixed)][-1] == "It is small. then stable."
+
+
+def test_open_comments_take_no_time() -> None:
+    begin = time.process_time()
+    split_sentences("<!--" * 20_000)
+    assert time.process_time() - begin < 1.0

@@ -68,7 +68,7 @@ def test_urls_are_read_and_written() -> None:
         ("uid,text\n1,a\n2,b\n1,c\n", ["text"], "uid of line 4 repeats line 2"),
         ("uid,text\n,a\n", ["text"], "line 2 has no uid"),
         ("uid,text\n1,clear, no effusion\n", ["text"], "line 2 has more fields"),
-        ('uid,text\n1,"' + "a" * 200_000 + '"\n', ["text"], "line 1 is no CSV"),
+        ('uid,text\n1,"a\n2,b\n', ["text"], "after line 1 it is no CSV"),
         ("uid,text\n1,a\n", [], "text_columns is empty"),
     ],
 )
@@ -80,3 +80,36 @@ def test_bad_tables_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         run_tag(str(path), text_columns=columns, id_column="uid", out=str(out))
     assert not out.exists()
+
+
+def test_no_file_is_written_over_another_and_ids_keep_their_column(tmp_path: Path) -> None:
+    reports = write_csv(tmp_path / "reports.csv", REPORTS)
+    before = Path(reports).read_text()
+    for out, mentions, names in ((reports, None, "--out"), (str(tmp_path / "t.csv"), str(tmp_path / "t.csv"), "--m")):
+        with pytest.raises(ValueError, match=names + ".*would write over"):
+            run_tag(reports, text_columns=["findings"], id_column="uid", out=out, mentions=mentions)
+    assert Path(reports).read_text() == before
+    named = write_csv(tmp_path / "named.csv", [{"text": "1", "findings": "Effusion."}])
+    options = {"text_columns": ["findings"], "id_column": "text", "out": str(tmp_path / "o.csv")}
+    with pytest.raises(ValueError, match="id_column='text'"):
+        run_tag(named, mentions=str(tmp_path / "m.parquet"), **options)  # type: ignore[arg-type]
+
+
+def test_an_open_quote_is_refused_and_a_long_text_is_not(tmp_path: Path) -> None:
+    options = {"text_columns": ["findings"], "id_column": "uid", "out": str(tmp_path / "o.csv")}
+    broken = tmp_path / "broken.csv"
+    broken.write_text('uid,findings\n1,"Effusion.\n2,Nodule.\n')
+    with pytest.raises(ValueError, match=r"is no CSV.*is a quote open"):
+        run_tag(str(broken), **options)  # type: ignore[arg-type]
+    long = write_csv(tmp_path / "long.csv", [{"uid": "1", "findings": "Clear. " * 30_000 + "Effusion."}])
+    run_tag(long, **options)  # type: ignore[arg-type]
+    assert (tmp_path / "o.csv").read_text() == "uid,headings\n1,Pleural Effusion\n"
+
+
+def test_what_was_asked_or_seen_before_is_no_heading(tmp_path: Path) -> None:
+    text = "INDICATION: CHF, pneumonia.\r\n\r\nCOMPARISON: study with left pneumothorax.\r\n\r\nFINDINGS: Cardiomegaly."
+    reports = write_csv(tmp_path / "reports.csv", [{"uid": "1", "report": text}])
+    mentions = str(tmp_path / "m.parquet")
+    run_tag(reports, text_columns=["report"], id_column="uid", out=str(tmp_path / "o.csv"), mentions=mentions)
+    assert (tmp_path / "o.csv").read_text() == "uid,headings\n1,Cardiomegaly\n"
+    assert "Pneumothorax" in {row["heading"] for row in pq.read_table(mentions).to_pylist()}
