@@ -112,7 +112,7 @@ Pleural Effusion | pleural effusion; effusion; pleural fluid; pleural fluid coll
     effusion
 Pleural Plaque | pleural plaque; plaque
 Pneumomediastinum | pneumomediastinum; mediastinal emphysema
-Pneumonia | pneumonia; pneumonic; bronchopneumonia; pneumonitis
+Pneumonia | pneumonia; pna; pneumonic; bronchopneumonia; pneumonitis
 Pneumopericardium | pneumopericardium
 Pneumoperitoneum | pneumoperitoneum; free air; free intraperitoneal air; free peritoneal air; intraperitoneal air;
     free subdiaphragmatic air; free air under the diaphragm; free abdominal air; subdiaphragmatic air;
@@ -165,9 +165,7 @@ Catheters, Indwelling | catheter; picc; picc line; central line; central venous 
     catheter; jugular catheter; ij catheter; subclavian catheter; ij line; subclavian line; swan ganz; swan ganz
     catheter; venous line; infusion catheter; vascular catheter; cvl; cvc; cvp line; hickman; permcath; port catheter;
     peripherally inserted central catheter; infusion port; injection port; a port; porta cath; ij central venous
-    catheter; pic line; chest xxxx tip; sided chest xxxx; chest xxxx with tip; chest xxxx in; chest xxxx is present;
-    chest xxxx is noted; chest xxxx catheter; right xxxx a xxxx; left xxxx a xxxx; is a xxxx a xxxx; xxxx a xxxx tip;
-    xxxx a xxxx remains; xxxx a xxxx is; xxxx a xxxx terminating; xxxx a xxxx catheter; sided xxxx a xxxx
+    catheter; pic line
 Contrast Media | contrast material in; oral contrast; residual contrast; enteric contrast; barium; contrast in the;
     contrast is seen
 Implanted Medical Device | pacemaker; cardiac pacemaker; pacer; pacing wire; pacing lead; pacing device;

@@ -16,7 +16,7 @@ from medim_ray.reports.mesh import Heading, Vocabulary
 
 __all__ = ["TOKEN", "Leaf", "Lexicon", "Match", "singular", "tokenize"]
 
-TOKEN = re.compile(r"[^\W\d_]+|\d+(?:\.\d+)?|[,;:()/]")
+TOKEN = re.compile(r"[^\W\d_]+|\d+(?:\.\d+)?|\(-\)|(?<=\s)[-\u2013\u2014](?=\s)|[,;:()/?]")
 _UNKNOWN = "\0"  # a word of no term
 _LEAF = ""  # key of the leaf inside a trie node; no token is empty
 

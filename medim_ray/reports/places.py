@@ -11,6 +11,7 @@ __all__ = ["find_places"]
 
 _Modifier = tuple[int, tuple[tuple[str, str], ...]]  # place of the token, (slot, value) pairs
 _REACH = 14  # tokens between a modifier and a finding
+_COMPARING = frozenset(("greater", "larger", "more", "worse", "smaller", "less"))
 _ANATOMY_REACH_BEFORE, _ANATOMY_REACH_AFTER = 3, 1  # "right mid and lower lung", "lungs bilaterally"
 
 
@@ -19,7 +20,12 @@ def find_places(found: list[Found], tokens: list[str]) -> list[dict[str, str]]:
 
     A finding that explains another ("..., likely atelectasis") without a place of its own has the place of the other.
     """
-    modifiers = [(place, MODIFIERS[token]) for place, token in enumerate(tokens) if token in MODIFIERS]
+    compared = [place for place, token in enumerate(tokens) if token in _COMPARING and _compares_sides(tokens, place)]
+    modifiers = [
+        (place, MODIFIERS[token])
+        for place, token in enumerate(tokens)
+        if token in MODIFIERS and place not in compared  # "larger than right" tells no course
+    ]
     if not modifiers:
         return [{}] * len(found)
     slots: list[dict[str, str]] = []
@@ -34,8 +40,23 @@ def find_places(found: list[Found], tokens: list[str]) -> list[dict[str, str]]:
             if anchor is not None:
                 explained = _slots(anchor, anchor, _REACH, 0, modifiers, tokens, [], [])
                 mine = {**{slot: value for slot, value in explained.items() if slot != "course"}, **mine}
+        if not is_anatomy and any(_is_compared(item, place, found[number + 1 :]) for place in compared):
+            mine = {**mine, "side": "bilateral"}
         slots.append(mine)
     return slots
+
+
+def _compares_sides(tokens: list[str], place: int) -> bool:
+    """Whether "than" and a side follow: "left greater than right"."""
+    after = [token for token in tokens[place + 1 : place + 5] if token not in ("on", "the")]
+    return after[:1] == ["than"] and after[1:2] in (["left"], ["right"])
+
+
+def _is_compared(item: Found, place: int, later: list[Found]) -> bool:
+    """Whether the comparison of sides at `place` speaks of `item`: the nearest finding before it."""
+    if not 0 <= place - item.stop <= _REACH:
+        return False
+    return not any(other.first < place for other in later if other.category != "anatomy")
 
 
 def _explained(first: int, tokens: list[str]) -> int | None:
