@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medim_ray import types
+from medim_ray.reports.mesh import Vocabulary
 from medim_ray.reports.sections import split_sentences
 from medim_ray.reports.tagger import Mention, Tagger
 from medim_ray.reports.tokens import BareTokenizer, encode
@@ -59,9 +60,10 @@ class ReportEncoder:
     Travels to a process before it is used there.
     """
 
-    def __init__(self, tokenizer: Any, num_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, num_tokens: int, vocabulary: Vocabulary | None = None) -> None:
+        """vocabulary: of the tagger; None: the bundled chest terms."""
         self._tokenizer = BareTokenizer.of(tokenizer)
-        self._tagger = Tagger()
+        self._tagger = Tagger(vocabulary)
         self._num_tokens, num_words = num_tokens, num_tokens - 1
         self._dtype = np.dtype(
             [

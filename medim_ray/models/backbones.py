@@ -229,7 +229,7 @@ def create(config: ImageEncoder.Config, pretrained: bool = False) -> Any:
     return model
 
 
-def _is_plain(block: nn.Module) -> bool:
+def _is_plain(block: Any) -> bool:
     """Whether it is a block as packing.py runs it: not parallel, post-norm, gated or with differential attention."""
     return type(block) is Block and type(block.attn) is Attention and block.attn.gate is None
 

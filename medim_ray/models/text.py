@@ -46,6 +46,13 @@ class TextEncoder(nn.Module):
             default=None, metadata={"help": "hf: hub id or local folder, e.g. emilyalsentzer/Bio_ClinicalBERT"}
         )
         num_tokens: int = field(default=112, metadata={"help": "longest report, [CLS] and [SEP] included (paper: 112)"})
+        mesh: str = field(
+            default="",
+            metadata={
+                "help": "NLM MeSH file (desc20xx.xml, d20xx.bin or mtrees20xx.bin; path or URL) whose headings of the "
+                "categories A, C and E are tagged beside the bundled chest terms; empty: those alone"
+            },
+        )
         width: int | None = field(default=None, metadata={"help": "bert: hidden width; null: 128"})
         depth: int | None = field(default=None, metadata={"help": "bert: layers; null: 2"})
         num_heads: int | None = field(default=None, metadata={"help": "bert: heads; null: 2"})

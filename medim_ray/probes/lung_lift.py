@@ -25,7 +25,7 @@ from torch import Tensor
 
 from medim_ray.data.collate import to_batch
 from medim_ray.data.rows import decode_gray
-from medim_ray.data.texts import ReportEncoder, TextRows
+from medim_ray.data.texts import TextRows
 from medim_ray.draws import Draws
 from medim_ray.masking.anatomy import AnatomyMasking
 from medim_ray.masking.block import BlockMasking
@@ -34,7 +34,7 @@ from medim_ray.masking.uniform import UniformMasking
 from medim_ray.probes.bootstrap import Estimate, bootstrap, mean
 from medim_ray.probes.localise import RATIO, ModelMaps
 from medim_ray.probes.rows import Columns, centre_columns, centre_samples
-from medim_ray.train.build import build_crop, open_tokenizer
+from medim_ray.train.build import build_crop, report_encoder
 from medim_ray.train.runs import LoadedRun, load_run
 from medim_ray.types import BOX, Grid
 
@@ -134,7 +134,7 @@ def lung_lift(run_dir: str, rows: Sequence[Mapping[str, Any]], num_bootstrap: in
     if problem := ModelMaps.of_no_use(run.objective):
         raise ValueError(problem)
     crop = build_crop(run.config)
-    reports = ReportEncoder(open_tokenizer(run.config, run.shards), run.config.text.num_tokens)
+    reports = report_encoder(run.config, run.shards)
     found: dict[str, list[NDArray[np.float64]]] = {}
     for first in range(0, len(rows), _BATCH):
         some = rows[first : first + _BATCH]

@@ -14,7 +14,7 @@ from medim_ray.config.schema import RunConfig
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.texts import ReportEncoder
 from medim_ray.data.transforms import Crop
-from medim_ray.train.build import build_crop, build_objective, open_tokenizer
+from medim_ray.train.build import build_crop, build_objective, report_encoder
 from medim_ray.train.runs import LoadedRun
 
 
@@ -43,7 +43,7 @@ class StoredModels:
             objective: Any = build_objective(config, shards)
             objective.load_state_dict(ray.get(ref))
             objectives[name] = objective.eval().to(device)
-        reports = ReportEncoder(open_tokenizer(config, shards), config.text.num_tokens)
+        reports = report_encoder(config, shards)
         return Models(config=config, crop=build_crop(config), reports=reports, device=device, objectives=objectives)
 
 

@@ -20,7 +20,7 @@ from medim_ray import types
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.collate import to_batch
 from medim_ray.data.shards import ShardSet
-from medim_ray.data.texts import ReportEncoder, TextRows, text_rows
+from medim_ray.data.texts import TextRows, text_rows
 from medim_ray.objectives.pixels import whole_images
 from medim_ray.probes.bootstrap import Estimate, Floats, average, bootstrap, mean
 from medim_ray.probes.classify import METRICS, estimates
@@ -29,7 +29,7 @@ from medim_ray.probes.results import compared
 from medim_ray.probes.rows import Columns, RowList, RowReader, centre_columns, list_rows, work_items
 from medim_ray.probes.stream import item_of, pooled
 from medim_ray.probes.tasks import Task, default_labels, make_task
-from medim_ray.train.build import open_tokenizer
+from medim_ray.train.build import report_encoder
 from medim_ray.train.runs import LoadedRun
 
 KS = (1, 5, 10)
@@ -149,7 +149,7 @@ def report_embeddings(objective: Any, columns: Mapping[str, torch.Tensor]) -> to
 @torch.no_grad()
 def embed_prompts(objective: Any, config: RunConfig, shards: ShardSet, labels: Sequence[str]) -> Floats:
     """[label, 2, E]: the mean of the sentences that tell a label's finding, and of those that deny it."""
-    encoder = ReportEncoder(open_tokenizer(config, shards), config.text.num_tokens)
+    encoder = report_encoder(config, shards)
     words = [template.format(said(label)) for label in labels for kind in (PRESENT, ABSENT) for template in kind]
     if not words:
         return np.zeros((0, 2, 1))

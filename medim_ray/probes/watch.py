@@ -26,7 +26,7 @@ from medim_ray.probes.localise import BOTH, CHANCE, ModelMaps, Question, judge_m
 from medim_ray.probes.lung_lift import lung_shares, read_rows
 from medim_ray.probes.rows import Columns, RowReader, centre_columns
 from medim_ray.train.before import Look
-from medim_ray.train.build import build_crop, open_tokenizer
+from medim_ray.train.build import build_crop, report_encoder
 from medim_ray.types import BOX, SENTENCE_ID, WORD_IS_PAD, Grid
 
 _SPLITS = ("val", "test", "train")  # held out where there is something held out
@@ -73,7 +73,7 @@ class MapWatch:
         shards = ShardSet.open(config.data.shards)
         boxes = config.maps.lung_boxes
         rows = _boxed_rows(boxes, config.maps.num_images) if boxes else watched_rows(shards, config.maps.num_images)
-        reports = ReportEncoder(open_tokenizer(config, shards), config.text.num_tokens)
+        reports = report_encoder(config, shards)
         return cls(config, objective, reports, rows) if rows else None
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from medim_ray.data.collate import to_batch
 from medim_ray.data.rows import decode_gray
-from medim_ray.data.texts import ReportEncoder, TextRows
+from medim_ray.data.texts import TextRows
 from medim_ray.data.transforms import cut
 from medim_ray.masking.anatomy import AnatomyMasking
 from medim_ray.masking.base import Masks
@@ -33,7 +33,7 @@ from medim_ray.probes.localise import ModelMaps
 from medim_ray.probes.rows import Columns, RowReader, centre_columns, centre_samples, list_rows, work_items
 from medim_ray.probes.truth import crop_mask
 from medim_ray.studies.figures import outline, squares
-from medim_ray.train.build import build_crop, build_masking, needs_text, open_tokenizer
+from medim_ray.train.build import build_crop, build_masking, needs_text, report_encoder
 from medim_ray.train.runs import LoadedRun, load_run
 from medim_ray.types import BOX
 
@@ -131,7 +131,7 @@ def make_gallery(run: LoadedRun, num: int, text: bool = True) -> Gallery:
     config = run.config
     reports = None
     if needs_text(config):
-        reports = ReportEncoder(open_tokenizer(config, run.shards), config.text.num_tokens)
+        reports = report_encoder(config, run.shards)
     crop = build_crop(config)
     rows = _rows(run, num)
     columns, encoded = centre_columns(rows, crop, reports)

@@ -25,6 +25,7 @@ from medim_ray.models.text import TextEncoder, load_tokenizer
 from medim_ray.models.vit import ImageEncoder
 from medim_ray.objectives import OBJECTIVES
 from medim_ray.objectives.base import Objective, Parts
+from medim_ray.reports.mesh import Vocabulary
 
 
 def stream_plan(config: RunConfig, shards: ShardSet) -> StreamPlan:
@@ -102,12 +103,25 @@ def open_tokenizer(config: RunConfig, shards: ShardSet) -> Any:
         return load_tokenizer(config.text, local)
 
 
+def report_encoder(config: RunConfig, shards: ShardSet) -> ReportEncoder:
+    """Tokens and mentions of the run's reports; ValueError where text.mesh can't be read."""
+    vocabulary = None
+    if config.text.mesh:
+        try:
+            vocabulary = Vocabulary.default().merged(Vocabulary.from_nlm(config.text.mesh))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"text.mesh={config.text.mesh}: {error}; give NLM's desc20xx.xml, or leave it empty"
+            ) from None
+    return ReportEncoder(open_tokenizer(config, shards), config.text.num_tokens, vocabulary)
+
+
 def make_reader(config: RunConfig, shards: ShardSet) -> BlockReader:
     """The reader of the decoding actors; it holds nothing that loads torch or timm when it is unpickled there."""
     grid, files = ImageEncoder.grid_of(config.encoder), shards.files(config.data.split)
     reports = None
     if needs_text(config):
-        reports = ReportEncoder(open_tokenizer(config, shards), config.text.num_tokens)
+        reports = report_encoder(config, shards)
     return BlockReader(
         stream_plan(config, shards),
         ShardFiles(shards.root, [f.path for f in files], [f.bytes for f in files], shards.arrow_fs()),

@@ -30,7 +30,11 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         run=replace(config.run, dir=absolute(config.run.dir)),
         track=replace(config.track, aim_repo=config.track.aim_repo and absolute(config.track.aim_repo)),
         encoder=replace(config.encoder, init=init if init in INITS or not Path(init).exists() else absolute(init)),
-        text=replace(config.text, path=absolute(path) if path is not None and Path(path).exists() else path),
+        text=replace(
+            config.text,
+            path=absolute(path) if path is not None and Path(path).exists() else path,
+            mesh=config.text.mesh and absolute(config.text.mesh),
+        ),
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 from medim_ray import types
 from medim_ray.data.texts import ReportEncoder, text_rows
 from medim_ray.models.text import TextEncoder, load_tokenizer
+from medim_ray.reports.mesh import Vocabulary
 from medim_ray.reports.sections import split_sentences
 from medim_ray.reports.tagger import Tagger
 from medim_ray.reports.tokens import encode
@@ -36,6 +37,18 @@ def test_a_report_is_encoded_once_however_often_it_is_asked_for(encoder: ReportE
         assert np.array_equal(again.columns[name][3:], values) and np.array_equal(again.columns[name][:3], values[::-1])
     text_rows(encoder, ["d", "a"], [REPORTS[0], REPORTS[0]])
     assert encoder.num_encoded == 4
+
+
+def test_words_of_a_mesh_file_are_flagged(tmp_path: Path) -> None:
+    reports = ["Hamman syndrome. No effusion."]
+    train_tokenizer(reports * 2, tmp_path, vocab_size=200)
+    trees = tmp_path / "mtrees2026.bin"
+    trees.write_text("Hamman Syndrome;C08.846.600\n")
+    flagged = []
+    for vocabulary in (None, Vocabulary.default().merged(Vocabulary.from_nlm(str(trees)))):
+        made = ReportEncoder(load_tokenizer(TextEncoder.Config(), tmp_path), 24, vocabulary)
+        flagged.append(int(text_rows(made, ["a"], reports).columns[types.MESH_FLAG].sum()))
+    assert flagged == [1, 3]
 
 
 def test_columns_and_mentions_are_those_of_the_report(encoder: ReportEncoder) -> None:
