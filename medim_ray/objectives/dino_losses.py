@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from medim_ray.models.collectives import all_gather_rows, all_reduce_sum, num_ranks
+from medim_ray.objectives.precision import in_float32
 
 SINKHORN_ITERATIONS = 3
 _EPS = 1e-8
@@ -110,6 +111,7 @@ def ibot_loss(scores_MK: Tensor, targets_MK: Tensor, weights_M: Tensor, num_crop
     return total / num_crops
 
 
+@in_float32
 def koleo_loss(features_BD: Tensor, gather: bool) -> tuple[Tensor, Tensor]:
     """KoLeo: mean of -log(distance to the nearest neighbour of the batch) of L2-normalised features; also the mean
     distance (no gradient).
@@ -135,6 +137,7 @@ def entropy(probabilities_MK: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@in_float32
 def effective_rank(features_BD: Tensor) -> Tensor:
     """Participation ratio of the covariance's eigenvalues, (sum)^2 / sum of squares: from 1 to min(B - 1, D)."""
     centred_BD = (features_BD - features_BD.mean(dim=0)).float()

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from medim_ray.objectives.precision import in_float32
+
 MIN_TEMPERATURE = 0.025  # of the local term: scores stay within +-40, and exp of them and their sums within float32
 
 
+@in_float32
 def image_text_contrast(
     images_BD: Tensor, reports_BD: Tensor, temperature: float, all_images_GD: Tensor, all_reports_GD: Tensor, first: int
 ) -> Tensor:
@@ -29,6 +32,7 @@ def image_text_contrast(
     return to_reports + to_images
 
 
+@in_float32
 def retrieval_accuracy(images_BD: Tensor, reports_BD: Tensor, k: int) -> Tensor:
     """Share in [0, 1] of pairs whose partner is among the k most similar, mean of both ways."""
     scores_BB = images_BD @ reports_BD.T
@@ -37,6 +41,7 @@ def retrieval_accuracy(images_BD: Tensor, reports_BD: Tensor, k: int) -> Tensor:
     return (ranks_2B < k).float().mean()
 
 
+@in_float32
 def word_patch_attention(words_BWD: Tensor, patches_BND: Tensor, temperature: float) -> Tensor:
     """[B, W, N], each word's attention over the patches; no gradient (masks are made of it)."""
     with torch.no_grad():
@@ -81,6 +86,7 @@ def matched_cross_entropy(queries_BKD: Tensor, keys_BKD: Tensor, weights_BK: Ten
     return ((both_BK - own_BK) * weights_BK).sum() / len(weights_BK)
 
 
+@in_float32
 def local_alignment(
     words_BWD: Tensor,
     patches_BND: Tensor,
@@ -122,6 +128,7 @@ def word_keys(token_ids_BT: Tensor, word_of_token_BT: Tensor, num_words: int) ->
     return keys_BW.scatter_add_(1, word_of_token_BT.long().clamp_min(0), hashed_BT)
 
 
+@in_float32
 def word_contrast(
     words_BWD: Tensor, patches_BND: Tensor, keys_BW: Tensor, is_told_BW: Tensor, temperature: float, most: int = 8
 ) -> Tensor:
@@ -154,6 +161,7 @@ def sinkhorn(scores_BK: Tensor, epsilon: float, num_iterations: int) -> Tensor:
     return q_BK * num_samples
 
 
+@in_float32
 def prototype_prediction(
     images_BD: Tensor,
     reports_BD: Tensor,
