@@ -26,6 +26,7 @@ from medim_ray.models.vit import ImageEncoder
 from medim_ray.objectives import OBJECTIVES
 from medim_ray.objectives.base import Objective, Parts
 from medim_ray.reports.mesh import Vocabulary
+from medim_ray.types import Grid
 
 
 def stream_plan(config: RunConfig, shards: ShardSet) -> StreamPlan:
@@ -103,6 +104,21 @@ def open_tokenizer(config: RunConfig, shards: ShardSet) -> Any:
         return load_tokenizer(config.text, local)
 
 
+def check_ratio(config: RunConfig, grid: Grid) -> None:
+    """ValueError where a mask of the given ratio would hide no patch of the grid, or all of them."""
+    ratio, num = getattr(config.masking, "ratio", None), grid.num_patches
+    if ratio is None:
+        return
+    hidden = round(num * ratio) if config.masking.name == "uniform" else int(num * ratio)
+    if 0 < hidden < num:
+        return
+    works = (1.1 if not hidden else num - 0.9) / num
+    raise ValueError(
+        f"masking.ratio={ratio}: hides {hidden} of the {num} patches of encoder.image_size="
+        f"{config.encoder.image_size}; at least one must be hidden and one seen, e.g. masking.ratio={works:.3f}"
+    )
+
+
 def report_encoder(config: RunConfig, shards: ShardSet) -> ReportEncoder:
     """Tokens and mentions of the run's reports; ValueError where text.mesh can't be read."""
     vocabulary = None
@@ -119,6 +135,7 @@ def report_encoder(config: RunConfig, shards: ShardSet) -> ReportEncoder:
 def make_reader(config: RunConfig, shards: ShardSet) -> BlockReader:
     """The reader of the decoding actors; it holds nothing that loads torch or timm when it is unpickled there."""
     grid, files = ImageEncoder.grid_of(config.encoder), shards.files(config.data.split)
+    check_ratio(config, grid)
     reports = None
     if needs_text(config):
         reports = report_encoder(config, shards)

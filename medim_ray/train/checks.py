@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -45,6 +46,7 @@ def check(config: RunConfig) -> ShardSet:
     if not config.data.shards:
         raise ValueError("data.shards is empty: give what `medim-ray prepare` wrote, e.g. data.shards=shards/cxr")
     check_init(config.encoder.init)
+    check_numbers(config)
     with storage_faults(f"data.shards={config.data.shards}"):
         shards = ShardSet.open(config.data.shards)
         shards.check_files(config.data.split)
@@ -63,6 +65,13 @@ def check(config: RunConfig) -> ShardSet:
                 f"these values to resume"
             )
     return shards
+
+
+def check_numbers(config: RunConfig) -> None:
+    """ValueError for a number that is not finite: comparisons let it pass, and losses would carry it on."""
+    for key, value, _ in leaves(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key}={value}: must be a finite number; `medim-ray config --fields` tells its default")
 
 
 def _check_compiler(config: RunConfig) -> None:

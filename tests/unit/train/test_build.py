@@ -1,0 +1,39 @@
+"""What a configuration is built of, and what is refused once the grid is known."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from medim_ray.config.loader import load
+from medim_ray.config.schema import RunConfig
+from medim_ray.train.build import check_ratio
+from medim_ray.train.checks import check_numbers
+from medim_ray.types import Grid
+
+
+@pytest.mark.parametrize("name", ["uniform", "kdm", "anatomy", "mixture", "block"])
+@pytest.mark.parametrize(("ratio", "hidden"), [(0.02, 0), (0.999, 16)])
+def test_a_ratio_that_hides_nothing_or_everything_is_refused_with_one_that_works(
+    name: str, ratio: float, hidden: int
+) -> None:
+    config = load(RunConfig, None, [f"masking.name={name}", f"masking.ratio={ratio}"])
+    if name != "uniform" and hidden:  # 15 of 16: the others round down
+        check_ratio(config, Grid(4, 4))
+        return
+    with pytest.raises(ValueError, match=rf"masking\.ratio={ratio}: hides {hidden} of the 16 patches") as refused:
+        check_ratio(config, Grid(4, 4))
+    works = str(refused.value).rpartition("=")[2]
+    check_ratio(load(RunConfig, None, [f"masking.name={name}", f"masking.ratio={works}"]), Grid(4, 4))
+
+
+@pytest.mark.parametrize(
+    "key", ["objective.ita_weight", "objective.local_temperature", "masking.negated_weight", "objective.proto_weight"]
+)
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_numbers_that_are_not_finite_are_refused(key: str, value: str) -> None:
+    config = load(RunConfig, None, ["objective.name=medim", "masking.name=kdm"])
+    check_numbers(config)
+    with pytest.raises(ValueError, match=rf"{re.escape(key)}={value}: must be a finite number"):
+        check_numbers(load(RunConfig, None, ["objective.name=medim", "masking.name=kdm", f"{key}={value}"]))
