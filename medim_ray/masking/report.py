@@ -178,6 +178,8 @@ class ReportMasking:
             prior_BSN, is_cold_B11 = columns[PRIOR].float(), columns[IS_COLD].bool()[:, None, None]
             warm_BSN = maps_BSN * prior_BSN if self.config.prior == "multiply" else maps_BSN
             maps_BSN = torch.where(is_cold_B11, prior_BSN, warm_BSN)
+            # A mention beyond the token limit has no word, and a place all the same.
+            has_word_BS |= is_cold_B11[:, 0] & (prior_BSN != prior_BSN[:, :, :1]).any(dim=2)
         hidden_BSN, fallback_BS = select_hidden(maps_BSN, columns[NOISE].float(), has_word_BS, self.config)
         return Masks(
             hidden_SBN=hidden_BSN.transpose(0, 1),

@@ -181,11 +181,13 @@ def test_a_sentence_is_hidden_by_its_own_places() -> None:
     assert torch.equal(alone.hidden_SBN[0], masks.hidden_SBN[1])
 
 
-def guided(steps_B: NDArray[np.int64], **options: Any) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
+def guided(
+    steps_B: NDArray[np.int64], flagged: bool = True, **options: Any
+) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
     """Masks of KDM + SDM on two reports without negations, the attention they came from and the plan."""
     samples = samples_of("Large right pleural effusion seen.", "Lungs remain as XXXX above.")
     text = dict(samples.text) | {
-        MESH_FLAG: ~samples.text[WORD_IS_PAD],
+        MESH_FLAG: ~samples.text[WORD_IS_PAD] & flagged,
         ASSERTION: np.zeros(samples.text[WORD_IS_PAD].shape, np.int8),
     }
     samples = dataclasses.replace(samples, text=text, steps_B=steps_B, mentions=[samples.mentions[0], []])
@@ -211,6 +213,13 @@ def test_a_cold_start_goes_by_the_prior_then_by_the_attention() -> None:
     assert masks.fallback_SB.tolist() == [[False, True], [False, True]], "no place is told: nothing to go by yet"
     masks, attention_BSN, _ = guided(np.array([5, 5]), prior="cold_start", prior_steps=5)
     torch.testing.assert_close(masks.maps_SBN, attention_BSN.transpose(0, 1))
+
+
+def test_a_cold_start_needs_no_word_for_a_place() -> None:
+    """The mention lies beyond the token limit: no word is flagged, but the prior knows the place."""
+    options: dict[str, Any] = {"flagged": False, "prior": "cold_start", "prior_steps": 5}
+    cold, warm = (guided(np.array([step, step]), **options)[0] for step in (4, 5))
+    assert cold.fallback_SB[0].tolist() == [False, True] and warm.fallback_SB[0].tolist() == [True, True]
 
 
 def test_without_a_prior_the_plan_is_the_papers() -> None:
