@@ -152,6 +152,24 @@ def verdicts(results: dict[str, list[Run]]) -> list[str]:
     return lines
 
 
+def gain_table(results: dict[str, list[Run]]) -> list[str]:
+    """Finding AUROC with all labels, paired by seed: less that of the first weights, and that of two objectives."""
+    others = [name for name in ("mae", CONTROL) if name in results]
+    heads = ["objective", *(f"minus {name}" for name in ("untrained", *others))]
+    lines = ["", _row(*heads), "|" + "---|" * len(heads)]
+    for name, runs in results.items():
+        pairs = [[(run, run, "untrained") for run in runs]]
+        pairs += [[(run, peer, "trained") for run, peer in zip(runs, results[other], strict=True)] for other in others]
+        gains = [
+            [(probes(run, "trained")[2] or 0.0) - (probes(peer, encoder)[2] or 0.0) for run, peer, encoder in column]
+            for column in pairs
+        ]
+        itself = (other == name for other in ("untrained", *others))
+        cells = ["" if is_itself else with_interval(gain) for gain, is_itself in zip(gains, itself, strict=True)]
+        lines.append(_row(name, *cells))
+    return lines
+
+
 def map_table(results: dict[str, list[Run]]) -> list[str]:
     """Attention before, during and after, the prior, both. Learning is claimed only where both beat the prior."""
     heads = [f"{strategy} {metric}" for strategy in ("KDM", "SDM") for metric in ("map AUROC", "lesion lift")]
@@ -180,7 +198,7 @@ def main() -> None:
     args = parse(__doc__, "--objectives", list(OBJECTIVES))
     results = {name: [run_one(name, seed, args) for seed in args.seeds] for name in args.objectives}
     head = f"{args.steps} steps, seeds {', '.join(map(str, args.seeds))}; mean +- 95 % t-interval over seeds.\n"
-    text = "\n".join([head, *probe_table(results), *verdicts(results), "", *map_table(results)])
+    text = "\n".join([head, *probe_table(results), *gain_table(results), *verdicts(results), "", *map_table(results)])
     (Path(args.out) / "learning.md").write_text(text + "\n")
     print(text)
 
