@@ -145,8 +145,7 @@ def verdicts(results: dict[str, list[Run]]) -> list[str]:
     lines = []
     for name in ("medim-kdm", "medim-sdm", "medim", "medim-prior", "medim-best"):
         if name in results and CONTROL in results and len(results[name]) > 1:
-            pairs = zip(results[name], results[CONTROL], strict=True)
-            gains = [(probes(a, "trained")[2] or 0.0) - (probes(b, "trained")[2] or 0.0) for a, b in pairs]
+            gains = _gains(results[name], results[CONTROL])
             verdict = "beats" if statistics.mean(gains) > half(gains) else "does not beat"
             lines.append(f"\n{name} {verdict} {CONTROL} on the finding probe: {with_interval(gains)} AUROC.")
     return lines
@@ -158,16 +157,15 @@ def gain_table(results: dict[str, list[Run]]) -> list[str]:
     heads = ["objective", *(f"minus {name}" for name in ("untrained", *others))]
     lines = ["", _row(*heads), "|" + "---|" * len(heads)]
     for name, runs in results.items():
-        pairs = [[(run, run, "untrained") for run in runs]]
-        pairs += [[(run, peer, "trained") for run, peer in zip(runs, results[other], strict=True)] for other in others]
-        gains = [
-            [(probes(run, "trained")[2] or 0.0) - (probes(peer, encoder)[2] or 0.0) for run, peer, encoder in column]
-            for column in pairs
-        ]
-        itself = (other == name for other in ("untrained", *others))
-        cells = ["" if is_itself else with_interval(gain) for gain, is_itself in zip(gains, itself, strict=True)]
-        lines.append(_row(name, *cells))
+        cells = ["" if other == name else with_interval(_gains(runs, results[other])) for other in others]
+        lines.append(_row(name, with_interval(_gains(runs, runs, "untrained")), *cells))
     return lines
+
+
+def _gains(runs: Sequence[Run], peers: Sequence[Run], encoder: str = "trained") -> list[float]:
+    """By seed: finding AUROC with all labels of `runs`, less that of `encoder` of their peers."""
+    pairs = zip(runs, peers, strict=True)
+    return [(probes(run, "trained")[2] or 0.0) - (probes(peer, encoder)[2] or 0.0) for run, peer in pairs]
 
 
 def map_table(results: dict[str, list[Run]]) -> list[str]:

@@ -68,13 +68,13 @@ class TokenViT(VisionTransformer):
             pack, x_TD = Pack.of([x_BLD, self._embed(more_BCHW)])
             for block in self.blocks[:-1]:
                 x_TD = run(partial(run_packed, block, pack=pack), x_TD)
-            return self._wanted(x_TD, pack, wanted_M)
+            return self._wanted(x_TD, pack, wanted_M, run)
         for block in self.blocks[:-1]:
             x_BLD = run(block, x_BLD)
         if wanted_M is not None:
             assert not need_cls_attention
             pack, x_TD = Pack.of([x_BLD])
-            return self._wanted(x_TD, pack, wanted_M)
+            return self._wanted(x_TD, pack, wanted_M, run)
         num_prefix = self.num_prefix_tokens
         attention_BN = None
         if need_cls_attention and self.has_class_token:
@@ -107,17 +107,18 @@ class TokenViT(VisionTransformer):
         tokens_BLD: Tensor = self.norm_pre(self.pos_drop(x_BLD))
         return tokens_BLD
 
-    def _wanted(self, x_TD: Tensor, pack: Pack, wanted_M: Tensor) -> tuple[Tensor, Tensor, None]:
-        """The last block and the final norm for the CLS tokens of all crops and the patches `wanted_M` of those of the
-        first size: [crops, D], [M, D]."""
+    def _wanted(
+        self, x_TD: Tensor, pack: Pack, wanted_M: Tensor, run: Callable[..., Any]
+    ) -> tuple[Tensor, Tensor, None]:
+        """The last block, by `run`, and the final norm for the CLS tokens of all crops and the patches `wanted_M` of
+        those of the first size: [crops, D], [M, D]."""
         assert self.has_class_token
-        run = recomputed if self.grad_checkpointing and self.training else _run
         length, num_prefix = pack.sizes[0][1], self.num_prefix_tokens
         num_patches = length - num_prefix
         wanted_rows_M = wanted_M // num_patches * length + num_prefix + wanted_M % num_patches
-        rows_R = torch.cat([pack.first_rows(), wanted_rows_M])
+        rows_R = torch.cat([pack.first_C, wanted_rows_M])
         x_RD = self.norm(run(partial(run_packed, self.blocks[-1], pack=pack, rows_R=rows_R), x_TD))
-        return x_RD[: pack.num_crops], x_RD[pack.num_crops :], None
+        return x_RD[: len(pack.first_C)], x_RD[len(pack.first_C) :], None
 
     def _positions(self, height: int, width: int) -> tuple[list[Tensor], Tensor]:
         """Prefix tokens with their positions, and the positions of a height x width grid [1, N, D].

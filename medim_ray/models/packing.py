@@ -19,31 +19,21 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Pack:
-    """Where tokens of crops lie. sizes: (crops, tokens a crop) of each size in turn; crop_T: the crop of a token."""
+    """Where tokens of crops lie. sizes: (crops, tokens a crop) of each size in turn; crop_T: the crop of a token;
+    first_C: the row of each crop's first token."""
 
     sizes: tuple[tuple[int, int], ...]
     crop_T: Tensor
+    first_C: Tensor
 
     @classmethod
     def of(cls, groups: Sequence[Tensor]) -> tuple[Pack, Tensor]:
         """From tokens [B, L, D] of each size to the pack and its matrix [T, D]."""
         sizes = tuple((len(group), group.shape[1]) for group in groups)
-        lengths = torch.tensor([length for num, length in sizes for _ in range(num)], device=groups[0].device)
-        total = sum(num * length for num, length in sizes)
-        crop_T = torch.repeat_interleave(lengths, output_size=total)
-        return cls(sizes, crop_T), torch.cat([group.flatten(0, 1) for group in groups])
-
-    @property
-    def num_crops(self) -> int:
-        return sum(num for num, _ in self.sizes)
-
-    def first_rows(self) -> Tensor:
-        """[crops] the row of each crop's first token."""
-        starts, at = [], 0
-        for num, length in self.sizes:
-            starts.append(torch.arange(num, device=self.crop_T.device) * length + at)
-            at += num * length
-        return torch.cat(starts)
+        x_TD = torch.cat([group.flatten(0, 1) for group in groups])
+        lengths_C = torch.tensor([length for num, length in sizes for _ in range(num)], device=x_TD.device)
+        crop_T = torch.repeat_interleave(lengths_C, output_size=len(x_TD))
+        return cls(sizes, crop_T, lengths_C.cumsum(0) - lengths_C), x_TD
 
 
 def run_packed(block: Any, x_TD: Tensor, pack: Pack, rows_R: Tensor | None = None) -> Tensor:
@@ -64,7 +54,7 @@ def run_packed(block: Any, x_TD: Tensor, pack: Pack, rows_R: Tensor | None = Non
     def drop(path: nn.Module, values_RD: Tensor) -> Tensor:
         if isinstance(path, nn.Identity) or not path.training:
             return values_RD
-        return values_RD * path(values_RD.new_ones(pack.num_crops, 1)).index_select(0, crop_R)
+        return values_RD * path(values_RD.new_ones(len(pack.first_C), 1)).index_select(0, crop_R)
 
     x_RD = x_RD + drop(block.drop_path1, block.ls1(attn.proj_drop(attn.proj(attn.norm(y_RC)))))
     return x_RD + drop(block.drop_path2, block.ls2(block.mlp(block.norm2(x_RD))))

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-__all__ = ["DASHES", "begins_statement"]
+__all__ = ["CLAUSE_ENDS", "COLONS", "begins_statement"]
 
-DASHES = ("-", "\u2013", "\u2014")
-_ENDS = frozenset((",", ";", ":", *DASHES))
+COLONS = frozenset((":", "-", "\u2013", "\u2014"))  # and dashes that stand alone
+CLAUSE_ENDS = COLONS | {";"}
 _VERB_WORDS = "is are was were has have had appears appear remains remain measures measure continues"
 _VERBS = frozenset(_VERB_WORDS.split())
 # "... and effusion is seen" ends a list; "... and the heart is enlarged" does not.
@@ -35,17 +35,16 @@ def begins_statement(tokens: list[str], place: int) -> bool:
         return rest[0] in _DEGREES and not (place and tokens[place - 1] in _BEFORE_WITH)
     if word == "," and rest[0] == "with":
         return True
-    begin = place + 1
-    is_joined = word == "and"
     if word == "," and rest[0] == "and":
-        begin, is_joined = begin + 1, True
-    parts = _parts(tokens, begin)
-    if not parts or any("or" in part or "nor" in part for part in parts):
+        return False  # judged where the "and" stands
+    is_joined = word == "and"
+    parts = _parts(tokens, place + 1)
+    if any("or" in part or "nor" in part for part in parts):
         return False  # a list that goes on
     part = parts[0]
     verb = next((at for at, token in enumerate(part) if token in _VERBS), None)
     if verb is None:
-        return part[:1] != [] and (part[0] in _DEGREES or (is_joined and part[0] in ("a", "an")))
+        return bool(part) and (part[0] in _DEGREES or (is_joined and part[0] in ("a", "an")))
     is_list = is_joined or "," in tokens[:place]
     return not (is_list and not _EXISTS.isdisjoint(part[verb:]))
 
@@ -56,7 +55,7 @@ def _parts(tokens: list[str], begin: int) -> list[list[str]]:
     for token in tokens[begin:]:
         if token == ",":
             parts.append([])
-        elif token in _ENDS or token == "there":
+        elif token in CLAUSE_ENDS or token == "there":
             break
         else:
             parts[-1].append(token)

@@ -96,7 +96,7 @@ _CUES = {
         excluded; cannot be entirely excluded; not be ruled out; cannot be ruled out; would be difficult to
         exclude; is possible; are possible; is suspected; are suspected; is considered; be considered; is
         questioned; is a possibility; is a consideration; may be present; could be present; in the
-        differential; possible; could be considered; may be considered; should be considered; cannot be ruled out;
+        differential; possible; could be considered; may be considered; should be considered;
         cannot be entirely ruled out; cannot be completely ruled out; not be entirely ruled out; not be completely
         ruled out; not entirely ruled out; not completely ruled out; cannot be completely excluded; not be completely
         excluded; cannot be fully excluded; cannot be definitively excluded

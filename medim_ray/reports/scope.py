@@ -5,10 +5,11 @@ One walk from left to right (after ConText, see context.py); chest_rules and pla
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
-from medim_ray.reports.clauses import DASHES, begins_statement
+from medim_ray.reports.clauses import CLAUSE_ENDS, COLONS, begins_statement
 from medim_ray.reports.context import Cue
 from medim_ray.reports.lexicon import Leaf, Match
 from medim_ray.reports.mesh import Heading
@@ -17,7 +18,7 @@ __all__ = ["Found", "apply_cues", "name_of"]
 
 _KNOWN_REACH = 6  # tokens: "stable small left effusion"
 _NORMAL_REACH = 3  # tokens: "normal vascular markings"
-_PARTS = frozenset((",", ";", ":", "and", "or", "but", *DASHES))
+_PARTS = CLAUSE_ENDS | {",", "and", "or", "but"}
 _NO = frozenset((Cue.ABSENT_AFTER, Cue.ABSENT_BEFORE, Cue.NORMAL))
 _PAST_ENDS = frozenset(("with", "now", "new", "currently", "presenting"))
 # Findings that can be normal ("vascular markings are normal"); states ("prominent") can be, too.
@@ -57,7 +58,7 @@ def apply_cues(matches: list[Match], tokens: list[str]) -> list[Found]:
             walk.pass_words(tokens, previous, first)
         previous = stop
         if leaf.cues:
-            ahead = _is_followed(matches[number + 1 :], tokens, stop)
+            ahead = _is_followed(islice(matches, number + 1, None), tokens, stop)
             for cue in leaf.cues:
                 walk.apply(cue, leaf.cues, stop, "," in between, ahead)
         for heading, category, state in _meanings(leaf):
@@ -65,7 +66,7 @@ def apply_cues(matches: list[Match], tokens: list[str]) -> list[Found]:
     return walk.found
 
 
-def _is_followed(later: list[Match], tokens: list[str], stop: int) -> bool:
+def _is_followed(later: Iterable[Match], tokens: list[str], stop: int) -> bool:
     """Whether what the cue that ends at token `stop` may speak of follows it, in the same part of the sentence."""
     for first, _, leaf in later:
         if not _PARTS.isdisjoint(tokens[stop:first]):
@@ -106,7 +107,7 @@ class _Walk:
         last = self.found[-1] if self.found else None
         follows = last is not None and last.stop == previous
         is_finding = last is not None and last.category != "anatomy"
-        if between[0] == ":" or between[0] in DASHES:
+        if between[0] in COLONS:
             if follows and is_finding and first == previous + 1:
                 self.subject = self.found[-1:]  # "pneumothorax: none"
             if follows and not is_finding:
@@ -114,7 +115,7 @@ class _Walk:
             else:
                 self.end_clause()
         elif (
-            not {";", ":", *DASHES}.isdisjoint(between)
+            not CLAUSE_ENDS.isdisjoint(between)
             or (between[0] == "the" and follows and is_finding)
             or self._is_new_statement(tokens, previous, first)
         ):

@@ -92,6 +92,7 @@ def untold_spans(text: str) -> list[tuple[int, int]]:
     return [(start, end) for name, start, end in _pieces(plain) if name in _UNTOLD]
 
 
+_BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _UNTOLD = ("indication", "comparison", "other")
 
 
@@ -103,7 +104,7 @@ def _pieces(text: str) -> list[tuple[str, int, int]]:
     for match in [*heads, None]:
         end = match.start() if match else len(text)
         first = end - len(text[begin:end].lstrip())
-        gap = re.compile(r"\n[ \t]*\n").search(text, first, end) if current in _UNTOLD else None
+        gap = _BLANK_LINE.search(text, first, end) if current in _UNTOLD else None
         pieces.append((current, begin, gap.start() if gap else end))
         if gap:
             pieces.append(("body", gap.end(), end))

@@ -162,7 +162,7 @@ def _mention_schema(id_column: str) -> pa.Schema:
     return pa.schema([*fields, ("sentence", pa.int32())])
 
 
-_OWN_FIELDS = frozenset(("column", "sentence", *_mention_schema("").names[1:]))
+_OWN_FIELDS = frozenset(_mention_schema("").names[1:])
 
 
 def _mention_row(id_column: str, identifier: str, column: str, mention: Mention) -> dict[str, Any]:

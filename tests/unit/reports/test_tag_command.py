@@ -90,20 +90,20 @@ def test_no_file_is_written_over_another_and_ids_keep_their_column(tmp_path: Pat
             run_tag(reports, text_columns=["findings"], id_column="uid", out=out, mentions=mentions)
     assert Path(reports).read_text() == before
     named = write_csv(tmp_path / "named.csv", [{"text": "1", "findings": "Effusion."}])
-    options = {"text_columns": ["findings"], "id_column": "text", "out": str(tmp_path / "o.csv")}
+    out, mentions = str(tmp_path / "o.csv"), str(tmp_path / "m.parquet")
     with pytest.raises(ValueError, match="id_column='text'"):
-        run_tag(named, mentions=str(tmp_path / "m.parquet"), **options)  # type: ignore[arg-type]
+        run_tag(named, text_columns=["findings"], id_column="text", out=out, mentions=mentions)
 
 
 def test_an_open_quote_is_refused_and_a_long_text_is_not(tmp_path: Path) -> None:
-    options = {"text_columns": ["findings"], "id_column": "uid", "out": str(tmp_path / "o.csv")}
+    out = str(tmp_path / "o.csv")
     broken = tmp_path / "broken.csv"
     broken.write_text('uid,findings\n1,"Effusion.\n2,Nodule.\n')
     with pytest.raises(ValueError, match=r"is no CSV.*is a quote open"):
-        run_tag(str(broken), **options)  # type: ignore[arg-type]
+        run_tag(str(broken), text_columns=["findings"], id_column="uid", out=out)
     long = write_csv(tmp_path / "long.csv", [{"uid": "1", "findings": "Clear. " * 30_000 + "Effusion."}])
-    run_tag(long, **options)  # type: ignore[arg-type]
-    assert (tmp_path / "o.csv").read_text() == "uid,headings\n1,Pleural Effusion\n"
+    run_tag(long, text_columns=["findings"], id_column="uid", out=out)
+    assert Path(out).read_text() == "uid,headings\n1,Pleural Effusion\n"
 
 
 def test_what_was_asked_or_seen_before_is_no_heading(tmp_path: Path) -> None:
