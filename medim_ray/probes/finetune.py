@@ -28,6 +28,7 @@ from medim_ray.probes.features import Source
 from medim_ray.probes.linear import in_units_of_training
 from medim_ray.probes.protocol import Fold, Protocol, choosing_folds, make_protocol
 from medim_ray.probes.rows import RowList, RowReader, centre_columns, work_items
+from medim_ray.probes.scoring import groups_of
 from medim_ray.probes.tasks import Task
 from medim_ray.probes.trainable import Trainable
 from medim_ray.probes.tune import fit, seeded
@@ -61,11 +62,11 @@ def finetune(
     crops = {s.crop_key: read.remote(reader, rows.take(wanted), s.crop) for s in trained.values()}
     pending = {}
     for task in tasks:
-        of_task = [rows.patient_ids[i] for i in task.rows_K], [rows.splits[i] for i in task.rows_K]
+        groups = groups_of(task, rows)
         at = np.array([place[int(i)] for i in task.rows_K])
         for name, source in trained.items():
             pending[task.label, name] = remote.remote(
-                task, source, crops[source.crop_key], at, *of_task, list(among), config, device
+                task, source, crops[source.crop_key], at, *groups, list(among), config, device
             )
     done = dict(zip(pending, ray.get(list(pending.values())), strict=True))
     return {task.label: {name: done[task.label, name] for name in trained} for task in tasks}

@@ -18,6 +18,7 @@ from medim_ray.probes.classify import probe
 from medim_ray.probes.encoders import frozen_features
 from medim_ray.probes.protocol import check_protocol
 from medim_ray.probes.rows import RowList, RowReader, centre_columns, list_rows, work_items
+from medim_ray.probes.scoring import groups_of
 from medim_ray.probes.tasks import Task, make_task
 from medim_ray.train.build import build_crop
 from medim_ray.train.runs import LoadedRun, load_run
@@ -44,7 +45,7 @@ def validate(run_dir: str, checkpoint: str, config: ValidateConfig) -> dict[str,
         task = make_task(label, rows.labels, run.shards.url)
         if not isinstance(task, Task):
             raise ValueError(f"validate.labels: {label!r} is a number; validation ranks classes, take another label")
-        patients, splits = ([names[i] for i in task.rows_K] for names in (rows.patient_ids, rows.splits))
+        patients, splits = groups_of(task, rows)
         check_protocol(task, patients, splits, _NUM_FOLDS)
         scores = probe(task, features_KD[task.rows_K], patients, splits, num_folds=_NUM_FOLDS, num_bootstrap=1, seed=0)
         found[label], nearest[f"knn_{label}"] = scores.auroc.value, scores.knn["auroc"].value
