@@ -47,6 +47,11 @@ class MixtureMasking:
             default="input",
             metadata={"help": "input: hidden patches never reach the encoder; feature: its output is zeroed"},
         )
+        negated_weight: float = field(default=1.0, metadata={"help": "of KDM, as in masking.name=kdm"})
+        prior: Literal["none", "multiply", "cold_start"] = field(
+            default="none", metadata={"help": "of KDM and SDM, as in masking.name=kdm"}
+        )
+        prior_steps: int = field(default=0, metadata={"help": "global steps of prior=cold_start"})
 
         def __post_init__(self) -> None:
             for part in PARTS:
@@ -54,9 +59,24 @@ class MixtureMasking:
                     raise ValueError(f"masking.{part}_weight={self.weight(part)}: must be 0 or more")
             if sum(map(self.weight, PARTS)) <= 0:
                 raise ValueError("masking: the weights of the mixture are all 0; set at least one above 0")
-            ReportMasking.Config(
-                ratio=self.ratio, diversity=self.diversity, on=self.on
-            )  # checks the numbers of the law
+            if not self.kdm_weight and not self.sdm_weight and (self.prior != "none" or self.negated_weight != 1.0):
+                raise ValueError(
+                    f"masking.prior={self.prior}, masking.negated_weight={self.negated_weight}: are of KDM and SDM, "
+                    "which have no weight here; set masking.kdm_weight or masking.sdm_weight, or leave them out"
+                )
+            self.report("kdm")
+
+        def report(self, part: Literal["kdm", "sdm"]) -> ReportMasking.Config:
+            """KDM or SDM with these numbers; it checks them."""
+            return ReportMasking.Config(
+                name=part,
+                ratio=self.ratio,
+                diversity=self.diversity,
+                on=self.on,
+                negated_weight=self.negated_weight,
+                prior=self.prior,
+                prior_steps=self.prior_steps,
+            )
 
         def weight(self, part: str) -> float:
             """The weight of one of PARTS."""
@@ -117,9 +137,4 @@ class MixtureMasking:
             return BlockMasking(BlockMasking.Config(ratio=ratio, on=config.on))
         if part == "anatomy":
             return AnatomyMasking(AnatomyMasking.Config(ratio=ratio, diversity=config.diversity, on=config.on))
-        assert part in ("kdm", "sdm")
-        return ReportMasking(
-            ReportMasking.Config(
-                name="kdm" if part == "kdm" else "sdm", ratio=ratio, diversity=config.diversity, on=config.on
-            )
-        )
+        return ReportMasking(config.report("kdm" if part == "kdm" else "sdm"))

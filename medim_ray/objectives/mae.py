@@ -15,7 +15,15 @@ from torch.nn import functional as F
 from medim_ray.models.decoder import MaeDecoder
 from medim_ray.models.vit import ImageEncoder, MaskToken
 from medim_ray.objectives.base import OBJECTIVES, ParameterGroup, Parts, default_groups, default_part
-from medim_ray.objectives.pixels import hidden_mean, mask_logs, patchify, unit_patches, visible_patches, whole_images
+from medim_ray.objectives.pixels import (
+    hidden_mean,
+    mask_logs,
+    mask_warnings,
+    patchify,
+    unit_patches,
+    visible_patches,
+    whole_images,
+)
 from medim_ray.types import Batch, StepOutput
 
 
@@ -70,8 +78,8 @@ class Mae(nn.Module):
         """Nothing to do."""
 
     def warnings(self, step: int, logs: Mapping[str, float]) -> list[str]:
-        """None: the loss tells all."""
-        return []
+        """Masks that fall back: the loss tells the rest."""
+        return mask_warnings(logs)
 
 
 @OBJECTIVES.register("simmim")
@@ -110,8 +118,8 @@ class SimMim(nn.Module):
         """Nothing to do."""
 
     def warnings(self, step: int, logs: Mapping[str, float]) -> list[str]:
-        """None: the loss tells all."""
-        return []
+        """Masks that fall back: the loss tells the rest."""
+        return mask_warnings(logs)
 
 
 def reconstruction_of_hidden(

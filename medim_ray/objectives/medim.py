@@ -29,7 +29,7 @@ from medim_ray.models.vit import Features, ImageEncoder, MaskToken
 from medim_ray.objectives import losses
 from medim_ray.objectives.base import OBJECTIVES, ParameterGroup, Parts, default_groups, default_part
 from medim_ray.objectives.mae import reconstruction_of_hidden
-from medim_ray.objectives.pixels import mask_logs, visible_patches, whole_images
+from medim_ray.objectives.pixels import mask_logs, mask_warnings, visible_patches, whole_images
 from medim_ray.types import ASSERTION, MESH_FLAG, TOKEN_IDS, TOKEN_IS_PAD, WORD_OF_TOKEN, Batch, StepOutput
 
 
@@ -112,7 +112,11 @@ class MedIM(nn.Module):
             default=False, metadata={"help": "the image-report contrast sees the reports of all ranks"}
         )
         decoder_widths: tuple[int, ...] = field(
-            default=(512, 256, 128, 64), metadata={"help": "channels of the decoder's stages, each x2 in size"}
+            default=(512, 256, 128, 64),
+            metadata={
+                "help": "channels of the decoder's stages, each x2 in size: as many as the patch size has factors of "
+                "two; a longer list is cut, a shorter one goes on with its last"
+            },
         )
 
         def __post_init__(self) -> None:
@@ -319,7 +323,8 @@ class MedIM(nn.Module):
         """Nothing to do."""
 
     def warnings(self, step: int, logs: Mapping[str, float]) -> list[str]:
-        """Attention that looks everywhere alike makes of KDM and SDM random masks."""
+        """Attention that looks everywhere alike, or reports without a word, make of KDM and SDM random masks."""
+        told = mask_warnings(logs)
         if step < self._mae_steps + _WARM_UP_STEPS or logs.get("attention_entropy_ratio", 0.0) < 0.99:
-            return []
-        return ["the attention of words on patches is all but uniform: KDM and SDM hide patches at random"]
+            return told
+        return [*told, "the attention of words on patches is all but uniform: KDM and SDM hide patches at random"]

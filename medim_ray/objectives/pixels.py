@@ -1,8 +1,8 @@
-"""What reconstruction objectives share: the image view of a batch, patches of pixels, per-sample errors, mask logs."""
+"""What reconstruction objectives share: the image view of a batch, patches of pixels, errors, what masks tell."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from medim_ray.masking.base import Masks
 from medim_ray.types import Batch
 
 IMAGE_VIEW = "image"
+_MOST = 0.5  # share of fallbacks that a run is warned of
 
 
 def whole_images(batch: Batch) -> Tensor:
@@ -59,3 +60,13 @@ def mask_logs(masks: Masks, names: Sequence[str]) -> dict[str, Tensor]:
         if masks.maps_SBN is not None:
             logs[f"mask/{name}/fallback_ratio"] = masks.fallback_SB[place].float().mean()
     return logs
+
+
+def mask_warnings(logs: Mapping[str, float]) -> list[str]:
+    """Strategies that had no word to go by for most images of a step, in words without numbers: told once a run."""
+    return [
+        f"{name.split('/')[1]} finds no word to go by in most reports and masks their images at random: are they "
+        "empty, or in a language that the vocabulary does not know (text.mesh)?"
+        for name, share in logs.items()
+        if name.startswith("mask/") and name.endswith("/fallback_ratio") and share > _MOST
+    ]

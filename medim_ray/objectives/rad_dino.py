@@ -20,6 +20,7 @@ from medim_ray.models.heads_dino import DinoHead
 from medim_ray.models.vit import ImageEncoder, MaskToken
 from medim_ray.objectives import dino_losses as losses
 from medim_ray.objectives.base import OBJECTIVES, ParameterGroup, Parts
+from medim_ray.objectives.pixels import mask_warnings
 from medim_ray.schedules import cosine, linear_warmup
 from medim_ray.types import Batch, StepOutput
 
@@ -189,7 +190,8 @@ class RadDino(nn.Module):
         logs["koleo_distance"] = (koleo[0][1] + koleo[1][1]) / 2
         logs["masked_ratio"] = hidden_GN.float().mean()
         if self._masking.needs_text:
-            logs["mask/fallback_ratio"] = masks.fallback_SB.float().mean()
+            # Of the crops that are masked.
+            logs["mask/ibot/fallback_ratio"] = masks.fallback_SB.sum() / hidden_GN.any(dim=1).sum().clamp_min(1)
         return StepOutput(loss=loss, logs={name: value.detach() for name, value in logs.items()})
 
     def _teach(self, images_GCHW: Tensor, masked_M: Tensor, temperature: float) -> _Targets:
@@ -236,11 +238,12 @@ class RadDino(nn.Module):
         }
 
     def warnings(self, step: int, logs: Mapping[str, float]) -> list[str]:
-        """Signs of collapse once the first tenth of the run is over: all images one prototype, or all prototypes alike
-        for every image, or features without variety."""
+        """Reports without a place to mask; and, once the first tenth of the run is over, signs of collapse: all images
+        one prototype, or all prototypes alike for every image, or features without variety."""
+        told = mask_warnings(logs)
         if step < self._num_steps // 10:
-            return []
-        told, most = [], math.log(self.config.head.num_prototypes)
+            return told
+        most = math.log(self.config.head.num_prototypes)
         if logs["teacher_entropy"] < 0.01 * most and logs["prototypes_used_ratio"] < 0.1:
             told.append("the teacher gives nearly every image the same prototype: raise the teacher's temperature")
         if logs["student_entropy"] > 0.999 * most:

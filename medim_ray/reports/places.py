@@ -12,6 +12,8 @@ __all__ = ["find_places"]
 _Modifier = tuple[int, tuple[tuple[str, str], ...]]  # place of the token, (slot, value) pairs
 _REACH = 14  # tokens between a modifier and a finding
 _COMPARING = frozenset(("greater", "larger", "more", "worse", "smaller", "less"))
+# What is said of a healthy part; a place before it and an "and" is told of nothing after it: "right lung is clear and".
+_HEALTHY = frozenset(("clear", "normal", "unremarkable", "expanded", "aerated"))
 _ANATOMY_REACH_BEFORE, _ANATOMY_REACH_AFTER = 3, 1  # "right mid and lower lung", "lungs bilaterally"
 
 
@@ -94,6 +96,8 @@ def _slots(
         where, gap, between = 0, 0, tokens[:0]
         if place < first:
             where, gap, between = -1, first - place, tokens[place + 1 : first]
+            if "and" in between and not _HEALTHY.isdisjoint(between[: between.index("and")]):
+                continue
             if has_own and "and" in between and any(other < place for other in others):
                 continue
         elif place >= stop:

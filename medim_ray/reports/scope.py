@@ -145,6 +145,7 @@ class _Walk:
                 item.absent = True
             return
         reach = self.found[self.segment :]
+        has_finding = any(item.category != "anatomy" for item in reach)
         if cue is Cue.END:
             self.end_clause()
         elif cue is Cue.ABSENT_AFTER:
@@ -153,7 +154,7 @@ class _Walk:
                 self.segment = len(self.found)
         elif cue is Cue.ABSENT_BEFORE:
             for item in () if Cue.ABSENT_AFTER in cues and after_comma and ahead else reach:
-                item.absent = True
+                item.absent |= has_finding  # "the lungs have cleared" negates nothing
         elif cue is Cue.UNCERTAIN_AFTER or cue is Cue.DIFFERENTIAL:
             if not reach or Cue.UNCERTAIN_BEFORE not in cues or ahead:
                 self.absent, self.uncertain = self.absent and not after_comma, True
@@ -177,9 +178,9 @@ class _Walk:
                 reach[-1].absent = True
 
     def add(self, first: int, stop: int, heading: Heading | None, category: str, state: str) -> None:
-        item = Found(first, stop, heading, category, state, self.clause, self.phrase)
+        item = Found(first, stop, heading, category, state, self.clause, self.phrase, absent=self.absent)
         if category != "anatomy":
-            item.absent = self.absent or (first < self.normal_until and _is_describable(item))
+            item.absent |= first < self.normal_until and _is_describable(item)
             item.uncertain, item.past, item.known = self.uncertain, self.past, first < self.known_until
         self.found.append(item)
 

@@ -89,9 +89,9 @@ def run_tag(
     """Tag each report and write `out` (CSV: `<id_column>,headings`, headings joined by ';').
 
     `mentions` names a Parquet file for every mention: the id, `column` (the text column), start and end in characters
-    of that column, text, heading, tree_numbers, category, assertion, side, zone, course, sentence. `vocabulary` names
-    an NLM MeSH file, which is added to the bundled terms. All paths are fsspec URLs. Mentions under the headings
-    indication, comparison or technique of a whole report are mentions, and give no heading. Errors as in
+    of that column, text, heading, tree_numbers, category, assertion, side, zone, course, sentence, negated.
+    `vocabulary` names an NLM MeSH file, which is added to the bundled terms. All paths are fsspec URLs. Mentions under
+    the headings indication, comparison or technique of a whole report are mentions, and give no heading. Errors as in
     `read_reports`; ValueError where a file would be written over another.
     """
     if not text_columns:
@@ -159,7 +159,7 @@ def _mention_schema(id_column: str) -> pa.Schema:
     fields = [(id_column, pa.string()), ("column", pa.string()), ("start", pa.int32()), ("end", pa.int32())]
     fields += [("text", pa.string()), ("heading", pa.string()), ("tree_numbers", pa.list_(pa.string()))]
     fields += [(name, pa.string()) for name in ("category", "assertion", "side", "zone", "course")]
-    return pa.schema([*fields, ("sentence", pa.int32())])
+    return pa.schema([*fields, ("sentence", pa.int32()), ("negated", pa.bool_())])
 
 
 _OWN_FIELDS = frozenset(_mention_schema("").names[1:])

@@ -25,6 +25,8 @@ class Mention(NamedTuple):
     assertion: 'present', 'absent', 'uncertain' or 'prior' (known from before: unchanged, or history of).
     side: 'left', 'right', 'bilateral' or ''. zone: 'upper', 'middle', 'lower', 'apical', 'basal', 'perihilar',
     'retrocardiac', 'mediastinal' or ''. course: 'new', 'worse', 'improved', 'stable', 'past', 'acute', 'chronic' or ''.
+    negated: the words stand in a negated statement: of a finding, that it is absent; of anatomy, which is present all
+    the same, that it tells where something is absent ("no opacity in the left lung").
     """
 
     start: int
@@ -38,6 +40,7 @@ class Mention(NamedTuple):
     zone: str
     course: str
     sentence: int
+    negated: bool
 
 
 _INDEXED_CATEGORIES = frozenset(("finding", "device", "procedure", "quality"))
@@ -88,7 +91,7 @@ class Tagger:
             mentions.append(
                 Mention(
                     start, end, text[start:end], heading.name, heading.tree_numbers, item.category, _assertion(item),
-                    slots.get("side", ""), slots.get("zone", ""), _course(item, slots), index,
+                    slots.get("side", ""), slots.get("zone", ""), _course(item, slots), index, item.absent,
                 )
             )  # fmt: skip
         return mentions

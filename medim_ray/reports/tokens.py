@@ -28,8 +28,9 @@ class EncodedReport:
 
     token_ids_T (int64): [CLS], pieces, [SEP], padding. word_of_token_T (int16): -1 for [CLS], [SEP] and padding.
     word_is_pad_W: no word there. mesh_flag_W: the word lies in a mention. assertion_W (int8): ASSERTION_CODES of that
-    mention, a finding before an anatomy. sentence_id_W (int16): index into the sentences given, -1 for padding.
-    num_sentences: sentences with at least one visible word.
+    mention, a finding before an anatomy; 'absent' for anatomy that only tells where something is absent.
+    sentence_id_W (int16): index into the sentences given, -1 for padding. num_sentences: with at least
+    one visible word.
     """
 
     token_ids_T: NDArray[np.int64]
@@ -174,5 +175,5 @@ def _mention_words(
         first = np.searchsorted(ends, mention.start, side="right")
         stop = np.searchsorted(starts, mention.end, side="left")
         flags[first:stop] = True
-        assertions[first:stop] = ASSERTION_CODES[mention.assertion]
+        assertions[first:stop] = ASSERTION_CODES["absent" if mention.negated else mention.assertion]
     return flags, assertions

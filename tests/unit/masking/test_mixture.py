@@ -66,7 +66,15 @@ def test_needs_are_those_of_the_parts() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"uniform_weight": 0, "anatomy_weight": 0}, {"kdm_weight": -1}, {"ratio": 0.0}, {"on": "pixels"}]
+    "options",
+    [
+        {"uniform_weight": 0, "anatomy_weight": 0},
+        {"kdm_weight": -1},
+        {"ratio": 0.0},
+        {"on": "pixels"},
+        {"prior": "multiply"},
+        {"kdm_weight": 1.0, "negated_weight": -1.0},
+    ],
 )
 def test_bad_options(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="masking"):

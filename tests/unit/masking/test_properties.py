@@ -50,8 +50,9 @@ def options() -> list[tuple[str, dict[str, Any]]]:
             if "kdm_weight" in fields:
                 variants.append((name, {**place, "kdm_weight": 1.0, "sdm_weight": 1.0, "block_weight": 0.5}))
             if "prior" in fields:
-                variants += [(name, {**place, "prior": "multiply"})]
-                variants += [(name, {**place, "prior": "cold_start", "prior_steps": 3})]
+                guided = {**place, "kdm_weight": 1.0} if "kdm_weight" in fields else place
+                variants += [(name, {**guided, "prior": "multiply"})]
+                variants += [(name, {**guided, "prior": "cold_start", "prior_steps": 3})]
     return variants
 
 

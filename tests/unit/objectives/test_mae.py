@@ -61,6 +61,9 @@ def test_logs_the_share_of_hidden_patches() -> None:
     objective = build("mae", UNIFORM)
     logs = objective(batch_for(uniform(), objective.encoder.grid, 2, 64)).logs
     assert logs["mask/uniform/hidden_ratio"] == 0.75
+    assert objective.warnings(0, {name: float(value) for name, value in logs.items()}) == []
+    assert objective.warnings(0, {"mask/anatomy/fallback_ratio": 0.5}) == []
+    assert "anatomy finds no word" in " ".join(objective.warnings(0, {"mask/anatomy/fallback_ratio": 0.6}))
 
 
 def test_patchify_is_row_by_row() -> None:

@@ -221,7 +221,7 @@ def test_collapse_is_told_in_words_after_the_first_tenth() -> None:
     module = make()
     most = math.log(module.config.head.num_prototypes)
     well = {"teacher_entropy": 0.5 * most, "student_entropy": 0.6 * most}
-    well |= {"prototypes_used_ratio": 0.5, "effective_rank": 4.0}
+    well |= {"prototypes_used_ratio": 0.5, "effective_rank": 4.0, "mask/ibot/fallback_ratio": 0.5}
     late = 99
     assert module.warnings(late, well) == []
     one = {**well, "teacher_entropy": 0.0, "prototypes_used_ratio": 0.05}
@@ -229,3 +229,4 @@ def test_collapse_is_told_in_words_after_the_first_tenth() -> None:
     for logs, word in ((one, "same prototype"), (flat, "prototypes alike"), (line, "on a line")):
         assert word in " ".join(module.warnings(late, logs))
         assert module.warnings(0, logs) == [], "every run begins so"
+    assert "ibot finds no word" in " ".join(module.warnings(0, {**well, "mask/ibot/fallback_ratio": 0.6}))

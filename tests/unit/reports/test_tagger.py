@@ -70,14 +70,28 @@ def test_assertions(text: str, expected: dict[str, str]) -> None:
     assert findings(text) == expected
 
 
-def test_anatomy_is_present_even_in_a_negated_sentence() -> None:
-    assert only("No pneumothorax in the lungs.", "Lung").assertion == "present"
+@pytest.mark.parametrize(
+    ("text", "negated"),
+    [
+        ("No pneumothorax in the lungs.", {"pneumothorax", "lungs"}),
+        ("No left lower lobe pneumonia.", {"lower lobe", "pneumonia"}),
+        ("Left lower lobe pneumonia is not seen.", {"lower lobe", "pneumonia"}),
+        ("The lungs are clear without effusion.", {"effusion"}),
+        ("The lungs have cleared.", set()),
+        ("No effusion, the heart is enlarged.", {"effusion"}),
+    ],
+)
+def test_anatomy_is_present_in_a_negated_statement_and_marked_as_part_of_it(text: str, negated: set[str]) -> None:
+    mentions = TAGGER.tag(text)
+    assert {mention.text for mention in mentions if mention.negated} == negated
+    assert {mention.assertion for mention in mentions if mention.category == "anatomy"} == {"present"}
 
 
 @pytest.mark.parametrize(
     ("text", "heading", "side", "zone"),
     [
         ("Left lower lobe pneumonia", "Pneumonia", "left", "lower"),
+        ("Right lung is clear and left lung has an opacity.", "Opacity", "left", ""),
         ("Right apical pneumothorax", "Pneumothorax", "right", "apical"),
         ("Opacity at the left lung base.", "Opacity", "left", "basal"),
         ("Bibasilar atelectasis", "Pulmonary Atelectasis", "bilateral", "basal"),
