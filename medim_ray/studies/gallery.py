@@ -5,7 +5,6 @@ Images, heat maps, hidden patches and outlines are layers of inline SVG over one
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ import fsspec
 import jinja2
 import numpy as np
 import torch
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
@@ -32,7 +30,9 @@ from medim_ray.masking.uniform import UniformMasking
 from medim_ray.probes.localise import ModelMaps
 from medim_ray.probes.rows import Columns, RowReader, centre_columns, centre_samples, list_rows, work_items
 from medim_ray.probes.truth import crop_mask
-from medim_ray.studies.figures import outline, squares
+from medim_ray.studies.figures import outline
+from medim_ray.studies.panels import Panel, heat_uri, picture_pixels, picture_uri
+from medim_ray.studies.phrases import Phrases, phrases
 from medim_ray.train.build import build_crop, build_masking, needs_text, report_encoder
 from medim_ray.train.runs import LoadedRun, load_run
 from medim_ray.types import BOX
@@ -44,38 +44,17 @@ _SPLIT_ORDER = {"test": 0, "val": 1, "train": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Panel:
-    """One picture over the image: a map or what is hidden. heat: PNG of the map as a data URI, '' where there is none;
-    hidden_HW: the hidden patches, None where the panel shows a map."""
-
-    title: str
-    caption: str
-    heat: str = ""
-    hidden_HW: NDArray[np.bool_] | None = None
-
-    @property
-    def hidden(self) -> str:
-        """The hidden patches as an SVG path in patch units."""
-        return "" if self.hidden_HW is None else squares(self.hidden_HW, self.hidden_HW.shape[1])
-
-    @property
-    def ratio(self) -> float:
-        """Share of the patches that is hidden, NaN where the panel shows a map."""
-        return float("nan") if self.hidden_HW is None else float(self.hidden_HW.mean())
-
-
-@dataclass(frozen=True, kw_only=True)
 class Entry:
     """One image. outlines: (finding, SVG path in per mille of the side) of the truth, where known.
 
-    words: (word or words of a mention, it is negated); sentence: what SDM drew; both '' without text.
+    sentence: what SDM drew, '' without text; phrases: the maps of each mention and sentence, None without text.
     """
 
     image: str
     split: str
     outlines: Sequence[tuple[str, str]]
-    words: Sequence[tuple[str, bool]]
     sentence: str
+    phrases: Phrases | None
     panels: Sequence[Panel]
 
 
@@ -99,7 +78,7 @@ class Gallery:
     @property
     def has_words(self) -> bool:
         """Words of reports are shown."""
-        return any(entry.words or entry.sentence for entry in self.entries)
+        return any(entry.phrases or entry.sentence for entry in self.entries)
 
 
 def templates() -> jinja2.Environment:
@@ -143,13 +122,20 @@ def make_gallery(run: LoadedRun, num: int, text: bool = True) -> Gallery:
     grid = run.objective.encoder.grid
     size = crop.views[0].size
     note = "" if text or reports is None else "The words of the reports are not shown (text=false)."
+    spoken: list[Phrases | None] = [None] * len(rows)
+    if text and reports is not None:
+        attention = None if attention_BWN is None else attention_BWN.float().cpu().numpy()
+        spoken = [
+            phrases(row, reports, columns, encoded, i, grid, None if attention is None else attention[i])
+            for i, row in enumerate(rows)
+        ]
     entries = [
         Entry(
             image=_image_uri(row, columns[BOX][i]),
             split=row["split"],
             outlines=_outlines(row, columns[BOX][i], size),
-            words=_words(row, encoded, i) if text else (),
             sentence=_sentence(row, layers, i) if text else "",
+            phrases=spoken[i],
             panels=[panel for panels in layers.panels for panel in panels[i]],
         )
         for i, row in enumerate(rows)
@@ -169,7 +155,7 @@ def contact_sheet(entry: Entry) -> bytes:
     """One image of the gallery with its panels side by side, as a PNG; no word of its report."""
     figure = Figure(figsize=(_SHEET_INCHES * (1 + len(entry.panels)), _SHEET_INCHES * 1.15), layout="constrained")
     every = figure.subplots(1, 1 + len(entry.panels), squeeze=False)[0]
-    image = _pixels(entry.image)
+    image = picture_pixels(entry.image)
     extent = (0, 1, 1, 0)
     for axes in every:
         axes.imshow(image, cmap="gray", extent=extent)
@@ -179,7 +165,7 @@ def contact_sheet(entry: Entry) -> bytes:
         share = "" if panel.hidden_HW is None else f", {panel.ratio:.0%}"
         axes.set_title(f"{panel.title}{share}", fontsize=8)
         if panel.heat:
-            axes.imshow(_pixels(panel.heat), extent=extent)
+            axes.imshow(picture_pixels(panel.heat), extent=extent)
         if panel.hidden_HW is not None:
             veil_HW4 = np.zeros((*panel.hidden_HW.shape, 4))
             veil_HW4[panel.hidden_HW] = (0.54, 0.58, 0.64, 1.0)
@@ -187,15 +173,6 @@ def contact_sheet(entry: Entry) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=128)
     return buffer.getvalue()
-
-
-def _pixels(uri: str) -> NDArray[np.uint8]:
-    """The picture of a data URI: gray or RGBA."""
-    coded = np.frombuffer(base64.b64decode(uri.partition(",")[2]), dtype=np.uint8)
-    decoded = cv2.imdecode(coded, cv2.IMREAD_UNCHANGED)
-    assert decoded is not None, "a picture that this module has encoded"
-    pixels: NDArray[np.uint8] = decoded.astype(np.uint8, copy=False)
-    return pixels if pixels.ndim == 2 else pixels[:, :, [2, 1, 0, 3]]
 
 
 def _sees(run: LoadedRun) -> Any:
@@ -272,7 +249,7 @@ def _panels(masks: Masks, s: int, i: int, title: str, remark: str, grid_width: i
     panels = []
     if masks.maps_SBN is not None:
         caption = "no word to go by" if is_fallback else remark
-        heat = "" if is_fallback else _heat_uri(masks.maps_SBN[s, i].float().numpy(), grid_width)
+        heat = "" if is_fallback else heat_uri(masks.maps_SBN[s, i].float().numpy(), grid_width)
         panels.append(Panel(title=f"{title} map", caption=caption, heat=heat))
     remark = "fallback: random patches" if is_fallback else remark if masks.maps_SBN is None else ""
     panels.append(
@@ -285,25 +262,8 @@ def _panels(masks: Masks, s: int, i: int, title: str, remark: str, grid_width: i
     return panels
 
 
-def _heat_uri(map_N: NDArray[np.float32], grid_width: int) -> str:
-    """A map as a PNG of one pixel a patch, transparent where it is lowest."""
-    low, high = float(map_N.min()), float(map_N.max())
-    shares = (map_N - low) / (high - low) if high > low else np.zeros_like(map_N)
-    rgba = colormaps["inferno"](0.25 + 0.7 * shares)
-    rgba[:, 3] = 0.85 * shares
-    pixels = np.round(255 * rgba.reshape(-1, grid_width, 4)).astype(np.uint8)
-    return _uri(".png", pixels[:, :, [2, 1, 0, 3]])
-
-
 def _image_uri(row: Mapping[str, Any], box_4: NDArray[np.float32]) -> str:
-    return _uri(".jpg", cut(decode_gray(row["image"], row["image_id"]), box_4, _SHOWN_SIZE))
-
-
-def _uri(kind: str, pixels: NDArray[np.uint8]) -> str:
-    done, encoded = cv2.imencode(kind, pixels)
-    assert done, f"OpenCV can't write {kind}"
-    mime = {".png": "image/png", ".jpg": "image/jpeg"}[kind]
-    return f"data:{mime};base64,{base64.b64encode(encoded.tobytes()).decode()}"
+    return picture_uri(".jpg", cut(decode_gray(row["image"], row["image_id"]), box_4, _SHOWN_SIZE))
 
 
 def _outlines(row: Mapping[str, Any], box_4: NDArray[np.float32], size: int) -> list[tuple[str, str]]:
@@ -314,12 +274,6 @@ def _outlines(row: Mapping[str, Any], box_4: NDArray[np.float32], size: int) -> 
         if contours:
             found.append((lesion["finding"], outline(contours, mask_HW.shape[0])))
     return found
-
-
-def _words(row: Mapping[str, Any], encoded: TextRows, i: int) -> list[tuple[str, bool]]:
-    """The mentions of the report in order, once each."""
-    words = {row["report"][m.start : m.end].lower(): m.assertion == "absent" for m in encoded.mentions[i]}
-    return list(words.items())
 
 
 def _sentence(row: Mapping[str, Any], layers: _Layers, i: int) -> str:

@@ -313,10 +313,11 @@ def test_gallery_of_more_images_than_there_are_shows_all_and_can_leave_out_the_t
     out = str(tmp_path / "masks.html")
     assert write_gallery(run_dir, num=10_000, out=out) == out
     assert _check(out).counts["article"] == NUM_IMAGES
-    assert "SDM sentence" in Path(out).read_text()
+    assert all(word in Path(out).read_text() for word in ("SDM sentence", "Mentions (", "Sentences ("))
     write_gallery(run_dir, num=3, out=out, text=False)
     page = _check(out)
     assert page.counts["article"] == 3
+    assert "Mentions (" not in page.text
     sentences = ShardSet.open(load_run(run_dir).config.data.shards).read_rows(columns=["sentences"])["sentences"]
     assert not any(sentence in page.text for row in sentences.to_pylist() for sentence in row if len(sentence) > 12)
     with pytest.raises(ValueError, match="num=0"):
