@@ -7,7 +7,7 @@ Beyond the paper, the anatomy prior (prior.py) may weigh the map, or stand in fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -139,11 +139,10 @@ class ReportMasking:
         words, priors = [], []
         for name in self.names:
             if name == "kdm":
-                words.append(_mention_words(samples, self.config.negated_weight))
+                words.append(words_of_mentions(samples, self.config.negated_weight))
             else:
                 columns[SENTENCE] = draw_sentences(samples, draws)
-                is_chosen_BW = samples.text[SENTENCE_ID] == columns[SENTENCE][:, None]
-                words.append((is_chosen_BW & ~samples.text[WORD_IS_PAD]).astype(np.float32))
+                words.append(words_of_sentences(samples, columns[SENTENCE]))
             if self.config.prior != "none":
                 priors.append(prior_maps(samples, grid, columns[SENTENCE] if name == "sdm" else None))
         noise = [draws.uniform(f"mask/{name}", grid.num_patches) for name in self.names]
@@ -155,10 +154,11 @@ class ReportMasking:
             columns[IS_COLD] = samples.steps_B < self.config.prior_steps
         return columns
 
-    def attend(self, columns: Mapping[str, NDArray[Any]], attention_BWN: Tensor) -> dict[str, NDArray[Any]]:
-        """The column MAPS from plan columns and a snapshot's attention (attention = "snapshot")."""
+    def attend(self, columns: Mapping[str, NDArray[Any]], attention_KBWN: Sequence[Tensor]) -> dict[str, NDArray[Any]]:
+        """The column MAPS from plan columns and a snapshot's attention on the one crop (attention = "snapshot")."""
         import torch
 
+        (attention_BWN,) = attention_KBWN
         return {MAPS: (torch.from_numpy(columns[WORDS]) @ attention_BWN.float().cpu()).numpy()}
 
     def resolve(self, columns: Mapping[str, Tensor], attention_BWN: Tensor | None) -> Masks:
@@ -188,11 +188,18 @@ class ReportMasking:
         )
 
 
-def _mention_words(samples: Samples, negated_weight: float) -> NDArray[np.float32]:
-    """KDM's weight of each word: 1 in a mention, `negated_weight` in one asserted absent, 0 elsewhere."""
+def words_of_mentions(samples: Samples, negated_weight: float) -> NDArray[np.float32]:
+    """KDM's weight of each word, [B, W]: 1 in a mention, `negated_weight` in one asserted absent, 0 elsewhere."""
     weights_BW = np.where(samples.text[ASSERTION] == ABSENT, np.float32(negated_weight), np.float32(1.0))
     flagged_BW = samples.text[MESH_FLAG].astype(np.bool_) & ~samples.text[WORD_IS_PAD].astype(np.bool_)
     return np.where(flagged_BW, weights_BW, np.float32(0.0))
+
+
+def words_of_sentences(samples: Samples, sentences_B: NDArray[np.int16]) -> NDArray[np.float32]:
+    """SDM's weight of each word, [B, W]: 1 in the sentence that was drawn, 0 elsewhere."""
+    is_chosen_BW = samples.text[SENTENCE_ID] == sentences_B[:, None]
+    words_BW: NDArray[np.float32] = (is_chosen_BW & ~samples.text[WORD_IS_PAD]).astype(np.float32)
+    return words_BW
 
 
 def draw_sentences(samples: Samples, draws: Draws) -> NDArray[np.int16]:

@@ -145,6 +145,7 @@ def centre_samples(columns: Columns, text: TextRows, seed: int) -> tuple[Samples
     samples = Samples(
         image_ids=image_ids,
         boxes_B4=columns[types.BOX],
+        more_boxes_BK4=columns[types.BOX][:, None],  # the second global crop is the centre, too
         text=text.columns,
         mentions=text.mentions,
         steps_B=zeros,

@@ -25,8 +25,10 @@ from medim_ray.data.texts import TextRows
 from medim_ray.data.transforms import cut
 from medim_ray.masking.anatomy import AnatomyMasking
 from medim_ray.masking.base import Masks
+from medim_ray.masking.dino_report import DinoReportMasking
 from medim_ray.masking.report import SENTENCE, ReportMasking
 from medim_ray.masking.uniform import UniformMasking
+from medim_ray.objectives.pixels import IMAGE_VIEW
 from medim_ray.probes.localise import ModelMaps
 from medim_ray.probes.rows import Columns, RowReader, centre_columns, centre_samples, list_rows, work_items
 from medim_ray.probes.truth import crop_mask
@@ -116,7 +118,9 @@ def make_gallery(run: LoadedRun, num: int, text: bool = True) -> Gallery:
     columns, encoded = centre_columns(rows, crop, reports)
     attention_BWN, sees = None, _sees(run)
     if not ModelMaps.of_no_use(sees):
-        attention_BWN = ModelMaps(sees)(to_batch(columns, crop.views, torch.device("cpu")), encoded)
+        batch = to_batch(columns, crop.views[:1], torch.device("cpu"))
+        first_crops_BCHW = batch.views[crop.views[0].name][: len(rows)]
+        attention_BWN = ModelMaps(sees)(replace(batch, views={IMAGE_VIEW: first_crops_BCHW}), encoded)
     strategies = _strategies(run, has_attention=attention_BWN is not None)
     layers, ratios = _layers(run, strategies, columns, encoded, attention_BWN)
     grid = run.objective.encoder.grid
@@ -232,6 +236,8 @@ def _layers(
     panels, ratios = [], {}
     for remark, masking in strategies:
         planned = masking.plan(samples, grid, draws)
+        if isinstance(masking, DinoReportMasking) and attention_BWN is not None:
+            planned |= masking.attend(planned, [attention_BWN] * len(masking.names))
         sentence_B = planned.get(SENTENCE, sentence_B)
         tensors = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in (encoded.columns | planned).items()}
         masks = masking.resolve(tensors, attention_BWN)

@@ -119,6 +119,17 @@ def check_ratio(config: RunConfig, grid: Grid) -> None:
     )
 
 
+def check_crops(config: RunConfig, grid: Grid) -> None:
+    """ValueError where local crops can't be cut into whole patches (ImageEncoder checks encoder.image_size)."""
+    patch_size, local_size = config.encoder.image_size // grid.width, getattr(config.crop, "local_size", 0)
+    if local_size % patch_size:
+        works = max(1, round(local_size / patch_size)) * patch_size
+        raise ValueError(
+            f"crop.local_size={local_size}: must be a multiple of the patch size {patch_size} of "
+            f"{config.encoder.name}; use {works}"
+        )
+
+
 def report_encoder(config: RunConfig, shards: ShardSet) -> ReportEncoder:
     """Tokens and mentions of the run's reports; ValueError where text.mesh can't be read."""
     vocabulary = None
@@ -136,6 +147,7 @@ def make_reader(config: RunConfig, shards: ShardSet) -> BlockReader:
     """The reader of the decoding actors; it holds nothing that loads torch or timm when it is unpickled there."""
     grid, files = ImageEncoder.grid_of(config.encoder), shards.files(config.data.split)
     check_ratio(config, grid)
+    check_crops(config, grid)
     reports = None
     if needs_text(config):
         reports = report_encoder(config, shards)

@@ -48,7 +48,7 @@ from medim_ray.train.growth import Growth
 from medim_ray.train.progress import progress
 from medim_ray.train.runs import write_config
 from medim_ray.train.signals import aside, stop_signals
-from medim_ray.train.snapshots import snapshot_masking
+from medim_ray.train.snapshots import snapshot_every
 from medim_ray.train.startup import Startup
 from medim_ray.train.store import Checkpoint, CheckpointStore, Start
 from medim_ray.train.stream import StreamFactory, attend_factory, reader_factory, run_worker
@@ -296,7 +296,6 @@ def _trainer(
     """One group of workers; settings: for each, beside the configuration. Ray Train retries nothing by itself:
     attempts.py tells failures apart."""
     train = config.train
-    masking = snapshot_masking(config)
     stream = StreamFactory(
         stream_plan(config, shards),
         reader,
@@ -305,7 +304,7 @@ def _trainer(
         config.data.num_actors,
         attend_factory(config),
         config.run.dir,
-        masking.snapshot_every if masking else 0,
+        snapshot_every(config),
     )
     fs, root = fsspec.core.url_to_fs(config.run.dir)
     env = {"OMP_NUM_THREADS": str(max(1, int(train.cpus_per_worker)))}

@@ -41,7 +41,7 @@ from medim_ray.train.loop import Trainer, train
 from medim_ray.train.metrics import METRICS, JsonLinesFile, read_metrics
 from medim_ray.train.saver import Saver
 from medim_ray.train.snapshot_store import SnapshotStore
-from medim_ray.train.snapshots import Publisher, snapshot_masking
+from medim_ray.train.snapshots import Publisher, snapshot_every
 from medim_ray.train.startup import Startup
 from medim_ray.train.store import CheckpointStore, Start
 from medim_ray.train.throughput import Meter, Pace
@@ -121,8 +121,7 @@ class RunCheckpoints:
     ) -> None:
         self._config, self._engine, self._recorder, self._attempt = config, engine, recorder, attempt
         self._store = CheckpointStore(config.run.dir, config.train.storage_patience_s)
-        masking = snapshot_masking(config)
-        self._snapshot_every = masking.snapshot_every if masking else 0
+        self._snapshot_every = snapshot_every(config)
         facts = {**hashes, "objective": config.objective.name, "zero": config.train.zero}
         self._saver = Saver(
             self._store,
@@ -262,10 +261,9 @@ def _pace(settings: dict[str, Any], train: TrainConfig, device: torch.device) ->
 def _before_step(config: RunConfig, objective: Any, watch: bytes | None, rank: int) -> BeforeStep:
     """What a rank does before a step: publish a snapshot, look at the maps, where the run has such."""
     look = pickle.loads(watch)(config, objective) if watch else None
-    masking = snapshot_masking(config)
     publish = None
-    if masking is not None and masking.snapshot_every:
-        publish = Publisher(SnapshotStore(config.run.dir), masking.snapshot_every, objective, rank)
+    if every := snapshot_every(config):
+        publish = Publisher(SnapshotStore(config.run.dir), every, objective, rank)
     return BeforeStep(publish, look, config.maps.every)
 
 

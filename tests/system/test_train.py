@@ -22,6 +22,7 @@ from medim_ray.config.loader import from_tree, to_tree
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.shards import ShardSet
 from medim_ray.probes.watch import MapWatch
+from medim_ray.studies.gallery import write_gallery
 from medim_ray.train.feed import read_quarantine
 from medim_ray.train.launch import Watch, launch
 from medim_ray.train.metrics import read_lines, read_metrics
@@ -64,6 +65,25 @@ def test_masks_by_snapshots_go_on_bit_equal_with_looks_at_the_maps(phantom_shard
     assert 4 in SnapshotStore(str(tmp_path / "stopped")).steps()
     records = read_metrics(str(tmp_path / "stopped"))
     assert [r["step"] for r in records if "maps/kdm/map_auroc" in r] == [0, 2, 4]
+
+
+@pytest.mark.chaos
+def test_rad_dino_masks_its_crops_by_the_attention_of_a_finished_medim_run(phantom_shards: str, tmp_path: Path) -> None:
+    medim, encoder = tmp_path / "medim", "encoder.name=vit_tiny_patch16_224"
+    assert launch(config_of(MEDIM, phantom_shards, medim, "train.steps=2", encoder)).finished
+    guided = [encoder, "crop.local_size=48", "train.steps=2", "masking.name=dinov2_report"]
+    guided += [f"masking.snapshot_run={medim}"]
+    wrong = [*guided, "encoder.image_size=128"]
+    with pytest.raises(ValueError, match=r"masking\.snapshot_run=.*another image size"):
+        launch(config_of(RAD_DINO, phantom_shards, tmp_path / "wrong", *wrong))
+    with pytest.raises(ValueError, match=r"crop\.local_size=56: must be a multiple of the patch size 16"):
+        launch(config_of(RAD_DINO, phantom_shards, tmp_path / "wrong", *guided, "crop.local_size=56"))
+    assert launch(config_of(RAD_DINO, phantom_shards, tmp_path / "dino", *guided)).finished
+    records = read_metrics(str(tmp_path / "dino"))
+    assert [record["mask/ibot/fallback_ratio"] < 0.5 for record in records] == [True, True], "guided, not blocks"
+    page = write_gallery(str(tmp_path / "dino"), num=2, out=str(tmp_path / "masks.html"))
+    words = Path(page).read_text()
+    assert all(title in words for title in ("global0 hides", "global1 hides", "Mentions ("))
 
 
 def assert_goes_on(phantom_shards: str, tmp_path: Path, watch: Watch | None, *more: str) -> None:

@@ -13,6 +13,7 @@ from medim_ray.masking.base import Samples
 from medim_ray.masking.block import StepBlockMasking, step_counts_of
 from medim_ray.masking.dino_report import GUIDED, HIDDEN, DinoReportMasking
 from medim_ray.masking.prior import prior_maps
+from medim_ray.types import ASSERTION, MESH_FLAG, SENTENCE_ID, WORD_IS_PAD
 from tests.unit.masking.test_anatomy import GRID, samples_of
 
 RIGHT, NOTHING = "There is a right upper lobe consolidation.", "Comparison is made with the prior study."
@@ -61,6 +62,35 @@ def test_a_report_without_a_place_has_dinov2s_blocks() -> None:
     draws = Draws.of(1, np.zeros(len(samples), np.int64), samples.image_ids)
     blocks = StepBlockMasking(StepBlockMasking.Config(crop_ratio=1.0)).plan(samples, GRID, draws)
     assert np.array_equal(hidden_BSN, blocks["mask/block_BSN"])
+
+
+def test_with_a_snapshot_each_crop_has_the_highest_patches_of_its_own_attention() -> None:
+    num, num_words = 8, 3
+    samples = with_crops(samples_of(*[RIGHT] * num), (0.0, 0.0, 1.0, 1.0))
+    text = {
+        WORD_IS_PAD: np.tile([False, False, True], (num, 1)),
+        MESH_FLAG: np.tile([False, True, False], (num, 1)),  # KDM: word 1; SDM: words 0 and 1
+        ASSERTION: np.zeros((num, num_words), np.int8),
+        SENTENCE_ID: np.tile(np.array([0, 0, -1], np.int16), (num, 1)),
+    }
+    text[MESH_FLAG][0] = False  # nothing for KDM to go by
+    samples = dataclasses.replace(samples, text=text)
+    masking = DinoReportMasking(DinoReportMasking.Config(crop_ratio=1.0, diversity=1.0, snapshot_run="runs/medim"))
+    draws = Draws.of(1, np.zeros(num, np.int64), samples.image_ids)
+    columns = masking.plan(samples, GRID, draws)
+    assert not columns[GUIDED].any()
+    attention = [
+        torch.rand(num, num_words, GRID.num_patches, generator=torch.Generator().manual_seed(k)) for k in (0, 1)
+    ]
+    made = masking.attend(columns, attention)
+    assert made[GUIDED].tolist() == [[False, True]] + [[True, True]] * (num - 1)
+    assert np.array_equal(made[HIDDEN][0, 0], columns[HIDDEN][0, 0]), "blocks, where there is no word"
+    counts_BS = step_counts_of(samples, 2, GRID.num_patches, StepBlockMasking.Config(crop_ratio=1.0))
+    assert np.array_equal(made[HIDDEN].sum(axis=2)[1:], counts_BS[1:])
+    for i in range(1, num):
+        for crop, map_N in enumerate((attention[0][i, 1].numpy(), attention[1][i, :2].sum(0).numpy())):
+            hidden_N = made[HIDDEN][i, crop]
+            assert map_N[hidden_N].min() > map_N[~hidden_N].max()
 
 
 @pytest.mark.parametrize(("options", "message"), [({"diversity": 0.0}, "diversity=0.0"), ({"guide": "x"}, "guide='x'")])

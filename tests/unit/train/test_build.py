@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from medim_ray.config.loader import load
 from medim_ray.config.schema import RunConfig
-from medim_ray.train.build import check_ratio
+from medim_ray.train.build import check_crops, check_ratio
 from medim_ray.train.checks import check_numbers
 from medim_ray.types import Grid
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("name", ["uniform", "kdm", "anatomy", "mixture", "block"])
@@ -37,3 +40,10 @@ def test_numbers_that_are_not_finite_are_refused(key: str, value: str) -> None:
     check_numbers(config)
     with pytest.raises(ValueError, match=rf"{re.escape(key)}={value}: must be a finite number"):
         check_numbers(load(RunConfig, None, ["objective.name=medim", "masking.name=kdm", f"{key}={value}"]))
+
+
+def test_local_crops_are_whole_patches() -> None:
+    config = load(RunConfig, ROOT / "configs/debug/rad_dino-vit_tiny-2w-z1.yaml", ["crop.local_size=60"])
+    with pytest.raises(ValueError, match=r"crop\.local_size=60: must be a multiple of the patch size 14 .*; use 56"):
+        check_crops(config, Grid(8, 8))
+    check_crops(load(RunConfig, ROOT / "configs/debug/mae-vit_tiny-2w-z1.yaml", []), Grid(7, 7))

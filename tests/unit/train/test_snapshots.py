@@ -55,8 +55,8 @@ def columns_of(steps: list[int]) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def attender(folder: Path) -> Attender:
-    masking = ReportMasking.Config(attention="snapshot", snapshot_every=EVERY)
-    return Attender(masking, (View("image", 1, 64, 1),), str(folder), model)
+    masking = ReportMasking(ReportMasking.Config(attention="snapshot", snapshot_every=EVERY))
+    return Attender(masking, View("image", 1, 64, 1), str(folder), EVERY, model)
 
 
 def test_maps_are_those_of_the_published_weights(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_maps_are_those_of_the_published_weights(tmp_path: Path) -> None:
         attention = weights.eval().attention(batch)
         expected = masking.resolve(batch.columns, attention)
         np.testing.assert_allclose(made[rows], expected.maps_SBN.transpose(0, 1).numpy(), rtol=1e-5, atol=1e-7)
-        resolved = ReportMasking(attender(tmp_path).masking).resolve(
+        resolved = attender(tmp_path).masking.resolve(
             {name: torch.from_numpy(value[rows]) for name, value in {**block, MAPS: made}.items() if "mask" in name},
             None,
         )
@@ -89,6 +89,30 @@ def test_maps_are_those_of_the_published_weights(tmp_path: Path) -> None:
     again = attender(tmp_path)
     alone = [again(columns_of([step]))[MAPS] for step in (8, 7)]  # another order, smaller blocks, another actor
     assert np.array_equal(np.concatenate(alone[::-1]), made)
+
+
+def test_a_finished_model_looks_at_each_global_crop_alone() -> None:
+    block = columns_of([0])
+    pixels = block.pop(f"{VIEW}image")
+    names = (f"{VIEW}image/jitter_BK3", f"{VIEW}global/jitter_BK3")
+    block[names[1]] = np.repeat(block.pop(names[0]), 2, axis=1)
+    other = pixels[:, :, ::-1].copy()
+    block[f"{VIEW}global"] = np.concatenate([pixels, other], axis=1)
+    block[f"{VIEW}local"] = np.zeros((4, 6, 32, 32), np.uint8)
+
+    class Looks:
+        """A strategy that keeps what it is shown."""
+
+        def attend(self, columns: dict[str, Any], attention_KBWN: list[torch.Tensor]) -> dict[str, Any]:
+            return {"seen": torch.stack(attention_KBWN, dim=1).numpy()}
+
+    seen = Attender(Looks(), View("global", 2, 64, 1), "", 0, model)(block)["seen"]
+    alone = []
+    for crop in (pixels, other):
+        one = {**block, f"{VIEW}image": crop, names[0]: block[names[1]][:, :1]}
+        alone.append(Attender(Looks(), View("image", 1, 64, 1), "", 0, model)(one)["seen"][:, 0])
+    np.testing.assert_array_equal(seen, np.stack(alone, axis=1))
+    assert not np.array_equal(alone[0], alone[1])
 
 
 def test_a_start_removes_what_a_rolled_back_run_published_and_misses_what_is_gone(tmp_path: Path) -> None:
