@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learning import FINDINGS, parse, with_interval
+from medim_ray.config.loader import load
+from medim_ray.config.schema import RunConfig
 from medim_ray.train.validation import read_validation
 
 CONFIGS = Path(__file__).parents[1] / "configs/debug"
@@ -43,10 +46,12 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Run:
-    """validation: a row a checkpoint; mean: over the labels, of result.json; warnings: of the run."""
+    """validation: a row a checkpoint; mean: over the labels, of result.json; last: of metrics.jsonl; warnings: of the
+    run."""
 
     validation: list[dict[str, Any]]
     mean: dict[str, Any]
+    last: dict[str, Any]
     warnings: list[str]
 
 
@@ -69,7 +74,7 @@ def run_one(arm: str, seed: int, args: argparse.Namespace) -> Run:
         print(f"{arm} seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     told = [f"step {record['step']}: {words}" for record in records for words in record.get("warnings", [])]
-    return Run(read_validation(str(folder)), json.loads(result.read_text())["mean"], told)
+    return Run(read_validation(str(folder)), json.loads(result.read_text())["mean"], records[-1], told)
 
 
 def curve_table(results: dict[str, list[Run]]) -> list[str]:
@@ -80,6 +85,29 @@ def curve_table(results: dict[str, list[Run]]) -> list[str]:
         for probe, key in (("linear", "mean"), ("k-NN", "knn_mean")):
             columns = zip(*([row.get(key) for row in run.validation] for run in runs), strict=True)
             lines.append(f"| {arm} | {probe} | {' | '.join(with_interval(column) for column in columns)} |")
+    return lines
+
+
+def rise_table(results: dict[str, list[Run]]) -> list[str]:
+    """What the training changed, in pairs by seed; and how far from uniform the student's assignments were at last."""
+    lines = [
+        "| arm | linear, last - first | k-NN, last - first | linear, trained - untrained | student entropy / log K |"
+    ]
+    lines.append("|---|---|---|---|---|")
+    for arm, runs in results.items():
+        rises = [
+            with_interval([run.validation[-1][key] - run.validation[0][key] for run in runs])
+            for key in ("mean", "knn_mean")
+        ]
+        gains = [
+            run.mean["encoders"]["trained"]["auroc"]["value"] - run.mean["encoders"]["untrained"]["auroc"]["value"]
+            for run in runs
+        ]
+        recipe, overrides = ARMS[arm]
+        head = getattr(load(RunConfig, CONFIGS / recipe, overrides).objective, "head", None)
+        entropies = [run.last["student_entropy"] / math.log(head.num_prototypes) if head else None for run in runs]
+        flat = with_interval(entropies)
+        lines.append(f"| {arm} | {' | '.join(rises)} | {with_interval(gains)} | {flat} |")
     return lines
 
 
@@ -105,7 +133,7 @@ def main() -> None:
         for seed, run in zip(args.seeds, runs, strict=True)
         if run.warnings
     ]
-    text = "\n".join([head, *curve_table(results), "", *end_table(results), "", *told])
+    text = "\n".join([head, *curve_table(results), "", *rise_table(results), "", *end_table(results), "", *told])
     (Path(args.out) / "dino_learning.md").write_text(text + "\n")
     print(text)
 
