@@ -54,7 +54,7 @@ def to_batch(columns: Columns, views: tuple[View, ...], device: torch.device) ->
     images: dict[str, Tensor] = {}
     for view in views:
         pixels = _tensor(columns[f"{VIEW}{view.name}"], device).transpose(0, 1).flatten(0, 1)
-        jitter = _tensor(columns[f"{VIEW}{view.name}/jitter_BK3"], device).transpose(0, 1).flatten(0, 1)
+        jitter = _tensor(columns[f"{VIEW}{view.name}/jitter_BK4"], device).transpose(0, 1).flatten(0, 1)
         images[view.name] = photometric(pixels[:, None].float() / 255.0, jitter, view.blur_radius)
     skip = {STEP, EPOCH, IMAGE_ID, BROKEN, SECONDS} | {f"{VIEW}{view.name}" for view in views}
     return Batch(

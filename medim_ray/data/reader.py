@@ -39,7 +39,7 @@ def crop_views(images: Sequence[NDArray[np.uint8]], crop: Crop, plans: dict[str,
             for k in range(view.num_crops):
                 pixels[i, k] = cut(image, plan.boxes_BK4[i, k], view.size, bool(plan.flips_BK[i, k]))
         columns[f"{VIEW}{view.name}"] = pixels
-        columns[f"{VIEW}{view.name}/jitter_BK3"] = plan.jitter_BK3
+        columns[f"{VIEW}{view.name}/jitter_BK4"] = plan.jitter_BK4
         columns[f"{VIEW}{view.name}/boxes_BK4"] = plan.boxes_BK4
     columns[types.BOX] = plans[crop.views[0].name].boxes_BK4[:, 0]
     return columns

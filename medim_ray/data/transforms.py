@@ -1,14 +1,14 @@
 """How a stored radiograph becomes the views of a sample: boxes are drawn for a whole granule, pixels stay uint8 gray.
 
-Geometry runs on the CPU in Ray Data; the photometric part (brightness, contrast, blur) travels as three numbers a crop
-and is applied on the device (photometric.py). MedIM: longest side to 240, zero pad, random crop 224, jitter and blur.
-DINOv2: 2 global and n local crops of random area and aspect.
+Geometry runs on the CPU in Ray Data; the photometric part (brightness, contrast, blur, solarising) travels as four
+numbers a crop and is applied on the device (photometric.py). MedIM: longest side to 240, zero pad, random crop 224,
+jitter and blur. DINOv2: 2 global and n local crops of random area and aspect.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -35,12 +35,13 @@ class CropPlan:
     """Crops of one view for B samples.
 
     boxes_BK4: (top, left, bottom, right) in fractions of the stored image; may reach outside it (zero padding).
-    flips_BK: mirrored left to right. jitter_BK3: brightness factor, contrast factor, blur sigma in pixels (0: none).
+    flips_BK: mirrored left to right. jitter_BK4: brightness factor, contrast factor, blur sigma in pixels (0: none), 1
+    where it is solarised.
     """
 
     boxes_BK4: NDArray[np.float32]
     flips_BK: NDArray[np.bool_]
-    jitter_BK3: NDArray[np.float32]
+    jitter_BK4: NDArray[np.float32]
 
 
 class Crop(Protocol):
@@ -58,6 +59,8 @@ class Crop(Protocol):
 
 
 CROPS: Registry[Any] = Registry("crop")
+_LEAST_BLUR = 0.1  # sigma in pixels (DINOv2)
+_PLAIN = np.array([1.0, 1.0, 0.0, 0.0], dtype=np.float32)  # nothing is changed
 
 
 def _check_shares(**shares: float) -> None:
@@ -66,14 +69,34 @@ def _check_shares(**shares: float) -> None:
             raise ValueError(f"{key}={value}: must lie between 0 and 1")
 
 
+def _check_blur(blur_max: float) -> None:
+    if blur_max < _LEAST_BLUR:
+        raise ValueError(f"crop.blur_max={blur_max}: must be at least {_LEAST_BLUR} pixels; for none use blur_prob=0")
+
+
 def _jitter(
-    draws: Draws, purpose: str, num: int, strength: float, blur_prob: float, blur_max: float
+    draws: Draws,
+    purpose: str,
+    strength: float,
+    blur_max: float,
+    blur_probs: Sequence[float],
+    jitter_prob: float = 1.0,
+    solarise_probs: Sequence[float] | None = None,
 ) -> NDArray[np.float32]:
-    """[B, num, 3] brightness and contrast factors in 1 +- strength and a blur sigma, 0 with 1 - blur_prob."""
-    factors = 1.0 + strength * (2.0 * draws.uniform(f"{purpose}/jitter", 2 * num) - 1.0)
+    """[B, K, 4] brightness and contrast factors in 1 +- strength, a blur sigma, 0 with 1 - its crop's share, and 1
+    where the crop is solarised; one share for each of the K crops."""
+    num = len(blur_probs)
+    factors = 1.0 + strength * (2.0 * draws.uniform(f"{purpose}/jitter", 2 * num) - 1.0).reshape(-1, num, 2)
+    if jitter_prob < 1.0:
+        is_plain_BK = draws.uniform(f"{purpose}/is_jittered", num) >= jitter_prob
+        factors = np.where(is_plain_BK[:, :, None], 1.0, factors)
     blur = draws.uniform(f"{purpose}/blur", 2 * num)
-    sigma = np.where(blur[:, :num] < blur_prob, 0.1 + (blur_max - 0.1) * blur[:, num:], 0.0)
-    return np.concatenate([factors.reshape(-1, num, 2), sigma[:, :, None]], axis=2).astype(np.float32)
+    sigma_BK = _LEAST_BLUR + (blur_max - _LEAST_BLUR) * blur[:, num:]
+    sigma_BK = np.where(blur[:, :num] < np.asarray(blur_probs), sigma_BK, 0.0)
+    solarised_BK = np.zeros_like(sigma_BK)
+    if solarise_probs is not None and any(solarise_probs):
+        solarised_BK += draws.uniform(f"{purpose}/solarise", num) < np.asarray(solarise_probs)
+    return np.concatenate([factors, np.stack([sigma_BK, solarised_BK], axis=2)], axis=2).astype(np.float32)
 
 
 @CROPS.register("pad_crop")
@@ -92,6 +115,7 @@ class PadCrop:
 
         def __post_init__(self) -> None:
             _check_shares(jitter=self.jitter, blur_prob=self.blur_prob)
+            _check_blur(self.blur_max)
             if self.resize_ratio < 1.0:
                 raise ValueError(f"resize_ratio={self.resize_ratio}: the crop must fit, use a ratio of at least 1")
 
@@ -108,11 +132,11 @@ class PadCrop:
         start_B2 = place_B2 * (1.0 - 1.0 / ratio) - (1.0 - extent_B2) / 2.0
         boxes_B4 = np.concatenate([start_B2, start_B2 + 1.0 / ratio], axis=1) / np.tile(extent_B2, 2)
         if draws is None:
-            jitter = np.tile(np.array([1.0, 1.0, 0.0], dtype=np.float32), (num, 1, 1))
+            jitter = np.tile(_PLAIN, (num, 1, 1))
         else:
-            jitter = _jitter(draws, "crop", 1, self.config.jitter, self.config.blur_prob, self.config.blur_max)
+            jitter = _jitter(draws, "crop", self.config.jitter, self.config.blur_max, [self.config.blur_prob])
         boxes = boxes_B4[:, None, :].astype(np.float32)
-        return {"image": CropPlan(boxes_BK4=boxes, flips_BK=np.zeros((num, 1), bool), jitter_BK3=jitter)}
+        return {"image": CropPlan(boxes_BK4=boxes, flips_BK=np.zeros((num, 1), bool), jitter_BK4=jitter)}
 
     def shrink(self, height: int, width: int) -> float:
         return max(height, width) / self.config.resize_ratio / self.views[0].size
@@ -121,7 +145,8 @@ class PadCrop:
 @CROPS.register("multi_crop")
 class MultiCrop:
     """DINOv2: 2 global and `num_local` local crops of random area and aspect; the defaults are for radiographs
-    (larger global area, light blur, no flip, since side matters)."""
+    (larger areas, light blur, no flip, since side matters). A side longer than the image's is cut to it, where DINOv2
+    draws again: crops of long narrow images are smaller and squarer than told."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -136,11 +161,21 @@ class MultiCrop:
         )
         flip_prob: float = field(default=0.0, metadata={"help": "share of crops mirrored left to right"})
         jitter: float = field(default=0.2, metadata={"help": "brightness and contrast vary by up to this share"})
-        blur_prob: float = field(default=0.3, metadata={"help": "share of crops that are blurred"})
+        jitter_prob: float = field(default=1.0, metadata={"help": "share of crops that vary so"})
+        blur_prob: tuple[float, float, float] = field(
+            default=(0.3, 0.3, 0.3),
+            metadata={"help": "share blurred of the first, of the second global, of local crops"},
+        )
+        solarise_prob: float = field(
+            default=0.0, metadata={"help": "share of the second global crops whose upper half of grays is inverted"}
+        )
         blur_max: float = field(default=1.0, metadata={"help": "largest sigma of the blur, in pixels of the crop"})
 
         def __post_init__(self) -> None:
-            _check_shares(flip_prob=self.flip_prob, jitter=self.jitter, blur_prob=self.blur_prob)
+            shares = {f"blur_prob[{i}]": share for i, share in enumerate(self.blur_prob)}
+            _check_shares(flip_prob=self.flip_prob, jitter=self.jitter, jitter_prob=self.jitter_prob, **shares)
+            _check_shares(solarise_prob=self.solarise_prob)
+            _check_blur(self.blur_max)
             if self.num_local < 0 or self.local_size < 1:
                 raise ValueError(f"num_local={self.num_local}, local_size={self.local_size}: at least 0 and 1")
             for key in ("global_area", "local_area"):
@@ -170,8 +205,8 @@ class MultiCrop:
         num, crops = len(shapes_B2), view.num_crops
         if draws is None:
             boxes = np.tile(np.array([0.0, 0.0, 1.0, 1.0], dtype=np.float32), (num, crops, 1))
-            jitter = np.tile(np.array([1.0, 1.0, 0.0], dtype=np.float32), (num, crops, 1))
-            return CropPlan(boxes_BK4=boxes, flips_BK=np.zeros((num, crops), bool), jitter_BK3=jitter)
+            jitter = np.tile(_PLAIN, (num, crops, 1))
+            return CropPlan(boxes_BK4=boxes, flips_BK=np.zeros((num, crops), bool), jitter_BK4=jitter)
         purpose = f"crop/{view.name}"
         area_BK = area[0] + (area[1] - area[0]) * draws.uniform(f"{purpose}/area", crops)
         aspect_BK = np.exp(
@@ -184,11 +219,47 @@ class MultiCrop:
         top_BK, left_BK = place[:, :crops] * (1.0 - height_BK), place[:, crops:] * (1.0 - width_BK)
         boxes = np.stack([top_BK, left_BK, top_BK + height_BK, left_BK + width_BK], axis=2).astype(np.float32)
         flips = draws.uniform(f"{purpose}/flip", crops) < self.config.flip_prob
-        c = self.config
-        return CropPlan(
-            boxes_BK4=boxes,
-            flips_BK=flips,
-            jitter_BK3=_jitter(draws, purpose, crops, c.jitter, c.blur_prob, c.blur_max),
+        c, is_global = self.config, view.name == "global"
+        blurred = c.blur_prob[:2] if is_global else c.blur_prob[2:] * crops
+        solarised = (0.0, c.solarise_prob) if is_global else None
+        jitter = _jitter(draws, purpose, c.jitter, c.blur_max, blurred, c.jitter_prob, solarised)
+        return CropPlan(boxes_BK4=boxes, flips_BK=flips, jitter_BK4=jitter)
+
+
+@CROPS.register("xray")
+class XrayCrop(MultiCrop):
+    """Radiographs at 518 pixels, after RAD-DINO's paper as far as it is known: local crops of 196, larger areas, light
+    blur, no flip and no solarising."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MultiCrop.Config):
+        name: str = "xray"
+        local_size: int = field(default=196, metadata={"help": "side of a local crop in pixels"})
+
+
+@CROPS.register("natural")
+class NaturalCrop(MultiCrop):
+    """DINOv2's own augmentation; of its colour jitter what gray images can have (no saturation, hue or graying)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MultiCrop.Config):
+        name: str = "natural"
+        global_area: tuple[float, float] = field(
+            default=(0.32, 1.0), metadata={"help": "area of a global crop over the image's"}
+        )
+        local_area: tuple[float, float] = field(
+            default=(0.05, 0.32), metadata={"help": "area of a local crop over the image's"}
+        )
+        flip_prob: float = field(default=0.5, metadata={"help": "share of crops mirrored left to right"})
+        jitter: float = field(default=0.4, metadata={"help": "brightness and contrast vary by up to this share"})
+        jitter_prob: float = field(default=0.8, metadata={"help": "share of crops that vary so"})
+        blur_prob: tuple[float, float, float] = field(
+            default=(1.0, 0.1, 0.5),
+            metadata={"help": "share blurred of the first, of the second global, of local crops"},
+        )
+        blur_max: float = field(default=2.0, metadata={"help": "largest sigma of the blur, in pixels of the crop"})
+        solarise_prob: float = field(
+            default=0.2, metadata={"help": "share of the second global crops whose upper half of grays is inverted"}
         )
 
 

@@ -75,6 +75,12 @@ class Objective(Protocol):
 
     encoder: ImageEncoder  # what probes and exports take
     needs_text: bool  # class attribute
+    view: str  # class attribute: the first view of the crop, "image" or "global"
+
+    @staticmethod
+    def check_masking(masking: Masking) -> None:
+        """ValueError for a strategy whose masks this objective can't use; called before a run starts."""
+        ...
 
     def forward(self, batch: Batch) -> StepOutput:
         """The loss of one micro-batch; `batch.step` is the global optimizer step, counted from 0."""

@@ -39,7 +39,8 @@ def centred_softmax(scores_MK: Tensor, centre_K: Tensor, temperature: float) -> 
 
 @torch.no_grad()
 def sinkhorn(scores_MK: Tensor, temperature: float) -> Tensor:
-    """Teacher probabilities [M, K], rows sum to 1: three Sinkhorn-Knopp iterations over the rows of all ranks.
+    """Teacher probabilities [M, K], rows sum to 1 (to 0 where all weights of a row underflow): three Sinkhorn-Knopp
+    iterations over the rows of all ranks.
 
     Prototypes get equal shares of the rows, rows equal weights. Ranks may hold different M, also 0. The largest score
     is subtracted first, which the normalisation cancels, so that small temperatures do not overflow.
@@ -104,6 +105,7 @@ def dino_loss(student_SBK: Tensor, teacher_TBK: Tensor, temperature: float) -> T
     return (len(teacher_TBK) * normaliser - agreement) / student_SBK.shape[1]
 
 
+@in_float32
 def ibot_loss(scores_MK: Tensor, targets_MK: Tensor, weights_M: Tensor, num_crops: int, temperature: float) -> Tensor:
     """Cross-entropy of the masked patches: summed with `weights_M` (1 / masked patches of the own crop), divided by the
     number of ALL global crops, masked or not. 0 where nothing is masked."""

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medim_ray.masking.base import Masking
 from medim_ray.models.decoder import MaeDecoder
 from medim_ray.models.vit import ImageEncoder, MaskToken
 from medim_ray.objectives.base import OBJECTIVES, ParameterGroup, Parts, default_groups, default_part
 from medim_ray.objectives.pixels import (
+    IMAGE_VIEW,
     hidden_mean,
     mask_logs,
     mask_warnings,
@@ -47,6 +49,7 @@ class Mae(nn.Module):
                     raise ValueError(f"objective.{key}={getattr(self, key)}: must be at least 1")
 
     needs_text = False
+    view = IMAGE_VIEW
 
     def __init__(self, config: Config, parts: Parts) -> None:
         super().__init__()
@@ -67,6 +70,10 @@ class Mae(nn.Module):
         hidden_BN = masks.hidden_SBN[0]
         loss = reconstruction_of_hidden(self.encoder, self.decoder, images_BCHW, hidden_BN)
         return StepOutput(loss=loss, logs=mask_logs(masks, self._masking.names))
+
+    @staticmethod
+    def check_masking(masking: Masking) -> None:
+        check_one_input_mask("mae", masking)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return default_groups(self)
@@ -91,6 +98,7 @@ class SimMim(nn.Module):
         name: str = "simmim"
 
     needs_text = False
+    view = IMAGE_VIEW
 
     def __init__(self, config: Config, parts: Parts) -> None:
         super().__init__()
@@ -107,6 +115,10 @@ class SimMim(nn.Module):
         predicted_BNP = self.head(features.patches_BND).float()
         error_BN = F.l1_loss(predicted_BNP, target_patches(self.encoder, images_BCHW), reduction="none").mean(dim=-1)
         return StepOutput(loss=hidden_mean(error_BN, hidden_BN), logs=mask_logs(masks, self._masking.names))
+
+    @staticmethod
+    def check_masking(masking: Masking) -> None:
+        check_one_input_mask("simmim", masking)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return default_groups(self)
@@ -139,8 +151,14 @@ def target_patches(encoder: ImageEncoder, images_BCHW: Tensor) -> Tensor:
 
 
 def check_parts(name: str, parts: Parts) -> None:
-    """ValueError unless the encoder has tokens and the masking gives one mask an image, on the input, from no text."""
-    masking = parts.masking
+    """ValueError unless the encoder has tokens and the masking fits."""
+    check_one_input_mask(name, parts.masking)
+    if not parts.encoder.takes_tokens:
+        raise ValueError(f"objective.name={name} hides tokens, which a ResNet has not; use a ViT as encoder.name")
+
+
+def check_one_input_mask(name: str, masking: Masking) -> None:
+    """ValueError unless the masking gives one mask an image, on the input, from no text."""
     if masking.on != "input":
         raise ValueError(f"masking.on={masking.on}: objective.name={name} masks its input; use masking.on=input")
     if len(masking.names) != 1:
@@ -153,5 +171,3 @@ def check_parts(name: str, parts: Parts) -> None:
             f"masking.name={masking.names[0]} needs the attention of a text encoder, and objective.name={name} has "
             "none; use masking.name=uniform, or objective.name=medim"
         )
-    if not parts.encoder.takes_tokens:
-        raise ValueError(f"objective.name={name} hides tokens, which a ResNet has not; use a ViT as encoder.name")

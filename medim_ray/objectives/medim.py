@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medim_ray.draws import Draws
-from medim_ray.masking.base import Masks
+from medim_ray.masking.base import Masking, Masks
 from medim_ray.masking.report import ABSENT
 from medim_ray.models.collectives import all_gather_rows, num_ranks
 from medim_ray.models.decoder import MaeDecoder, SetrDecoder
@@ -29,7 +29,7 @@ from medim_ray.models.vit import Features, ImageEncoder, MaskToken
 from medim_ray.objectives import losses
 from medim_ray.objectives.base import OBJECTIVES, ParameterGroup, Parts, default_groups, default_part
 from medim_ray.objectives.mae import reconstruction_of_hidden
-from medim_ray.objectives.pixels import mask_logs, mask_warnings, visible_patches, whole_images
+from medim_ray.objectives.pixels import IMAGE_VIEW, mask_logs, mask_warnings, visible_patches, whole_images
 from medim_ray.types import ASSERTION, MESH_FLAG, TOKEN_IDS, TOKEN_IS_PAD, WORD_OF_TOKEN, Batch, StepOutput
 
 
@@ -146,6 +146,7 @@ class MedIM(nn.Module):
                 raise ValueError(f"objective.decoder_widths={self.decoder_widths}: one positive width a stage")
 
     needs_text = True
+    view = IMAGE_VIEW
 
     def __init__(self, config: Config, parts: Parts) -> None:
         super().__init__()
@@ -302,6 +303,10 @@ class MedIM(nn.Module):
         tokens_MND = self.mask_token().to(seen_MKD.dtype).expand(*hidden_MN.shape, -1)
         full_MND = tokens_MND.scatter(1, visible_MK[:, :, None].expand(-1, -1, seen_MKD.shape[2]), seen_MKD)
         return full_MND.unflatten(0, hidden_SBN.shape[:2])
+
+    @staticmethod
+    def check_masking(masking: Masking) -> None:
+        """Any will do."""
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """As usual, but the prototypes stand still during the first steps."""

@@ -1,7 +1,10 @@
 """RAD-DINO: DINOv2's objective on radiographs (DINO + iBOT + KoLeo, student and EMA teacher, 2 + n crops).
 
 Follows PAPERS.md, "DINOv2", and its golden notes. Left out on purpose: crops and masks (data, masking), the optimizer
-and gradient clipping (train).
+and gradient clipping (train). Where this leaves DINOv2's code: masks are stratified over the global batch, not a rank's
+(masking/block.py); a centre is the mean over all ranks' rows, which DINOv2 divides by the own rank's count (the same
+where ranks hold equally many); separate heads have one configuration; KoLeo may be gathered; under bf16 the EMA is
+float32 and its source the student's bf16 weights.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from medim_ray.models.collectives import all_reduce_sum
+from medim_ray.masking.base import Masking
+from medim_ray.models.collectives import all_reduce_sum, num_ranks
 from medim_ray.models.heads_dino import DinoHead
 from medim_ray.models.vit import ImageEncoder, MaskToken
 from medim_ray.objectives import dino_losses as losses
@@ -25,6 +29,7 @@ from medim_ray.schedules import cosine, linear_warmup
 from medim_ray.types import Batch, StepOutput
 
 NUM_GLOBAL = 2
+_SAME = 1e-3  # mean distance of unit features to their nearest neighbours
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class RadDino(nn.Module):
                     raise ValueError(f"{key}={getattr(self, key)}: must be 0 or more")
 
     needs_text = False
+    view = "global"
 
     def __init__(self, config: Config, parts: Parts) -> None:
         super().__init__()
@@ -111,6 +117,7 @@ class RadDino(nn.Module):
         self.register_buffer("dino_centre_K", torch.zeros(config.head.num_prototypes))
         self.register_buffer("ibot_centre_K", torch.zeros(config.head.num_prototypes))
         self._pending: dict[str, Tensor] = {}
+        self._pending_step = -1
         warmup = round(config.temperature_warmup_ratio * parts.num_steps)
         self._temperature = linear_warmup(config.teacher_temperature_start, config.teacher_temperature, warmup)
         self._momentum = cosine(config.ema_start, config.ema_end, parts.num_steps)
@@ -148,11 +155,15 @@ class RadDino(nn.Module):
 
     def forward(self, batch: Batch) -> StepOutput:
         config, num = self.config, len(batch)
-        if num < 2 and config.koleo_weight and not config.koleo_gather:
+        has_neighbour = num * (num_ranks() if config.koleo_gather else 1) > 1
+        if config.koleo_weight and not has_neighbour:
             raise ValueError(
                 "train.micro_batch=1: KoLeo needs a neighbour; use objective.koleo_gather=true with two workers, "
                 "objective.koleo_weight=0, or a micro batch of at least 2"
             )
+        if batch.step != self._pending_step:  # what a step that was left out had collected moves no centre
+            self._pending.clear()
+            self._pending_step = batch.step
         images_GCHW = batch.views["global"]
         assert len(images_GCHW) == NUM_GLOBAL * num, "the global view holds two crops of each image"
         masks = self._masking.resolve(batch.columns, None)
@@ -187,7 +198,8 @@ class RadDino(nn.Module):
         # DINOv2 displays half of what it adds up for these two.
         logs |= {"ibot": ibot / NUM_GLOBAL, "koleo": config.koleo_weight * koleo_sum / NUM_GLOBAL}
         logs |= self._health(scores_SBK[:NUM_GLOBAL], targets, cls_GD)
-        logs["koleo_distance"] = (koleo[0][1] + koleo[1][1]) / 2
+        if has_neighbour:
+            logs["koleo_distance"] = (koleo[0][1] + koleo[1][1]) / 2
         logs["masked_ratio"] = hidden_GN.float().mean()
         if self._masking.needs_text:
             # Of the crops that are masked.
@@ -197,8 +209,10 @@ class RadDino(nn.Module):
     def _teach(self, images_GCHW: Tensor, masked_M: Tensor, temperature: float) -> _Targets:
         """Targets from whole global crops; only CLS tokens and masked patches reach the heads."""
         device, dtype = images_GCHW.device.type, next(self.student_encoder.parameters()).dtype
-        half = torch.bfloat16 if dtype == torch.float32 else dtype  # of no matter in float32, where autocast is off
-        with torch.no_grad(), torch.autocast(device, dtype=half, enabled=dtype != torch.float32):
+        # In the student's precision: that of its parameters, or of the autocast around this step.
+        half = torch.get_autocast_dtype(device) if dtype == torch.float32 else dtype
+        is_half = dtype != torch.float32 or torch.is_autocast_enabled(device)
+        with torch.no_grad(), torch.autocast(device, dtype=half, enabled=is_half):
             crops = self.encoder(images_GCHW, wanted_M=masked_M)
             cls_GK, masked_MK = _scores(self.dino_head, self.ibot_head, crops.global_BD, crops.patches_BND)
         if self.config.centring == "sinkhorn":
@@ -229,25 +243,46 @@ class RadDino(nn.Module):
         """Signs of collapse, over the images of this rank."""
         teacher_GK = targets.cls_2BK.flatten(0, 1)
         student_GK = (scores_2BK.flatten(0, 1).float() / self.config.student_temperature).softmax(dim=-1)
-        used = teacher_GK.argmax(dim=1).unique().numel() / min(teacher_GK.shape)
+        used = teacher_GK.argmax(dim=1).unique().numel()
         return {
             "teacher_entropy": losses.entropy(teacher_GK),
             "student_entropy": losses.entropy(student_GK),
-            "prototypes_used_ratio": teacher_GK.new_tensor(used),
+            "prototypes_used": teacher_GK.new_tensor(used),
+            "prototypes_used_ratio": teacher_GK.new_tensor(used / min(teacher_GK.shape)),
             "effective_rank": losses.effective_rank(cls_GD),
         }
 
+    @staticmethod
+    def check_masking(masking: Masking) -> None:
+        """ValueError unless there is one mask for each global crop, from the plan."""
+        if len(masking.names) != NUM_GLOBAL or masking.needs_attention:
+            raise ValueError(
+                f"masking with masks {masking.names}: objective rad_dino needs one mask for each of its two global "
+                "crops; use masking.name=dinov2_block or dinov2_report"
+            )
+
     def warnings(self, step: int, logs: Mapping[str, float]) -> list[str]:
         """Reports without a place to mask; and, once the first tenth of the run is over, signs of collapse: all images
-        one prototype, or all prototypes alike for every image, or features without variety."""
+        one prototype, or all prototypes alike for every image, or features without variety. Their effective rank has no
+        scale, so that features which are one constant are told by KoLeo's distance alone."""
         told = mask_warnings(logs)
         if step < self._num_steps // 10:
             return told
         most = math.log(self.config.head.num_prototypes)
-        if logs["teacher_entropy"] < 0.01 * most and logs["prototypes_used_ratio"] < 0.1:
+        if logs["teacher_entropy"] < 0.01 * most and (
+            logs["prototypes_used"] < 2 or logs["prototypes_used_ratio"] < 0.1
+        ):
             told.append("the teacher gives nearly every image the same prototype: raise the teacher's temperature")
         if logs["student_entropy"] > 0.999 * most:
             told.append("the student finds all prototypes alike for every image: it has collapsed, or not begun")
+        if logs["teacher_entropy"] > 0.999 * most:
+            told.append(
+                "the teacher finds all prototypes alike for every image: the student has nothing to learn from it"
+            )
+        if logs.get("koleo_distance", 1.0) < _SAME:
+            told.append(
+                "the features of different images are the same (koleo_distance below 0.001): they have collapsed"
+            )
         if logs["effective_rank"] < 1.5:
             told.append("the features of a batch lie on a line (effective rank below 1.5): they have collapsed")
         return told
@@ -325,8 +360,4 @@ def _check(parts: Parts) -> None:
             f"encoder.name={parts.encoder.config.name}: objective rad_dino needs a ViT with a CLS token; "
             "use e.g. vit_base_patch14_dinov2"
         )
-    if len(parts.masking.names) != NUM_GLOBAL or parts.masking.needs_attention:
-        raise ValueError(
-            f"masking with masks {parts.masking.names}: objective rad_dino needs one mask for each of its two global "
-            "crops; use masking.name=dinov2_block or dinov2_report"
-        )
+    RadDino.check_masking(parts.masking)

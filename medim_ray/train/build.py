@@ -67,8 +67,15 @@ def stream_plan(config: RunConfig, shards: ShardSet) -> StreamPlan:
 
 
 def build_crop(config: RunConfig) -> Crop:
-    """The views of a sample."""
+    """The views of a sample; ValueError where they are not what the objective looks at."""
     crop: Crop = CROPS[config.crop.name](config.crop, config.encoder.image_size)
+    wanted = OBJECTIVES[config.objective.name].view
+    if crop.views[0].name != wanted:
+        fits = "xray or multi_crop" if wanted == "global" else "pad_crop"
+        raise ValueError(
+            f"crop.name={config.crop.name}: makes {crop.views[0].name} views, objective.name={config.objective.name} "
+            f"looks at {wanted} views; use crop.name={fits}"
+        )
     return crop
 
 
@@ -80,6 +87,7 @@ def build_masking(config: RunConfig) -> Masking:
             f"masking.name={config.masking.name} needs the attention of a text encoder, which "
             f"objective.name={config.objective.name} lacks: use masking.name=uniform or objective.name=medim"
         )
+    OBJECTIVES[config.objective.name].check_masking(masking)
     if isinstance(config.masking, DinoReportMasking.Config) and getattr(config.crop, "flip_prob", 0.0) > 0:
         raise ValueError(
             f"crop.flip_prob={config.crop.flip_prob}: masking.name=dinov2_report hides the sides that the report "

@@ -14,7 +14,7 @@ from medim_ray.data.shards import ShardSet
 from medim_ray.data.sources.base import absolute
 from medim_ray.data.storage import storage_faults
 from medim_ray.models.vit import INITS, check_init
-from medim_ray.train.build import build_masking, stream_plan
+from medim_ray.train.build import build_crop, build_masking, stream_plan
 from medim_ray.train.runs import read_config
 from medim_ray.train.snapshots import check_snapshots
 from medim_ray.train.store import CheckpointStore
@@ -52,6 +52,7 @@ def check(config: RunConfig) -> ShardSet:
         shards.check_files(config.data.split)
     stream_plan(config, shards)
     build_masking(config)
+    build_crop(config)
     _check_compiler(config)
     check_snapshots(config, shards)
     with storage_faults(f"run.dir={config.run.dir}"):

@@ -63,7 +63,7 @@ def test_multi_crops_have_the_area_they_were_drawn_with() -> None:
 
 def test_photometric_does_not_depend_on_neighbours_and_blurs_where_asked() -> None:
     images = torch.rand(3, 1, 20, 20, generator=torch.Generator().manual_seed(0))
-    jitter = torch.tensor([[1.0, 1.0, 0.0], [1.1, 0.9, 0.8], [0.9, 1.1, 1.0]])
+    jitter = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.1, 0.9, 0.8, 0.0], [0.9, 1.1, 1.0, 0.0]])
     together = photometric(images, jitter, blur_radius=3)
     assert torch.allclose(together[0], images[0], atol=1e-6)
     for i in range(3):
@@ -72,9 +72,38 @@ def test_photometric_does_not_depend_on_neighbours_and_blurs_where_asked() -> No
     assert together[2].diff(dim=-1).abs().mean() < images[2].diff(dim=-1).abs().mean()
 
 
+def test_solarising_inverts_the_upper_half_of_the_grays() -> None:
+    images = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).expand(2, 1, 1, 5)
+    plain, solarised = photometric(images, torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0]]), blur_radius=0)
+    torch.testing.assert_close(plain, images[0])
+    torch.testing.assert_close(solarised[0, 0], torch.tensor([0.0, 0.25, 0.5, 0.25, 0.0]))
+
+
+def test_natural_crops_follow_dinov2s_shares_and_radiographs_are_neither_flipped_nor_solarised() -> None:
+    num = 2000
+    shapes = np.tile(np.array([[240, 200]]), (num, 1))
+    plans = CROPS["natural"](CROPS["natural"].Config(num_local=4), 224).plan(shapes, draws(num))
+    first, second = plans["global"].jitter_BK4[:, 0], plans["global"].jitter_BK4[:, 1]
+    local = plans["local"].jitter_BK4.reshape(-1, 4)
+    assert [float((jitter[:, 2] > 0).mean()) for jitter in (first, second, local)] == pytest.approx(
+        [1, 0.1, 0.5], abs=0.03
+    )
+    assert [float(jitter[:, 3].mean()) for jitter in (first, second, local)] == pytest.approx([0, 0.2, 0], abs=0.03)
+    assert float((first[:, 0] == 1).mean()) == pytest.approx(0.2, abs=0.03), "a fifth of the crops keeps its brightness"
+    assert 1.95 < first[:, 2].max() <= 2.0 and first[:, 2].min() >= 0.1
+    assert plans["global"].flips_BK.mean() == pytest.approx(0.5, abs=0.03)
+    xray = CROPS["xray"](CROPS["xray"].Config(), 518)
+    assert [view.size for view in xray.views] == [518, 196]
+    for plan in xray.plan(shapes, draws(num)).values():
+        assert not plan.flips_BK.any() and not plan.jitter_BK4[..., 3].any() and plan.jitter_BK4[..., 2].max() <= 1.0
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
+        ("multi_crop", {"blur_prob": (0.5, 1.5, 0.5)}, r"blur_prob\[1\]=1.5"),
+        ("pad_crop", {"blur_max": -3.0}, r"blur_max=-3.0.*blur_prob=0"),
+        ("natural", {"solarise_prob": 2.0}, "solarise_prob=2.0"),
         ("pad_crop", {"resize_ratio": 0.9}, "resize_ratio=0.9"),
         ("pad_crop", {"jitter": 2.0}, "jitter=2.0"),
         ("multi_crop", {"global_area": (0.9, 0.1)}, "global_area"),
@@ -91,7 +120,7 @@ def test_bad_options_are_named(name: str, changes: dict[str, object], message: s
     height=st.integers(64, 900),
     width=st.integers(64, 900),
     seed=st.integers(0, 99),
-    name=st.sampled_from(["pad_crop", "multi_crop"]),
+    name=st.sampled_from(["pad_crop", "multi_crop", "xray", "natural"]),
 )
 def test_no_crop_is_reduced_by_less_than_is_told(height: int, width: int, seed: int, name: str) -> None:
     """What decoding at a part of the size relies on."""

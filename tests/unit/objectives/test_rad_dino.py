@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -221,12 +222,51 @@ def test_collapse_is_told_in_words_after_the_first_tenth() -> None:
     module = make()
     most = math.log(module.config.head.num_prototypes)
     well = {"teacher_entropy": 0.5 * most, "student_entropy": 0.6 * most}
-    well |= {"prototypes_used_ratio": 0.5, "effective_rank": 4.0, "mask/ibot/fallback_ratio": 0.5}
+    well |= {"prototypes_used": 8.0, "prototypes_used_ratio": 0.5, "effective_rank": 4.0, "koleo_distance": 0.4}
+    well |= {"mask/ibot/fallback_ratio": 0.5}
     late = 99
     assert module.warnings(late, well) == []
-    one = {**well, "teacher_entropy": 0.0, "prototypes_used_ratio": 0.05}
+    few = {**well, "teacher_entropy": 0.0, "prototypes_used_ratio": 0.05}
+    one = {**well, "teacher_entropy": 0.0, "prototypes_used": 1.0, "prototypes_used_ratio": 0.25}  # of two images
     flat, line = {**well, "student_entropy": most}, {**well, "effective_rank": 1.1}
-    for logs, word in ((one, "same prototype"), (flat, "prototypes alike"), (line, "on a line")):
+    idle, same = {**well, "teacher_entropy": most}, {**well, "koleo_distance": 1e-6}
+    told = ((few, "same prototype"), (one, "same prototype"), (flat, "student finds all prototypes alike"))
+    for logs, word in (
+        *told,
+        (line, "on a line"),
+        (idle, "teacher finds all prototypes alike"),
+        (same, "are the same"),
+    ):
         assert word in " ".join(module.warnings(late, logs))
         assert module.warnings(0, logs) == [], "every run begins so"
     assert "ibot finds no word" in " ".join(module.warnings(0, {**well, "mask/ibot/fallback_ratio": 0.6}))
+
+
+def test_a_batch_of_one_image_again_and_again_is_told_as_a_collapse() -> None:
+    module, batch = make(koleo_weight=0.0), make_batch()
+    images = {name: view[:1].expand_as(view) for name, view in batch.views.items()}
+    logs = module(dataclasses.replace(batch, views=images)).logs
+    words = " ".join(module.warnings(99, {name: float(value) for name, value in logs.items()}))
+    assert "are the same" in words and float(logs["effective_rank"]) > 1.5, "the rank of rounding errors says nothing"
+
+
+def test_a_step_that_is_left_out_moves_no_centre() -> None:
+    module, straight = make(), make()
+    broken = make_batch(1)
+    broken = dataclasses.replace(broken, views={name: view * torch.nan for name, view in broken.views.items()})
+    for step in (0, 2):
+        batch = make_batch(step)
+        for one in (module, straight):
+            one(batch)
+            one.after_step(step)
+        if step == 0:
+            module(broken)  # the guard skips the step: no after_step
+    assert torch.equal(module.dino_centre_K, straight.dino_centre_K) and module.dino_centre_K.isfinite().all()
+    assert module.dino_centre_K.abs().sum() > 0
+
+
+def test_koleo_of_one_image_on_one_worker_is_refused_gathered_or_not() -> None:
+    for gather in (False, True):
+        with pytest.raises(ValueError, match=r"train\.micro_batch=1: KoLeo needs a neighbour"):
+            make(koleo_gather=gather)(make_batch(num=1))
+    assert "koleo_distance" not in make(koleo_weight=0.0)(make_batch(num=1)).logs

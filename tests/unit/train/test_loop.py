@@ -91,7 +91,7 @@ def steps(bad: bool, broken: Mapping[int, list[dict[str, Any]]], first: int = 0)
             BROKEN: np.array([json.dumps(broken[step]) if step in broken else "", "", "", ""], dtype=object),
             SECONDS: np.full((4, len(STAGES)), 0.5, dtype=np.float32),
             f"{VIEW}image": pixels,
-            f"{VIEW}image/jitter_BK3": np.tile(np.array([1, 1, 0], dtype=np.float32), (4, 1, 1)),
+            f"{VIEW}image/jitter_BK4": np.tile(np.array([1, 1, 0, 0], dtype=np.float32), (4, 1, 1)),
             "mask/uniform_BN": np.zeros((4, 4), dtype=np.bool_),
         }
 

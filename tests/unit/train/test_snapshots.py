@@ -49,8 +49,8 @@ def columns_of(steps: list[int]) -> dict[str, np.ndarray[Any, Any]]:
         block = {name: value.numpy() for name, value in batch.columns.items()}
         pixels = (batch.views["image"].numpy()[:, None] * 255).astype(np.uint8)[:, :, 0]
         facts = {STEP: np.full(4, step), EPOCH: np.zeros(4, np.int64), IMAGE_ID: np.array(batch.image_ids, object)}
-        jitter = np.tile(np.array([1, 1, 0], np.float32), (4, 1, 1))
-        blocks.append({**block, **facts, f"{VIEW}image": pixels, f"{VIEW}image/jitter_BK3": jitter})
+        jitter = np.tile(np.array([1, 1, 0, 0], np.float32), (4, 1, 1))
+        blocks.append({**block, **facts, f"{VIEW}image": pixels, f"{VIEW}image/jitter_BK4": jitter})
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
@@ -94,7 +94,7 @@ def test_maps_are_those_of_the_published_weights(tmp_path: Path) -> None:
 def test_a_finished_model_looks_at_each_global_crop_alone() -> None:
     block = columns_of([0])
     pixels = block.pop(f"{VIEW}image")
-    names = (f"{VIEW}image/jitter_BK3", f"{VIEW}global/jitter_BK3")
+    names = (f"{VIEW}image/jitter_BK4", f"{VIEW}global/jitter_BK4")
     block[names[1]] = np.repeat(block.pop(names[0]), 2, axis=1)
     other = pixels[:, :, ::-1].copy()
     block[f"{VIEW}global"] = np.concatenate([pixels, other], axis=1)
