@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, DropPath
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -205,6 +205,8 @@ def create(config: ImageEncoder.Config, pretrained: bool = False) -> Any:
     common = {"num_classes": 0, "drop_path_rate": config.drop_path, "pretrained": pretrained}
     entry = timm.model_entrypoint(config.name).__module__
     if entry.endswith(".resnet"):
+        if config.drop_path_uniform:
+            sizes["drop_path_uniform"] = True
         for option, value in sizes.items():
             raise ValueError(f"encoder.{option}={value}: {config.name} has fixed sizes; leave {option} out")
         model = timm.create_model(config.name, norm_layer=BatchNorm, **common)
@@ -226,6 +228,9 @@ def create(config: ImageEncoder.Config, pretrained: bool = False) -> Any:
             "use e.g. vit_base_patch16_224, deit_base_patch16_224, vit_base_patch14_dinov2 or resnet50"
         )
     model.__class__ = TokenViT
+    if config.drop_path and config.drop_path_uniform:
+        for block in model.blocks:
+            block.drop_path1, block.drop_path2 = DropPath(config.drop_path), DropPath(config.drop_path)
     _take_gray(model)
     return model
 

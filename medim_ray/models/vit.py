@@ -82,6 +82,10 @@ class ImageEncoder(nn.Module):
         mean: float = field(default=0.5, metadata={"help": "subtracted from pixels in [0, 1]"})
         std: float = field(default=0.5, metadata={"help": "pixels are divided by it"})
         drop_path: float = field(default=0.0, metadata={"help": "stochastic depth of the last block, in [0, 1)"})
+        drop_path_uniform: bool = field(
+            default=False,
+            metadata={"help": "of all blocks alike (DINOv2); else it rises from 0 at the first (ViT only)"},
+        )
         patch_size: int | None = field(default=None, metadata={"help": "ViT only; None: as the name says"})
         width: int | None = field(default=None, metadata={"help": "ViT only; None: as the name says"})
         depth: int | None = field(default=None, metadata={"help": "ViT only; None: as the name says"})

@@ -30,13 +30,15 @@ _WARM_UP = 16  # of them before a spike is called one
 
 @dataclass(frozen=True)
 class BadStep(Exception):  # noqa: N818 (what happened, not an error of the program)
-    """Raised by every rank in the same step, before the update. reason: which terms, or which norm."""
+    """Raised by every rank in the same step, before the update. reason: which terms, or which norm; samples_key: of the
+    images of the step on all ranks, as in metrics.jsonl."""
 
     step: int
     reason: str
+    samples_key: int
 
     def __str__(self) -> str:
-        return f"step {self.step}: {self.reason}"
+        return f"step {self.step}: {self.reason} (samples_key {self.samples_key})"
 
 
 class NumberGuard:
@@ -55,26 +57,26 @@ class NumberGuard:
         self._skips = train.on_bad_step == "skip" and train.accumulation == 1
         self._norms: deque[float] = deque(maxlen=_WINDOW)
 
-    def passes(self, step: int, logs: Mapping[str, float], columns: Columns) -> bool:
+    def passes(self, step: int, logs: Mapping[str, float], samples_key: float, columns: Columns) -> bool:
         """Called before the backward pass: False where the step is to be skipped, BadStep where the run goes back or
         ends, because a term of the loss is NaN or infinite."""
         bad = [f"{name} is {value}" for name, value in logs.items() if not math.isfinite(value)]
         if not bad:
             return True
-        self._tell(BadStep(step, ", ".join(bad)), columns, may_skip=self._skips)
+        self._tell(BadStep(step, ", ".join(bad), int(samples_key)), columns, may_skip=self._skips)
         return False
 
-    def check_norm(self, step: int, norm: float | None, columns: Columns) -> None:
+    def check_norm(self, step: int, norm: float | None, samples_key: float, columns: Columns) -> None:
         """BadStep where the gradient norm is not finite or spikes; called after the update, which going back undoes."""
         if norm is None or (self._has_loss_scale and not math.isfinite(norm)):
             return  # fp16: the update was left out by the engine, which lowers its loss scale
         if not math.isfinite(norm):
-            self._tell(BadStep(step, f"grad_norm is {norm}"), columns)
+            self._tell(BadStep(step, f"grad_norm is {norm}", int(samples_key)), columns)
         if self._spike_factor and len(self._norms) >= _WARM_UP:
             median = statistics.median(self._norms)
             if norm > self._spike_factor * median:
                 spike = f"grad_norm {norm:.4g} is over {self._spike_factor:g} times the median {median:.4g}"
-                self._tell(BadStep(step, spike), columns)
+                self._tell(BadStep(step, spike, int(samples_key)), columns)
         self._norms.append(norm)
 
     def _tell(self, bad: BadStep, columns: Columns, may_skip: bool = False) -> None:
@@ -90,7 +92,8 @@ def omitted_steps(run_dir: str) -> dict[int, str]:
 
 
 def read_bad_steps(run_dir: str) -> list[dict[str, Any]]:
-    """The records of RUN/bad_steps.jsonl: step, reason, first_position and num_samples in the plan, omitted."""
+    """The records of RUN/bad_steps.jsonl: step, reason, samples_key, first_position and num_samples in the plan, policy
+    and omitted."""
     fs, root = fsspec.core.url_to_fs(run_dir)
     path = f"{root.rstrip('/')}/{BAD_STEPS}"
     fs.invalidate_cache()

@@ -104,12 +104,12 @@ def train_step(run: Trainer, step: int, columns: Columns) -> tuple[dict[str, flo
         logs.append({"loss": output.loss.detach(), **output.logs})
         if len(logs) == len(parts):
             means, sums = reduce_logs(logs, sums, run.device)
-            if not run.guard.passes(step, means, columns):
+            if not run.guard.passes(step, means, sums["samples_key"], columns):
                 return means, sums
         run.engine.backward(output.loss)
         run.engine.step()
     run.engine.module.after_step(step)
-    run.guard.check_norm(step, grad_norm(run.engine), columns)
+    run.guard.check_norm(step, grad_norm(run.engine), sums["samples_key"], columns)
     return means, sums
 
 

@@ -172,6 +172,7 @@ class BadStepReport:
             record = {
                 "step": bad.step,
                 "reason": bad.reason,
+                "samples_key": bad.samples_key,
                 "first_position": bad.step * train.global_batch,
                 "num_samples": train.global_batch,
                 "policy": train.on_bad_step,

@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_named(phantom_shards: str
     with pytest.raises(RuntimeError, match=r"step \d: .*(loss|grad_norm).* is (nan|inf).*train.on_bad_step=stop"):
         launch(config_of(MAE, phantom_shards, tmp_path / "run", *options))
     (record,) = (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()
-    assert '"omitted": false' in record
+    assert '"omitted": false' in record and '"samples_key": ' in record
     assert list((tmp_path / "run" / "bad_steps").glob("step-*-rank-00000.npz"))
 
 

@@ -243,3 +243,14 @@ def test_gray_images_give_the_features_and_gradients_of_three_equal_colours(name
         assert first.weight.grad is not None and first.weight.shape[1] == 3
         found.append((features.patches_BND.detach(), first.weight.grad.clone()))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_drop_path_rises_over_the_blocks_or_is_the_same_in_all() -> None:
+    rates = {}
+    for uniform in (False, True):
+        config = ImageEncoder.Config(name="deit_tiny_patch16_224", depth=4, drop_path=0.3, drop_path_uniform=uniform)
+        blocks = ImageEncoder(config).backbone.blocks
+        for name in ("drop_path1", "drop_path2"):
+            rates[uniform, name] = [getattr(getattr(block, name), "drop_prob", 0.0) for block in blocks]
+    assert rates[True, "drop_path1"] == rates[True, "drop_path2"] == [0.3] * 4
+    assert rates[False, "drop_path1"] == rates[False, "drop_path2"] == pytest.approx([0.0, 0.1, 0.2, 0.3])

@@ -9,7 +9,7 @@ import pytest
 
 from medim_ray.config.loader import load
 from medim_ray.config.schema import RunConfig
-from medim_ray.train.build import check_crops, check_ratio
+from medim_ray.train.build import build_crop, build_masking, check_crops, check_ratio
 from medim_ray.train.checks import check_numbers
 from medim_ray.types import Grid
 
@@ -47,3 +47,22 @@ def test_local_crops_are_whole_patches() -> None:
     with pytest.raises(ValueError, match=r"crop\.local_size=60: must be a multiple of the patch size 14 .*; use 56"):
         check_crops(config, Grid(8, 8))
     check_crops(load(RunConfig, ROOT / "configs/debug/mae-vit_tiny-2w-z1.yaml", []), Grid(7, 7))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "message"),
+    [
+        ("rad_dino", ["crop.name=pad_crop"], r"crop\.name=pad_crop: makes image views.*use crop\.name=xray"),
+        ("mae", ["crop.name=xray"], r"crop\.name=xray: makes global views.*use crop\.name=pad_crop"),
+        ("rad_dino", ["masking.name=anatomy"], r"use masking\.name=dinov2_block"),
+        ("mae", ["masking.name=dinov2_block"], r"takes one; use e\.g\. masking\.name=uniform"),
+        ("mae", ["masking.on=feature"], r"masking\.on=feature: objective\.name=mae masks its input"),
+    ],
+)
+def test_what_an_objective_cannot_use_is_refused_before_the_start(
+    recipe: str, changes: list[str], message: str
+) -> None:
+    config = load(RunConfig, ROOT / f"configs/debug/{recipe}-vit_tiny-2w-z1.yaml", changes)
+    with pytest.raises(ValueError, match=message):
+        build_crop(config)
+        build_masking(config)

@@ -87,6 +87,6 @@ def test_each_stage_scales_the_loss_and_resumes_bit_equal(tmp_path: Path) -> Non
 
 
 def test_an_overflow_is_no_bad_step_where_there_is_a_loss_scale() -> None:
-    NumberGuard(CONFIG, {}, lambda bad, columns: None).check_norm(0, float("inf"), {})
+    NumberGuard(CONFIG, {}, lambda bad, columns: None).check_norm(0, float("inf"), 7, {})
     with pytest.raises(BadStep):
-        NumberGuard(replace(CONFIG, precision="bf16"), {}, lambda bad, columns: None).check_norm(0, float("inf"), {})
+        NumberGuard(replace(CONFIG, precision="bf16"), {}, lambda bad, columns: None).check_norm(0, float("inf"), 7, {})

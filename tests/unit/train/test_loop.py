@@ -18,6 +18,7 @@ from medim_ray.config.schema import TrainConfig
 from medim_ray.data.collate import Columns
 from medim_ray.data.reader import BROKEN, EPOCH, IMAGE_ID, SECONDS, STAGES, STEP, VIEW
 from medim_ray.data.transforms import View
+from medim_ray.draws import name_key
 from medim_ray.objectives.base import ParameterGroup, default_groups
 from medim_ray.train.attempts import Budgets, of_outcome
 from medim_ray.train.before import BeforeStep
@@ -154,7 +155,8 @@ def broken_rows(folder: str) -> None:
 
 def policies(folder: str) -> None:
     run, records, told = trainer(CONFIG, bad=True, omitted={})
-    with pytest.raises(BadStep, match=rf"step {BAD}: loss is inf"):
+    key = sum(name_key(f"{BAD}-{i}") >> 32 for i in range(4))
+    with pytest.raises(BadStep, match=rf"step {BAD}: loss is inf.* \(samples_key {key}\)"):
         train(run)
     assert [r["step"] for r in records.logs] == list(range(BAD)) and len(told) == 1 and records.saved == []
     assert [r.get("warnings") for r in records.logs] == [None, None, ["step two"]]
@@ -188,12 +190,12 @@ def test_policies_for_bad_steps_broken_rows_and_stops(tmp_path: Path) -> None:
 def test_a_spike_is_measured_against_the_median_of_what_came_before() -> None:
     guard = NumberGuard(replace(CONFIG, spike_factor=10.0), {}, lambda bad, columns: None)
     with pytest.raises(BadStep, match="grad_norm is nan"):
-        guard.check_norm(0, float("nan"), {})
+        guard.check_norm(0, float("nan"), 7, {})
     for step in range(15):
-        guard.check_norm(step, 1000.0 if step == 3 else 1.0, {})  # too early to know
-    guard.check_norm(15, 9.0, {})
+        guard.check_norm(step, 1000.0 if step == 3 else 1.0, 7, {})  # too early to know
+    guard.check_norm(15, 9.0, 7, {})
     with pytest.raises(BadStep, match="grad_norm 11 is over 10 times the median 1"):
-        guard.check_norm(16, 11.0, {})
+        guard.check_norm(16, 11.0, 7, {})
 
 
 def test_wishes_are_summed_by_name() -> None:
