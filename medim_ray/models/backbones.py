@@ -6,9 +6,11 @@ The only module that imports timm at its top: with torchvision it takes seconds,
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -17,10 +19,9 @@ from timm.layers import Attention, DropPath
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from medim_ray.models.blocks import recomputed
-from medim_ray.models.layouts import to_timm
+from medim_ray.models.layouts import Weights, detect, resize_patches, to_timm
 from medim_ray.models.load import load_weights, read_state
 from medim_ray.models.norms import BatchNorm
 from medim_ray.models.packing import Pack, run_packed
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from medim_ray.models.vit import ImageEncoder
 
 # Parts of a published classifier, or of a self-supervised head, that an encoder without a head has no place for.
-# Patch embeddings in the layouts that timm does not read: transformers' and whole objectives of ours.
-_OTHER_LAYOUTS = ("embeddings.patch_embeddings.projection.weight", "encoder.backbone.patch_embed.proj.weight")
 _HEAD_KEYS = ("head.", "head_dist.", "fc.", "fc_norm.", "attn_pool.", "mask_token", "dist_token")
 
 
@@ -123,16 +122,16 @@ class TokenViT(VisionTransformer):
     def _positions(self, height: int, width: int) -> tuple[list[Tensor], Tensor]:
         """Prefix tokens with their positions, and the positions of a height x width grid [1, N, D].
 
-        Another grid than the trained one: bicubic, scale (n + 0.1) / N, no antialias (DINOv2, golden notes).
+        Another grid than the trained one: bicubic, scale (n + 0.1) / N, no antialias (DINOv2, golden notes); by size
+        and antialiased for models with registers, as published.
         """
         num_in_table = 0 if self.no_embed_class else self.num_prefix_tokens
         table_1ND = self.pos_embed[:, num_in_table:]
         grid_h, grid_w = self.patch_embed.grid_size
         if (height, width) != (grid_h, grid_w):
+            by_size = self.reg_token is not None
             table_1DHW = table_1ND.float().unflatten(1, (grid_h, grid_w)).permute(0, 3, 1, 2)
-            scale = ((height + 0.1) / grid_h, (width + 0.1) / grid_w)
-            table_1DHW = F.interpolate(table_1DHW, scale_factor=scale, mode="bicubic")
-            assert table_1DHW.shape[-2:] == (height, width)
+            table_1DHW = resize_patches(table_1DHW, (height, width), by_size=by_size, antialias=by_size)
             table_1ND = table_1DHW.flatten(2).transpose(1, 2).to(table_1ND.dtype)
         prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
         if num_in_table and prefix:
@@ -246,47 +245,54 @@ def _take_gray(model: nn.Module) -> None:
     first.__class__ = GrayConv
 
 
-def build(config: ImageEncoder.Config) -> Any:
+def build(config: ImageEncoder.Config) -> tuple[Any, dict[str, Tensor]]:
+    """The backbone with its first weights; and what the file of these has besides (Weights.extras)."""
     model = create(config, pretrained=config.init == "timm")
-    if config.init not in INITS:
-        _load(model, config.init)
-    return model
+    return model, _load(model, config) if config.init not in INITS else {}
 
 
-def _load(model: nn.Module, init: str) -> None:
-    """Load a checkpoint strictly: parts of heads may be left over, nothing may be missing."""
+def _load(model: nn.Module, config: ImageEncoder.Config) -> dict[str, Tensor]:
+    """Load `config.init` strictly: parts of heads may be left over, nothing may be missing but what `init_allow` names.
+    What is besides a backbone in it: see Weights.extras.
+
+    Positions of another grid are resized by the law of the file's own software: DINOv2's or transformers' (load.py),
+    timm's for files in timm's layout.
+    """
+    init = config.init
     check_init(init)
+    allow = (*_HEAD_KEYS, *config.init_allow)
     try:
         state = read_state(init.removeprefix(HUB))
+        _check_heads(model, init)
+        if isinstance(model, VisionTransformer) and detect(state) == "timm":
+            filtered = checkpoint_filter_fn(state, model, interpolation="bicubic")
+            load_weights(model, Weights("timm", filtered), "the file", allow)
+        elif isinstance(model, VisionTransformer):
+            weights = to_timm(state)
+            load_weights(model, weights, "the file", allow)
+            return weights.extras
+        elif any(key.endswith("conv1.weight") for key in state):
+            load_weights(model, Weights("timm", state), "the file", allow)
+        else:
+            raise ValueError("holds no ResNet, and encoder.name is one; choose the matching name")
     except ValueError as error:
-        raise ValueError(f"encoder.init={init!r}: {error}") from None
-    if isinstance(model, VisionTransformer) and any(key.endswith(_OTHER_LAYOUTS) for key in state):
-        _load_renamed(model, init, state)
-        return
-    if isinstance(model, VisionTransformer):
-        state = checkpoint_filter_fn(state, model, interpolation="bicubic")
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # shapes
         raise ValueError(
-            f"encoder.init={init!r}: does not fit encoder.name ({error}); choose the matching name"
+            f"encoder.init={init!r}: {error}\nencoder.name must be what it was saved from; encoder.init_allow may name "
+            "prefixes of keys that are missing or left over"
         ) from None
-    unexpected = [key for key in unexpected if not key.startswith(_HEAD_KEYS)]
-    if missing or unexpected:
-        raise ValueError(
-            f"encoder.init={init!r}: does not fit encoder.name: {len(missing)} keys are missing {missing[:5]}, "
-            f"{len(unexpected)} are unknown {unexpected[:5]}; choose the name that the file was saved from"
-        )
+    return {}
 
 
-def _load_renamed(model: nn.Module, init: str, state: dict[str, Tensor]) -> None:
-    """A state in the layout of transformers, or of a whole objective of ours; positions are resized (load.py)."""
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"encoder.init={init!r}: holds a ViT, and encoder.name is a ResNet; choose the matching name")
-    try:
-        load_weights(model, to_timm(state), init, allow=_HEAD_KEYS)
-    except ValueError as error:
-        raise ValueError(f"encoder.init: {error}") from None
+def _check_heads(model: nn.Module, init: str) -> None:
+    """ValueError where a folder's config.json tells of another number of attention heads: the shapes agree, what is
+    computed does not."""
+    path = Path(init) / "config.json"
+    if not isinstance(model, VisionTransformer) or not path.is_file():
+        return
+    told = json.loads(path.read_text(encoding="utf-8")).get("num_attention_heads")
+    own = model.blocks[0].attn.num_heads
+    if told is not None and told != own:
+        raise ValueError(f"its config.json has {told} attention heads, the encoder {own}; use encoder.num_heads={told}")
 
 
 def patch_size(backbone: Any) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from medim_ray.models.layouts import Weights, is_swiglu, to_hf, to_torch_hub
 from medim_ray.models.vit import ImageEncoder
@@ -30,22 +30,26 @@ def export(
     out: str,
     extras: Mapping[str, Tensor] | None = None,
     facts: Mapping[str, str] | None = None,
+    configuration: str = "",
 ) -> str:
     """Writes `encoder` as `format` into folder `out` (any fsspec URL); returns one line that says what was written.
 
     format: hf, timm, torch_hub or onnx. extras: what load_backbone returned besides (mask token; CLS token and position
-    of models with registers). facts: lines of the model card, e.g. data counts, run hash, licence.
+    of models with registers). facts: lines of the model card, e.g. data counts, run hash, licence; configuration: the
+    run's, as YAML, for the end of the card.
     Raises ValueError for an unknown format and for an encoder that the format cannot hold.
     """
     if format not in _FORMATS:
         raise ValueError(f"format={format}: must be one of {', '.join(sorted(_FORMATS))}")
+    if format != "timm" and not encoder.takes_tokens:
+        raise ValueError(f"format={format}: {encoder.config.name} is a ResNet, which only format=timm holds")
     if format != "timm" and not encoder.has_cls:
         raise ValueError(f"format={format}: {encoder.config.name} is no ViT with a CLS token; use format=timm")
     state = {key: value.detach().cpu().float().contiguous() for key, value in encoder.backbone.state_dict().items()}
     with tempfile.TemporaryDirectory(prefix="medim-ray-") as local:
         folder = Path(local)
         usage = _FORMATS[format](encoder, Weights("timm", state, dict(extras or {})), folder)
-        (folder / "README.md").write_text(_card(encoder, folder, usage, facts or {}), encoding="utf-8")
+        (folder / "README.md").write_text(_card(encoder, folder, usage, facts or {}, configuration), encoding="utf-8")
         fs, root = fsspec.core.url_to_fs(out)
         fs.makedirs(root, exist_ok=True)
         names = sorted(path.name for path in folder.iterdir())
@@ -65,7 +69,8 @@ def _to_timm(encoder: ImageEncoder, weights: Weights, folder: Path) -> str:
     arguments: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
     arguments |= {"num_heads": config.num_heads} if config.num_heads is not None else {}
     if encoder.takes_tokens:
-        arguments |= {"img_size": config.image_size, "dynamic_img_size": True}
+        pool = "token" if encoder.has_cls else ""  # how our backbone has neither a pooling head nor its norm
+        arguments |= {"img_size": config.image_size, "dynamic_img_size": True, "global_pool": pool}
     save_file(weights.backbone, folder / WEIGHTS, metadata={"format": "pt"})
     size = [3, config.image_size, config.image_size]
     _write_json(
@@ -94,6 +99,8 @@ def _to_hf(encoder: ImageEncoder, weights: Weights, folder: Path) -> str:
     backbone, config = encoder.backbone, encoder.config
     block = backbone.blocks[0]
     packed, registers = is_swiglu(weights.backbone), weights.backbone.get("reg_token")
+    if strange := _beyond_dinov2(backbone, packed):
+        raise ValueError(f"format=hf: {config.name} has {strange}, which Dinov2Model has not; use format=timm or onnx")
     if backbone.num_prefix_tokens != 1 + (registers.shape[1] if registers is not None else 0):
         raise ValueError(f"format=hf: {config.name} has tokens besides CLS and registers; use format=timm")
     # transformers derives the MLP's width from this whole number; gated ones are two thirds as wide, and twice.
@@ -140,12 +147,28 @@ def _to_hf(encoder: ImageEncoder, weights: Weights, folder: Path) -> str:
     return "transformers.AutoModel.from_pretrained(folder) and AutoImageProcessor.from_pretrained(folder)"
 
 
+def _beyond_dinov2(backbone: Any, packed: bool) -> str:
+    """What a ViT computes that transformers' Dinov2Model does not, '' where there is nothing."""
+    block = backbone.blocks[0]
+    ratio = block.mlp.fc1.out_features / backbone.embed_dim
+    found = {
+        "a norm before its blocks": not isinstance(backbone.norm_pre, nn.Identity),
+        "norms of queries and keys": not isinstance(block.attn.q_norm, nn.Identity),
+        "no bias of queries, keys and values": block.attn.qkv.bias is None,
+        "no bias of the patch embedding": backbone.patch_embed.proj.bias is None,
+        "no norm at its end": isinstance(backbone.norm, nn.Identity),
+        "another activation than GELU": not packed and not isinstance(block.mlp.act, nn.GELU),
+        f"an MLP of {ratio:.3g} times its width": not packed and ratio != round(ratio),
+    }
+    return ", ".join(name for name, is_so in found.items() if is_so)
+
+
 def _to_torch_hub(encoder: ImageEncoder, weights: Weights, folder: Path) -> str:
     save_file(to_torch_hub(weights), folder / WEIGHTS, metadata={"format": "pt"})
     return "model.load_state_dict(safetensors.torch.load_file('model.safetensors')) on the DINOv2 code's ViT"
 
 
-class _TokensOnly(torch.nn.Module):
+class _TokensOnly(nn.Module):
     """What an ONNX file computes: gray images in [0, 1] -> CLS [B, D] and patches [B, N, D]."""
 
     def __init__(self, encoder: ImageEncoder) -> None:
@@ -178,7 +201,7 @@ def _to_onnx(encoder: ImageEncoder, weights: Weights, folder: Path) -> str:
     return f"input images [batch, 1, {size}, {size}] in [0, 1]; outputs cls and patches"
 
 
-def _card(encoder: ImageEncoder, folder: Path, usage: str, facts: Mapping[str, str]) -> str:
+def _card(encoder: ImageEncoder, folder: Path, usage: str, facts: Mapping[str, str], configuration: str) -> str:
     lines = ["# Image encoder for chest radiographs", "", "Pretrained with medim-ray.", "", f"    {usage}", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     config = encoder.config
@@ -196,6 +219,8 @@ def _card(encoder: ImageEncoder, folder: Path, usage: str, facts: Mapping[str, s
         "Not a medical device; not for diagnosis.",
         "",
     ]
+    if configuration:
+        lines += ["## Configuration", "", *(f"    {line}" for line in configuration.splitlines()), ""]
     return "\n".join(lines)
 
 

@@ -140,11 +140,18 @@ def resize_positions(table_1LD: Tensor, num_prefix: int, side: int, layout: Layo
     if old * old != table.shape[1]:
         raise ValueError(f"pos_embed has {table.shape[1]} positions of patches: not a square grid")
     table = table.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    if layout == "hf" or antialias:
-        table = F.interpolate(table, size=(side, side), mode="bicubic", align_corners=False, antialias=antialias)
-    else:
-        table = F.interpolate(table, scale_factor=(side + 0.1) / old, mode="bicubic")
+    table = resize_patches(table, (side, side), by_size=layout == "hf" or antialias, antialias=antialias)
     return torch.cat([prefix, table.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
+
+
+def resize_patches(table_1DHW: Tensor, size: tuple[int, int], by_size: bool, antialias: bool) -> Tensor:
+    """Bicubic to `size`; else than by size, by the scale (n + 0.1) / old, which DINOv2 takes against rounding."""
+    if by_size:
+        return F.interpolate(table_1DHW, size=size, mode="bicubic", align_corners=False, antialias=antialias)
+    scale = tuple((new + 0.1) / old for new, old in zip(size, table_1DHW.shape[-2:], strict=True))
+    resized = F.interpolate(table_1DHW, scale_factor=scale, mode="bicubic")
+    assert resized.shape[-2:] == size
+    return resized
 
 
 def _is(key: str, name: str) -> bool:

@@ -62,8 +62,16 @@ def read_state(source: str | Path) -> dict[str, Tensor]:
     except Exception as error:  # torch, pickle and safetensors raise half a dozen classes for an unreadable file
         raise ValueError(f"{path} is no readable checkpoint ({error}); use a .safetensors file") from error
     for wrapper in ("model", "state_dict", "teacher"):
-        state = state.get(wrapper, state)
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        state = state.get(wrapper, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__} and no names with tensors; save a state_dict()")
+    tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    bad = [key for key, value in tensors.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if bad:
+        raise ValueError(
+            f"{path} has NaN or infinite weights in {len(bad)} tensors, e.g. {bad[0]!r}; use an earlier one"
+        )
+    return tensors
 
 
 def _locate(source: str | Path) -> Path:
@@ -101,7 +109,8 @@ def load_weights(backbone: nn.Module, weights: Weights, source: str, allow: Coll
     own = backbone.state_dict()
     state, resized = dict(weights.backbone), {}
     table, want = state.get("pos_embed"), own.get("pos_embed")
-    if table is not None and want is not None and table.shape != want.shape and table.shape[2] == want.shape[2]:
+    same_tokens = ("reg_token" in state) == ("reg_token" in own)  # else the tables differ in more than the grid
+    if same_tokens and table is not None and want is not None and table.shape[1] != want.shape[1]:
         side = int(backbone.patch_embed.grid_size[0])  # type: ignore[union-attr, index]
         num_prefix = want.shape[1] - side * side
         registers = "reg_token" in state
@@ -123,6 +132,11 @@ def load_head_state(head: DinoHead, state: State, source: str, allow: Collection
         key = re.sub(r"^(module\.|student\.|teacher\.|dino_head\.|ibot_head\.|head\.)+", "", key)
         key = key.replace("last_layer.parametrizations.weight.original0", "last_layer.weight_g")
         key = key.replace("last_layer.parametrizations.weight.original1", "last_layer.weight_v")
+        if key in renamed:
+            heads = sorted(name[: -len(key)].rstrip(".") for name in state if name.endswith(key))
+            raise ValueError(
+                f"{source} holds several heads ({', '.join(heads)}); save the one to load into its own file"
+            )
         renamed[key] = value
     if "last_layer.weight" in renamed:
         plain = renamed.pop("last_layer.weight")

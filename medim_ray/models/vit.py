@@ -47,10 +47,14 @@ class Features(NamedTuple):
 class MaskToken(nn.Module):
     """A learned token for hidden positions. A module of its own so that ZeRO-3 gathers it; call it to get [D]."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, first: Tensor | None = None) -> None:
+        """first: what it begins as, of `width` numbers; None: random."""
         super().__init__()
         self.token_D = nn.Parameter(torch.empty(width))
         nn.init.normal_(self.token_D, std=0.02)
+        if first is not None:
+            with torch.no_grad():
+                self.token_D.copy_(first.flatten())
 
     def forward(self) -> Tensor:
         # A copy: ZeRO-3 frees the parameter's own storage when this forward returns.
@@ -62,7 +66,7 @@ class ImageEncoder(nn.Module):
 
     Attributes: grid (patches at `image_size`), width (D), patch_size (pixels), num_prefix_tokens, has_cls,
     takes_tokens (visible_BK and hidden_BN are possible: ViT yes, ResNet no), packs (more_BCHW is possible: a ViT whose
-    blocks are not compiled).
+    blocks are not compiled), init_extras (what the file of `init` had besides, by name: a mask token).
     Raises ValueError for unknown names and files, and for an image size that the patch size does not divide.
     """
 
@@ -77,6 +81,12 @@ class ImageEncoder(nn.Module):
             metadata={
                 "help": "'random', 'timm' (weights of that name), hf:OWNER/NAME (a Dinov2Model such as rad-dino) or "
                 "a local .safetensors, .pth or folder, in the layout of timm, transformers or the torch hub"
+            },
+        )
+        init_allow: tuple[str, ...] = field(
+            default=(),
+            metadata={
+                "help": "prefixes of keys that a file of init may lack, or have besides; parts of heads always may"
             },
         )
         mean: float = field(default=0.5, metadata={"help": "subtracted from pixels in [0, 1]"})
@@ -104,7 +114,7 @@ class ImageEncoder(nn.Module):
 
         super().__init__()
         self.config = config
-        self.backbone = backbones.build(config)
+        self.backbone, self.init_extras = backbones.build(config)
         self.patch_size = backbones.patch_size(self.backbone)
         self.grid = _grid(config, self.patch_size)
         self.width = int(self.backbone.num_features)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from medim_ray.masking.base import Masking
 from medim_ray.models.decoder import MaeDecoder
+from medim_ray.models.layouts import MASK_TOKEN
 from medim_ray.models.vit import ImageEncoder, MaskToken
 from medim_ray.objectives.base import OBJECTIVES, ParameterGroup, Parts, default_groups, default_part
 from medim_ray.objectives.pixels import (
@@ -105,7 +106,7 @@ class SimMim(nn.Module):
         check_parts(config.name, parts)
         self.encoder = parts.encoder
         self._masking = parts.masking
-        self.mask_token = MaskToken(parts.encoder.width)
+        self.mask_token = MaskToken(parts.encoder.width, parts.encoder.init_extras.get(MASK_TOKEN))
         self.head = nn.Linear(parts.encoder.width, parts.encoder.patch_size**2)
 
     def forward(self, batch: Batch) -> StepOutput:
@@ -115,6 +116,10 @@ class SimMim(nn.Module):
         predicted_BNP = self.head(features.patches_BND).float()
         error_BN = F.l1_loss(predicted_BNP, target_patches(self.encoder, images_BCHW), reduction="none").mean(dim=-1)
         return StepOutput(loss=hidden_mean(error_BN, hidden_BN), logs=mask_logs(masks, self._masking.names))
+
+    def export_extras(self) -> dict[str, Tensor]:
+        """What an export of the encoder holds besides its backbone (Weights.extras)."""
+        return {MASK_TOKEN: self.mask_token().detach()[None]}
 
     @staticmethod
     def check_masking(masking: Masking) -> None:

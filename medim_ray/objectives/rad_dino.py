@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from medim_ray.masking.base import Masking
 from medim_ray.models.collectives import all_reduce_sum, num_ranks
 from medim_ray.models.heads_dino import DinoHead
+from medim_ray.models.layouts import MASK_TOKEN
+from medim_ray.models.load import load_head
 from medim_ray.models.vit import ImageEncoder, MaskToken
 from medim_ray.objectives import dino_losses as losses
 from medim_ray.objectives.base import OBJECTIVES, ParameterGroup, Parts
@@ -54,6 +56,13 @@ class RadDino(nn.Module):
         name: str = "rad_dino"
         head: DinoHead.Config = field(default_factory=DinoHead.Config)
         separate_heads: bool = field(default=False, metadata={"help": "iBOT gets a head of its own"})
+        init_head: str = field(
+            default="",
+            metadata={"help": "file of the DINO head's first weights, e.g. dino_head.safetensors; '': random"},
+        )
+        init_ibot_head: str = field(
+            default="", metadata={"help": "file of the iBOT head's first weights, with separate_heads; '': random"}
+        )
         ibot_weight: float = field(default=1.0, metadata={"help": "weight of the masked patches' loss; DINO has 1"})
         koleo_weight: float = field(default=0.1, metadata={"help": "weight of KoLeo, summed over the 2 global crops"})
         koleo_gather: bool = field(
@@ -83,6 +92,11 @@ class RadDino(nn.Module):
         )
 
         def __post_init__(self) -> None:
+            if self.init_ibot_head and not self.separate_heads:
+                raise ValueError(
+                    f"init_ibot_head={self.init_ibot_head}: iBOT has no head of its own; set "
+                    "objective.separate_heads=true"
+                )
             for key in ("student_temperature", "teacher_temperature_start", "teacher_temperature", "layer_decay"):
                 if getattr(self, key) <= 0:
                     raise ValueError(f"{key}={getattr(self, key)}: must be above 0")
@@ -106,7 +120,11 @@ class RadDino(nn.Module):
         self.student_encoder = parts.encoder
         self.student_dino_head = DinoHead(config.head, width)
         self.student_ibot_head = DinoHead(config.head, width) if config.separate_heads else None
-        self.mask_token = MaskToken(width)
+        if config.init_head:
+            load_head(self.student_dino_head, config.init_head)
+        if config.init_ibot_head and self.student_ibot_head is not None:
+            load_head(self.student_ibot_head, config.init_ibot_head)
+        self.mask_token = MaskToken(width, parts.encoder.init_extras.get(MASK_TOKEN))
         self.encoder: ImageEncoder = copy.deepcopy(self.student_encoder)
         self.dino_head = copy.deepcopy(self.student_dino_head)
         self.ibot_head = copy.deepcopy(self.student_ibot_head)
@@ -251,6 +269,10 @@ class RadDino(nn.Module):
             "prototypes_used_ratio": teacher_GK.new_tensor(used / min(teacher_GK.shape)),
             "effective_rank": losses.effective_rank(cls_GD),
         }
+
+    def export_extras(self) -> dict[str, Tensor]:
+        """What an export of the encoder holds besides its backbone (Weights.extras)."""
+        return {MASK_TOKEN: self.mask_token().detach()[None]}
 
     @staticmethod
     def check_masking(masking: Masking) -> None:

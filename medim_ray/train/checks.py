@@ -19,14 +19,18 @@ from medim_ray.train.runs import read_config
 from medim_ray.train.snapshots import check_snapshots
 from medim_ray.train.store import CheckpointStore
 
+HEADS = ("init_head", "init_ibot_head")  # options of an objective that name files
+
 
 def absolute_paths(config: RunConfig) -> RunConfig:
     """Local paths from the root: workers have working folders of their own, and a run folder outlives this one."""
     init, path = config.encoder.init, config.text.path
     masking, of_run = config.masking, getattr(config.masking, "snapshot_run", "")
+    heads = {key: absolute(path) for key in HEADS if Path(path := getattr(config.objective, key, "")).is_file()}
     return replace(
         config,
         masking=replace(masking, snapshot_run=absolute(of_run)) if of_run else masking,
+        objective=replace(config.objective, **heads),
         data=replace(config.data, shards=absolute(config.data.shards)),
         run=replace(config.run, dir=absolute(config.run.dir)),
         track=replace(config.track, aim_repo=config.track.aim_repo and absolute(config.track.aim_repo)),
@@ -46,6 +50,9 @@ def check(config: RunConfig) -> ShardSet:
     if not config.data.shards:
         raise ValueError("data.shards is empty: give what `medim-ray prepare` wrote, e.g. data.shards=shards/cxr")
     check_init(config.encoder.init)
+    for key in HEADS:
+        if (path := getattr(config.objective, key, "")) and not Path(path).exists():
+            raise ValueError(f"objective.{key}={path}: there is no such file; give one such as dino_head.safetensors")
     check_numbers(config)
     with storage_faults(f"data.shards={config.data.shards}"):
         shards = ShardSet.open(config.data.shards)

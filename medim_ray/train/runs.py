@@ -5,7 +5,7 @@ RUN/config.yaml   RUN/metrics.jsonl   RUN/checkpoints/step-SSSSSSSS-A/{rank-RRRR
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import fsspec
@@ -84,6 +84,14 @@ def find_checkpoint(run_dir: str, which: str) -> str:
     return found
 
 
+def without_first_weights(config: RunConfig) -> RunConfig:
+    """The same model, begun at random."""
+    objective = config.objective
+    if getattr(objective, "init_head", ""):
+        objective = replace(objective, init_head="", init_ibot_head="")
+    return replace(config, encoder=replace(config.encoder, init="random"), objective=objective)
+
+
 def load_run(run_dir: str, trained: bool = True, checkpoint: str = "") -> LoadedRun:
     """The objective with the weights of the newest valid checkpoint (or of the one named, which is not verified), or
     with those the run began with.
@@ -93,7 +101,8 @@ def load_run(run_dir: str, trained: bool = True, checkpoint: str = "") -> Loaded
     """
     config = open_config(run_dir)
     shards = ShardSet.open(config.data.shards)
-    objective = build_objective(config, shards)
+    # The files of the first weights may be gone: a checkpoint holds every tensor.
+    objective = build_objective(without_first_weights(config) if trained else config, shards)
     assert isinstance(objective, nn.Module)
     step, name = 0, ""
     if trained:

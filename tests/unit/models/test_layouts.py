@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from transformers import (
 
 from medim_ray.models.export import export, export_timm
 from medim_ray.models.heads_dino import DinoHead
-from medim_ray.models.layouts import MASK_TOKEN, to_timm, to_torch_hub
+from medim_ray.models.layouts import MASK_TOKEN, to_hf, to_timm, to_torch_hub
 from medim_ray.models.load import load_backbone, load_head, load_head_state, load_weights, read_state
 from medim_ray.models.vit import ImageEncoder
 
@@ -254,3 +255,120 @@ def test_head_files_of_every_form_give_the_same_scores(tmp_path: Path, form: str
     torch.testing.assert_close(other(rows), head(rows))
     with pytest.raises(ValueError, match="missing"):
         load_head_state(other, {"mlp.0.weight": head.state_dict()["mlp.0.weight"]}, "half a head")
+
+
+@pytest.mark.parametrize("form", ["hub", "training", "hf"])
+@pytest.mark.parametrize("registers", [False, True])
+def test_encoder_init_takes_every_layout_by_one_law_of_positions(tmp_path: Path, form: str, registers: bool) -> None:
+    name = NAMES[registers, False]
+    encoder = tiny_encoder(name)
+    weights = to_timm(encoder.backbone.state_dict())
+    token = torch.randn(1, 48)
+    weights.extras[MASK_TOKEN] = token
+    hub = to_torch_hub(weights)
+    state = {
+        "hub": hub,
+        "training": {f"teacher.backbone.{key.replace('blocks.', 'blocks.0.')}": value for key, value in hub.items()},
+        "hf": to_hf(weights),
+    }[form]
+    torch.save(state, tmp_path / "weights.pth")
+    options: dict[str, Any] = {"name": name, "width": 48, "depth": 2, "num_heads": 3}
+    options["init"] = str(tmp_path / "weights.pth")
+    for size in (56, 70):
+        begun = ImageEncoder(ImageEncoder.Config(image_size=size, **options)).eval()
+        other = tiny_encoder(name, image_size=size)
+        load_backbone(other.backbone, tmp_path / "weights.pth")
+        for key, value in other.backbone.state_dict().items():
+            assert torch.equal(begun.backbone.state_dict()[key], value), key
+        assert torch.equal(begun.init_extras[MASK_TOKEN], token)
+
+
+def test_a_model_with_registers_resizes_positions_as_transformers_does_at_any_size(tmp_path: Path) -> None:
+    peer = save_peer(tmp_path, registers=True, swiglu=False, image_size=56)
+    name = NAMES[True, False]
+    config = ImageEncoder.Config(name=name, image_size=56, width=48, depth=2, num_heads=3, init=str(tmp_path))
+    encoder = ImageEncoder(config).eval()
+    images = torch.rand(2, 1, 42, 42, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = peer(((images - 0.5) / 0.5).expand(-1, 3, -1, -1)).last_hidden_state
+        features = encoder(images)
+    torch.testing.assert_close(features.global_BD, expected[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features.patches_BND, expected[:, 5:], rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_file_lacks_or_has_besides_passes_only_where_it_is_allowed(tmp_path: Path) -> None:
+    encoder = tiny_encoder()
+    state = to_hf(to_timm(encoder.backbone.state_dict()))
+    path = tmp_path / "weights.safetensors"
+    save_file({**state, "classifier.weight": torch.zeros(2, 96)}, path)
+    options: dict[str, Any] = {"name": NAMES[False, False], "image_size": 56, "width": 48, "depth": 2, "num_heads": 3}
+    with pytest.raises(ValueError, match=r"(?s)encoder\.init=.*'classifier\.weight'.*encoder\.init_allow"):
+        ImageEncoder(ImageEncoder.Config(init=str(path), **options))
+    begun = ImageEncoder(ImageEncoder.Config(init=str(path), init_allow=("classifier.",), **options))
+    assert torch.equal(begun.backbone.norm.weight, encoder.backbone.norm.weight)
+
+
+def test_files_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
+    plain, registered = tiny_encoder(), tiny_encoder(NAMES[True, False])
+    options: dict[str, Any] = {"name": NAMES[False, False], "image_size": 56, "width": 48, "depth": 2}
+    for number, content in enumerate((torch.zeros(2), [1], {"model": [1]}, {"model": torch.zeros(2)})):
+        torch.save(content, tmp_path / f"{number}.pth")
+        with pytest.raises(ValueError, match=r"holds a (Tensor|list) and no names with tensors"):
+            read_state(tmp_path / f"{number}.pth")
+    state = plain.backbone.state_dict()
+    torch.save({**state, "norm.bias": torch.full((48,), torch.nan)}, tmp_path / "nan.pth")
+    with pytest.raises(ValueError, match=r"NaN or infinite weights in 1 tensors, e\.g\. 'norm\.bias'"):
+        read_state(tmp_path / "nan.pth")
+    torch.save(to_torch_hub(to_timm(registered.backbone.state_dict())), tmp_path / "registers.pth")
+    with pytest.raises(ValueError, match=r"encoder\.init=.*does not fit the model"):
+        ImageEncoder(ImageEncoder.Config(num_heads=3, init=str(tmp_path / "registers.pth"), **options))
+    export(plain, "hf", str(tmp_path / "hf"))
+    with pytest.raises(ValueError, match=r"3 attention heads, the encoder 4; use encoder\.num_heads=3"):
+        ImageEncoder(ImageEncoder.Config(num_heads=4, init=str(tmp_path / "hf"), **options))
+
+
+def test_a_file_of_two_heads_is_refused(tmp_path: Path) -> None:
+    head = DinoHead(DinoHead.Config(num_prototypes=20, hidden=24, bottleneck=8), 16)
+    state = {
+        f"{name}.{key}": value.clone()
+        for name in ("dino_head", "ibot_head")
+        for key, value in head.state_dict().items()
+    }
+    with pytest.raises(ValueError, match=r"holds several heads \(dino_head, ibot_head\)"):
+        load_head_state(head, state, "both.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("vit_base_patch16_clip_224", "a norm before its blocks"),
+        ("vit_base_patch16_clip_quickgelu_224", "another activation than GELU"),
+        ("vit_base_patch16_224_miil", "no bias of queries, keys and values"),
+    ],
+)
+def test_what_transformers_cannot_compute_is_not_written(tmp_path: Path, name: str, what: str) -> None:
+    encoder = ImageEncoder(ImageEncoder.Config(name=name, image_size=32, width=48, depth=1, num_heads=3))
+    with pytest.raises(ValueError, match=rf"format=hf: {name} has .*{what}.*use format=timm"):
+        export(encoder, "hf", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["vit_little_patch16_reg4_gap_256", "vit_base_patch16_siglip_224"])
+def test_a_vit_without_a_cls_token_loads_in_timm(tmp_path: Path, name: str) -> None:
+    encoder = ImageEncoder(ImageEncoder.Config(name=name, image_size=32, width=48, depth=1, num_heads=3)).eval()
+    export(encoder, "timm", str(tmp_path))
+    peer = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens = peer.forward_features(((images - 0.5) / 0.5).expand(-1, 3, -1, -1))
+        patches = encoder(images).patches_BND
+    torch.testing.assert_close(tokens[:, -patches.shape[1] :], patches, rtol=1e-4, atol=1e-5)
+
+
+def test_the_card_ends_with_the_configuration(tmp_path: Path) -> None:
+    export(tiny_encoder(), "torch_hub", str(tmp_path), configuration="seed: 0\nencoder:\n  name: vit\n")
+    assert (
+        (tmp_path / "README.md")
+        .read_text()
+        .endswith("## Configuration\n\n    seed: 0\n    encoder:\n      name: vit\n")
+    )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medim_ray.masking.base import MASKINGS
 from medim_ray.masking.block import BlockMasking, StepBlockMasking
+from medim_ray.models.export import export
 from medim_ray.models.heads_dino import DinoHead
 from medim_ray.models.vit import ImageEncoder
 from medim_ray.objectives import OBJECTIVES
@@ -270,3 +273,24 @@ def test_koleo_of_one_image_on_one_worker_is_refused_gathered_or_not() -> None:
         with pytest.raises(ValueError, match=r"train\.micro_batch=1: KoLeo needs a neighbour"):
             make(koleo_gather=gather)(make_batch(num=1))
     assert "koleo_distance" not in make(koleo_weight=0.0)(make_batch(num=1)).logs
+
+
+def test_heads_and_mask_token_begin_from_files_and_go_out_again(tmp_path: Path) -> None:
+    published = make()
+    with torch.no_grad():
+        published.mask_token.token_D.fill_(0.25)
+    save_file(published.student_dino_head.state_dict(), tmp_path / "dino_head.safetensors")
+    export(published.student_encoder, "hf", str(tmp_path / "hf"), published.export_extras())
+    config = dataclasses.replace(published.encoder.config, init=str(tmp_path / "hf"))
+    parts = dataclasses.replace(make_parts(), encoder=ImageEncoder(config))
+    head_file = str(tmp_path / "dino_head.safetensors")
+    begun = RadDino(RadDino.Config(head=HEAD, init_head=head_file), parts)
+    for head in (begun.student_dino_head, begun.dino_head):
+        for key, value in published.student_dino_head.state_dict().items():
+            assert torch.equal(head.state_dict()[key], value), key
+    assert torch.equal(begun.mask_token(), published.mask_token())
+    export(begun.student_encoder, "hf", str(tmp_path / "again"), begun.export_extras())
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("hf", "again"))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    with pytest.raises(ValueError, match=r"init_ibot_head=.*objective\.separate_heads=true"):
+        RadDino.Config(init_ibot_head=head_file)
