@@ -1,13 +1,13 @@
-"""Compare our losses with numbers from the papers' own code: `python -m medim_ray.objectives.check_golden FILE.npz`.
+"""Compare us with numbers from the papers' own code: `python -m medim_ray.objectives.check_golden FILE.npz`.
 
-Prints each quantity, the reference, ours and the error; exits 1 over tolerance, or when an `out_*` of the file is
-unknown or missing. A kind of file is one line in KINDS. Nothing is trained here.
+Prints each quantity, the reference, ours and the error; exits 1 over tolerance, or when a reference quantity of the
+file is unknown or missing. Losses, DINOv2's step, schedules, block masks: a kind is one entry in KINDS. No training.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,21 @@ from medim_ray.masking.report import ReportMasking
 from medim_ray.masking.selection import high_patches, select_hidden
 from medim_ray.objectives import losses
 from medim_ray.objectives.comparison import Arrays, Comparison
-from medim_ray.objectives.golden_dino import DINO_OUTPUTS, compare_dino
+from medim_ray.objectives.golden_dino import compare_dino, dino_names, dino_outputs
+from medim_ray.objectives.golden_masks import MASK_OUTPUTS, compare_masks, mask_names
+from medim_ray.objectives.golden_schedules import CURVES, compare_schedules
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of golden file: `outputs` are the `out_*` it must have, `compare` accounts for each of them."""
+    """A kind of golden file, known by any name in `markers`, which no other kind has.
 
-    outputs: Sequence[str]
+    `names`: the reference quantities in a file; `outputs`: those that it must have; `compare` accounts for each output.
+    """
+
+    markers: Collection[str]
+    names: Callable[[Arrays], set[str]]
+    outputs: Callable[[Arrays], Collection[str]]
     compare: Callable[[Arrays], list[Comparison]]
 
 
@@ -38,6 +45,11 @@ MEDIM_OUTPUTS = (
     *("out_ita", "out_local", "out_proto", "out_reconstruction", "out_acc1", "out_acc5"),
     *("out_kdm_map", "out_sdm_map", "out_hidden_kdm", "out_hidden_sdm"),
 )
+
+
+def medim_names(arrays: Arrays) -> set[str]:
+    """Names of the reference quantities of a file."""
+    return {key for key in arrays if key.startswith("out_")}
 
 
 def compare_medim(arrays: Arrays) -> list[Comparison]:
@@ -94,40 +106,48 @@ def _compare_masks(name: str, arrays: Arrays, words_BW: Tensor, attention_BWN: T
     return lines
 
 
-KINDS: dict[str, Kind] = {  # by an input that only such a file has
-    "img_feat": Kind(MEDIM_OUTPUTS, compare_medim),
-    "in_collated_global_crops": Kind(DINO_OUTPUTS, compare_dino),
-}
+KINDS = (
+    Kind(("img_feat",), medim_names, lambda _: MEDIM_OUTPUTS, compare_medim),
+    Kind(("in_collated_global_crops",), dino_names, dino_outputs, compare_dino),
+    Kind(tuple(CURVES), set, lambda _: tuple(CURVES), compare_schedules),
+    Kind(("columns", "rows"), mask_names, lambda _: MASK_OUTPUTS, compare_masks),
+)
 
 
 def check(path: Path) -> int:
     """Print the comparison; 0 if everything agrees, 1 otherwise. ValueError for a file of no known kind."""
     with np.load(path) as file:
         arrays = {key: file[key] for key in file.files}
-    kind = next((kind for marker, kind in KINDS.items() if marker in arrays), None)
+    kind = next((kind for kind in KINDS if not arrays.keys().isdisjoint(kind.markers)), None)
     if kind is None:
-        raise ValueError(f"{path}: no golden file of a known kind; it must contain one of {', '.join(KINDS)}")
-    outputs = {key for key in arrays if key.startswith("out_")}
-    failures = [f"{key} of the file is unknown: nothing was compared" for key in sorted(outputs - set(kind.outputs))]
-    missing = [key for key in kind.outputs if key not in outputs]
-    failures += [f"{key} is missing in the file" for key in missing]
+        markers = ", ".join(marker for kind in KINDS for marker in kind.markers)
+        raise ValueError(f"{path}: no golden file of a known kind; it must contain one of {markers}")
+    names, outputs = kind.names(arrays), kind.outputs(arrays)
+    failures = [f"{name} of the file is unknown: nothing was compared" for name in sorted(names - set(outputs))]
+    missing = [name for name in outputs if name not in names]
+    failures += [f"{name} is missing in the file" for name in missing]
     if not missing:
         lines = kind.compare(arrays)
-        print(f"{'quantity':28} {'reference':>16} {'ours':>16} {'error':>10} {'tolerance':>10}")
-        for line in lines:
-            unit = "rel" if line.relative else "abs"
-            print(
-                f"{line.what:28} {_shown(line.reference):>16} {_shown(line.ours):>16} {line.error:10.2e} "
-                f"{line.tolerance:10.0e} {unit} {'ok' if line.is_ok else 'DIFFERS'}"
-            )
+        _print_table(lines)
         failures += [
-            f"{line.what}: error {line.error:.2e} is over {line.tolerance:.0e}" for line in lines if not line.is_ok
+            f"{line.what}: error {line.error:.2e} is over {line.tolerance:.2g}" for line in lines if not line.is_ok
         ]
-        uncovered = set(kind.outputs) - {line.key for line in lines}
+        uncovered = set(outputs) - {line.key for line in lines}
         assert not uncovered, f"not compared: {uncovered}"
     for failure in failures:
         print(f"FAILED {failure}")
     return 1 if failures else 0
+
+
+def _print_table(lines: Sequence[Comparison]) -> None:
+    width = max(len(line.what) for line in lines)
+    print(f"{'quantity':{width}} {'reference':>16} {'ours':>16} {'error':>10} {'tolerance':>10}")
+    for line in lines:
+        unit = "rel" if line.relative else "abs"
+        print(
+            f"{line.what:{width}} {_shown(line.reference):>16} {_shown(line.ours):>16} {line.error:10.2e} "
+            f"{line.tolerance:10.2g} {unit} {'ok' if line.is_ok else 'DIFFERS'}"
+        )
 
 
 def _shown(values: NDArray[Any]) -> str:

@@ -1,4 +1,4 @@
-"""One quantity of a golden file beside ours. What is compared: check_golden.py and golden_dino.py."""
+"""One quantity of a golden file beside ours. What is compared: check_golden.py and golden_*.py."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One line: `key` is the `out_*` of the file that it accounts for. relative: error and tolerance are relative to
-    the reference."""
+    """One line: `key` is the reference quantity of the file that it accounts for. relative: error and tolerance are
+    relative to the reference."""
 
     key: str
     what: str

@@ -29,8 +29,18 @@ LOSSES = {
     "out_ibot_loss": "ibot",
 }
 CENTRES = {"out_dino_center": "dino_centre_K", "out_ibot_center": "ibot_centre_K"}
-DINO_OUTPUTS = ("out_total_backward", *LOSSES, *CENTRES)
 TEACHER_TEMPERATURE = 0.05
+
+
+def dino_names(arrays: Arrays) -> set[str]:
+    """Names of the reference quantities of a file."""
+    return {key for key in arrays if key.startswith(("out_", "gradnorm_"))}
+
+
+def dino_outputs(arrays: Arrays) -> list[str]:
+    """The quantities that a file must have: losses, centres and the gradient norm of each weight of its student."""
+    norms = [key.replace("student.", "gradnorm_", 1) for key in arrays if key.startswith("student.")]
+    return ["out_total_backward", *LOSSES, *CENTRES, *norms]
 
 
 def compare_dino(arrays: Arrays) -> list[Comparison]:

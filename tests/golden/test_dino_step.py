@@ -34,3 +34,16 @@ def test_a_changed_number_is_found(tmp_path: Path, capsys: pytest.CaptureFixture
     np.savez(tmp_path / "changed.npz", **arrays)
     assert check(tmp_path / "changed.npz") == 1
     assert "FAILED ibot: error 3.00e-05 is over 1e-05" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason=f"golden numbers are not here: {GOLDEN}")
+def test_missing_and_unknown_numbers_are_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arrays = dict(np.load(GOLDEN / "dinov2_step_centering_7.npz"))
+    norm = "gradnorm_backbone.cls_token"
+    np.savez(tmp_path / "more.npz", **arrays, gradnorm_new=arrays[norm])
+    assert check(tmp_path / "more.npz") == 1
+    assert "FAILED gradnorm_new of the file is unknown" in capsys.readouterr().out
+    for name in (norm, "out_koleo_loss"):
+        np.savez(tmp_path / "fewer.npz", **{key: value for key, value in arrays.items() if key != name})
+        assert check(tmp_path / "fewer.npz") == 1
+        assert f"FAILED {name} is missing" in capsys.readouterr().out
