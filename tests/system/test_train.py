@@ -17,10 +17,13 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoModel
 
+from medim_ray.cli import main
 from medim_ray.config.loader import from_tree, to_tree
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.shards import ShardSet
+from medim_ray.objectives.rad_dino import RadDino
 from medim_ray.probes.watch import MapWatch
 from medim_ray.studies.gallery import write_gallery
 from medim_ray.train.feed import read_quarantine
@@ -72,7 +75,7 @@ def test_rad_dino_masks_its_crops_by_the_attention_of_a_finished_medim_run(phant
     medim, encoder = tmp_path / "medim", "encoder.name=vit_tiny_patch16_224"
     assert launch(config_of(MEDIM, phantom_shards, medim, "train.steps=2", encoder)).finished
     guided = [encoder, "crop.local_size=48", "train.steps=2", "masking.name=dinov2_report"]
-    guided += [f"masking.snapshot_run={medim}"]
+    guided += [f"masking.snapshot_run={medim}", "train.zero=3"]
     wrong = [*guided, "encoder.image_size=128"]
     with pytest.raises(ValueError, match=r"masking\.snapshot_run=.*another image size"):
         launch(config_of(RAD_DINO, phantom_shards, tmp_path / "wrong", *wrong))
@@ -84,6 +87,24 @@ def test_rad_dino_masks_its_crops_by_the_attention_of_a_finished_medim_run(phant
     page = write_gallery(str(tmp_path / "dino"), num=2, out=str(tmp_path / "masks.html"))
     words = Path(page).read_text()
     assert all(title in words for title in ("global0 hides", "global1 hides", "Mentions ("))
+    assert_exported(tmp_path / "dino", tmp_path / "hf")
+
+
+def assert_exported(run_dir: Path, out: Path) -> None:
+    """A ZeRO-3 run goes out by the command; transformers sees what we see, and its mask token is the trained one."""
+    assert main(["export", f"run={run_dir}", "format=hf", f"out={out}"]) == 0
+    peer, run = AutoModel.from_pretrained(out).eval(), load_run(str(run_dir))
+    images = torch.rand(2, 1, 112, 112, generator=torch.Generator().manual_seed(0))
+    encoder = run.objective.encoder
+    pixels = (images - encoder.config.mean) / encoder.config.std
+    with torch.no_grad():
+        tokens = peer(pixels.expand(-1, 3, -1, -1)).last_hidden_state
+        features = encoder(images)
+    torch.testing.assert_close(tokens[:, 0], features.global_BD, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tokens[:, 1:], features.patches_BND, rtol=1e-4, atol=1e-5)
+    assert isinstance(run.objective, RadDino)
+    assert torch.equal(peer.embeddings.mask_token.detach(), run.objective.mask_token().detach()[None])
+    assert "## Configuration" in (out / "README.md").read_text()
 
 
 def assert_goes_on(phantom_shards: str, tmp_path: Path, watch: Watch | None, *more: str) -> None:
