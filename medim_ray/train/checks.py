@@ -26,7 +26,7 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     """Local paths from the root: workers have working folders of their own, and a run folder outlives this one."""
     init, path = config.encoder.init, config.text.path
     masking, of_run = config.masking, getattr(config.masking, "snapshot_run", "")
-    heads = {key: absolute(path) for key in HEADS if Path(path := getattr(config.objective, key, "")).is_file()}
+    heads = {key: absolute(file) for key in HEADS if Path(file := getattr(config.objective, key, "")).is_file()}
     return replace(
         config,
         masking=replace(masking, snapshot_run=absolute(of_run)) if of_run else masking,
@@ -51,8 +51,8 @@ def check(config: RunConfig) -> ShardSet:
         raise ValueError("data.shards is empty: give what `medim-ray prepare` wrote, e.g. data.shards=shards/cxr")
     check_init(config.encoder.init)
     for key in HEADS:
-        if (path := getattr(config.objective, key, "")) and not Path(path).exists():
-            raise ValueError(f"objective.{key}={path}: there is no such file; give one such as dino_head.safetensors")
+        if (file := getattr(config.objective, key, "")) and not Path(file).exists():
+            raise ValueError(f"objective.{key}={file}: there is no such file; give one such as dino_head.safetensors")
     check_numbers(config)
     with storage_faults(f"data.shards={config.data.shards}"):
         shards = ShardSet.open(config.data.shards)
