@@ -299,8 +299,8 @@ def _export(args: argparse.Namespace) -> int:
         "run hash": run_hash(run.config),
         "data hash": run.shards.content_hash,
     }
-    extras = run.objective.export_extras() if hasattr(run.objective, "export_extras") else {}
-    print(export(run.objective.encoder, root.format, root.out, extras, facts, to_yaml(run.config, hide_secrets=True)))
+    encoder, extras = run.objective.encoder, run.objective.export_extras()
+    print(export(encoder, root.format, root.out, extras, facts, to_yaml(run.config, hide_secrets=True)))
     return 0
 
 

@@ -101,8 +101,7 @@ class ReportEncoder:
 
     def words_of(self, report: str, mention: Mention) -> NDArray[np.bool_]:
         """bool [W]: the words of one mention of the report, none where the token limit cuts it off."""
-        sentences = split_sentences(report)
-        return encode(report, self._tokenizer, [mention], sentences, self._num_tokens).mesh_flag_W
+        return encode(report, self._tokenizer, [mention], [], self._num_tokens).mesh_flag_W
 
     def _encode(self, report: str) -> tuple[bytes, bytes]:
         mentions = self._tagger.tag(report)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from medim_ray.models.layouts import MASK_TOKEN
 from medim_ray.types import Grid
 
 INITS = ("random", "timm")  # values of `init` that are no path
@@ -59,6 +60,10 @@ class MaskToken(nn.Module):
     def forward(self) -> Tensor:
         # A copy: ZeRO-3 frees the parameter's own storage when this forward returns.
         return self.token_D.clone()
+
+    def extras(self) -> dict[str, Tensor]:
+        """The token as exports and files hold it (layouts.Weights.extras)."""
+        return {MASK_TOKEN: self().detach()[None]}
 
 
 class ImageEncoder(nn.Module):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from medim_ray.masking.base import Masking
 from medim_ray.models.vit import ImageEncoder
@@ -84,6 +84,10 @@ class Objective(Protocol):
 
     def forward(self, batch: Batch) -> StepOutput:
         """The loss of one micro-batch; `batch.step` is the global optimizer step, counted from 0."""
+        ...
+
+    def export_extras(self) -> dict[str, Tensor]:
+        """What an export of `encoder` holds besides its backbone (layouts.Weights.extras); usually nothing."""
         ...
 
     def parameter_groups(self) -> list[ParameterGroup]:

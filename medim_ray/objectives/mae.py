@@ -72,6 +72,9 @@ class Mae(nn.Module):
         loss = reconstruction_of_hidden(self.encoder, self.decoder, images_BCHW, hidden_BN)
         return StepOutput(loss=loss, logs=mask_logs(masks, self._masking.names))
 
+    def export_extras(self) -> dict[str, Tensor]:
+        return {}
+
     @staticmethod
     def check_masking(masking: Masking) -> None:
         check_one_input_mask("mae", masking)
@@ -118,8 +121,7 @@ class SimMim(nn.Module):
         return StepOutput(loss=hidden_mean(error_BN, hidden_BN), logs=mask_logs(masks, self._masking.names))
 
     def export_extras(self) -> dict[str, Tensor]:
-        """What an export of the encoder holds besides its backbone (Weights.extras)."""
-        return {MASK_TOKEN: self.mask_token().detach()[None]}
+        return self.mask_token.extras()
 
     @staticmethod
     def check_masking(masking: Masking) -> None:

@@ -304,6 +304,10 @@ class MedIM(nn.Module):
         full_MND = tokens_MND.scatter(1, visible_MK[:, :, None].expand(-1, -1, seen_MKD.shape[2]), seen_MKD)
         return full_MND.unflatten(0, hidden_SBN.shape[:2])
 
+    def export_extras(self) -> dict[str, Tensor]:
+        """None: its mask token stands for features, not for patches."""
+        return {}
+
     @staticmethod
     def check_masking(masking: Masking) -> None:
         """Any will do."""

@@ -271,8 +271,7 @@ class RadDino(nn.Module):
         }
 
     def export_extras(self) -> dict[str, Tensor]:
-        """What an export of the encoder holds besides its backbone (Weights.extras)."""
-        return {MASK_TOKEN: self.mask_token().detach()[None]}
+        return self.mask_token.extras()
 
     @staticmethod
     def check_masking(masking: Masking) -> None:

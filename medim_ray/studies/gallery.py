@@ -37,6 +37,7 @@ from medim_ray.studies.panels import Panel, heat_uri, picture_pixels, picture_ur
 from medim_ray.studies.phrases import Phrases, phrases
 from medim_ray.train.build import build_crop, build_masking, needs_text, report_encoder
 from medim_ray.train.runs import LoadedRun, load_run
+from medim_ray.train.snapshots import snapshot_run
 from medim_ray.types import BOX
 
 _SHOWN_SIZE = 256  # pixels of the image in the page; the model's crop may be smaller
@@ -181,7 +182,7 @@ def contact_sheet(entry: Entry) -> bytes:
 
 def _sees(run: LoadedRun) -> Any:
     """The objective whose attention guides the masks: the run's own, or that of the run its snapshots are of."""
-    of_run = getattr(run.config.masking, "snapshot_run", "")
+    of_run = snapshot_run(run.config)
     return load_run(of_run).objective if of_run else run.objective
 
 

@@ -28,6 +28,8 @@ from medim_ray.objectives.base import Objective, Parts
 from medim_ray.reports.mesh import Vocabulary
 from medim_ray.types import Grid
 
+HEADS = ("init_head", "init_ibot_head")  # options of an objective that name files of first weights
+
 
 def stream_plan(config: RunConfig, shards: ShardSet) -> StreamPlan:
     """The plan of the run over the shards' training split."""

@@ -14,18 +14,16 @@ from medim_ray.data.shards import ShardSet
 from medim_ray.data.sources.base import absolute
 from medim_ray.data.storage import storage_faults
 from medim_ray.models.vit import INITS, check_init
-from medim_ray.train.build import build_crop, build_masking, stream_plan
+from medim_ray.train.build import HEADS, build_crop, build_masking, stream_plan
 from medim_ray.train.runs import read_config
-from medim_ray.train.snapshots import check_snapshots
+from medim_ray.train.snapshots import check_snapshots, snapshot_run
 from medim_ray.train.store import CheckpointStore
-
-HEADS = ("init_head", "init_ibot_head")  # options of an objective that name files
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
     """Local paths from the root: workers have working folders of their own, and a run folder outlives this one."""
     init, path = config.encoder.init, config.text.path
-    masking, of_run = config.masking, getattr(config.masking, "snapshot_run", "")
+    masking, of_run = config.masking, snapshot_run(config)
     heads = {key: absolute(file) for key in HEADS if Path(file := getattr(config.objective, key, "")).is_file()}
     return replace(
         config,

@@ -16,7 +16,7 @@ from medim_ray.config.schema import RunConfig
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.storage import committed
 from medim_ray.objectives.base import Objective
-from medim_ray.train.build import build_objective
+from medim_ray.train.build import HEADS, build_objective
 from medim_ray.train.checkpoint import load_weights
 from medim_ray.train.store import CheckpointStore
 from medim_ray.train.validation import read_best
@@ -86,10 +86,9 @@ def find_checkpoint(run_dir: str, which: str) -> str:
 
 def without_first_weights(config: RunConfig) -> RunConfig:
     """The same model, begun at random."""
-    objective = config.objective
-    if getattr(objective, "init_head", ""):
-        objective = replace(objective, init_head="", init_ibot_head="")
-    return replace(config, encoder=replace(config.encoder, init="random"), objective=objective)
+    none = {key: "" for key in HEADS if hasattr(config.objective, key)}
+    encoder, objective = replace(config.encoder, init="random"), replace(config.objective, **none)
+    return replace(config, encoder=encoder, objective=objective)
 
 
 def load_run(run_dir: str, trained: bool = True, checkpoint: str = "") -> LoadedRun:
