@@ -1,13 +1,15 @@
 """Question: what does a RAD-DINO step cost on two CPU threads, and where does it go?
 
-Run: python -m benchmarks.dino_step [--peer PYTHON]. ViT-S/14, 2 x 224 + 4 x 98, batch 8, 65,536 prototypes, fp32.
+Run: python -m benchmarks.dino_step [--peer PYTHON] [--out FILE]. ViT-S/14, 2 x 224 + 4 x 98, batch 8, 65,536
+prototypes, fp32.
 --peer names the interpreter of an environment with lightly-train (`make peers`); its `dinov2` method is then timed in
-turn with ours at the same sizes without drop path, and paired ratios are printed.
+turn with ours at the same sizes without drop path, and paired ratios are printed. --out gets them as a JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import time
@@ -24,6 +26,7 @@ from medim_ray.models.heads_dino import DinoHead
 from medim_ray.models.vit import ImageEncoder
 from medim_ray.objectives.base import Parts
 from medim_ray.objectives.rad_dino import RadDino
+from medim_ray.studies.origin import package_commit, this_machine
 from medim_ray.types import Batch, Grid
 
 BATCH, GLOBAL_SIZE, LOCAL_SIZE, NUM_LOCAL = 8, 224, 98, 4
@@ -83,6 +86,7 @@ def ask(peer: subprocess.Popen[str]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--peer", help="python of an environment with lightly-train")
+    parser.add_argument("--out", type=Path, help="jobs/results/dino_step.jsonl")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="with 1, CPU seconds are comparable on a busy machine")
     parser.add_argument("--profile", action="store_true", help="print the costliest operators instead")
@@ -102,19 +106,30 @@ def main() -> None:
         )
     if peer is not None:
         ask(peer)  # the first step of a process allocates
-    ratios = []
+    pairs = []
     for step in range(1, args.steps + 1):
         ours = train_step(objective, optimizer, step)
         line = f"step {step}: ours {ours[0]:.2f} s ({ours[1]:.2f} CPU s)"
         if peer is not None:
             theirs = ask(peer)
-            ratios.append((ours[0] / theirs[0], ours[1] / theirs[1]))
-            line += f", lightly-train {theirs[0]:.2f} s ({theirs[1]:.2f} CPU s), ratio {ratios[-1][0]:.3f}"
-            line += f" (CPU {ratios[-1][1]:.3f})"
+            pairs.append((ours, theirs))
+            wall, cpu = (mine / other for mine, other in zip(ours, theirs, strict=True))
+            line += f", lightly-train {theirs[0]:.2f} s ({theirs[1]:.2f} CPU s), ratio {wall:.3f} (CPU {cpu:.3f})"
         print(line, flush=True)
-    if ratios:
-        wall, cpu = (statistics.median(column) for column in zip(*ratios, strict=True))
-        print(f"median ratio of {len(ratios)} pairs: {wall:.3f} (CPU {cpu:.3f})")
+    if pairs:
+        wall, cpu = (statistics.median(ours[i] / theirs[i] for ours, theirs in pairs) for i in range(2))
+        print(f"median ratio of {len(pairs)} pairs: {wall:.3f} (CPU {cpu:.3f})")
+        row = {
+            "commit": package_commit(),
+            "machine": this_machine(),
+            "torch": torch.__version__,
+            "threads": args.threads,
+            "wall_and_cpu_s": [{"ours": ours, "lightly_train": theirs} for ours, theirs in pairs],
+            "median_ratio": {"wall": round(wall, 3), "cpu": round(cpu, 3)},
+        }
+        if args.out is not None:
+            with args.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
     if peer is not None and peer.stdin is not None:
         peer.stdin.close()
         peer.wait(timeout=60)
