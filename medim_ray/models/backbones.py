@@ -6,11 +6,9 @@ The only module that imports timm at its top: with torchvision it takes seconds,
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 
 from medim_ray.models.blocks import recomputed
 from medim_ray.models.layouts import Weights, detect, resize_patches, to_timm
-from medim_ray.models.load import load_weights, read_state
+from medim_ray.models.load import load_weights, read_config, read_state
 from medim_ray.models.norms import BatchNorm
 from medim_ray.models.packing import Pack, run_packed
 from medim_ray.models.vit import HUB, INITS, check_init
@@ -284,12 +282,11 @@ def _load(model: nn.Module, config: ImageEncoder.Config) -> dict[str, Tensor]:
 
 
 def _check_heads(model: nn.Module, init: str) -> None:
-    """ValueError where a folder's config.json tells of another number of attention heads: the shapes agree, what is
-    computed does not."""
-    path = Path(init) / "config.json"
-    if not isinstance(model, VisionTransformer) or not path.is_file():
+    """ValueError where the config.json of a folder or an id tells of another number of attention heads: the shapes
+    agree, what is computed does not."""
+    if not isinstance(model, VisionTransformer):
         return
-    told = json.loads(path.read_text(encoding="utf-8")).get("num_attention_heads")
+    told = read_config(init.removeprefix(HUB)).get("num_attention_heads")
     own = model.blocks[0].attn.num_heads
     if told is not None and told != own:
         raise ValueError(f"its config.json has {told} attention heads, the encoder {own}; use encoder.num_heads={told}")

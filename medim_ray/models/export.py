@@ -99,7 +99,7 @@ def _to_hf(encoder: ImageEncoder, weights: Weights, folder: Path) -> str:
     backbone, config = encoder.backbone, encoder.config
     block = backbone.blocks[0]
     packed, registers = is_swiglu(weights.backbone), weights.backbone.get("reg_token")
-    if strange := _beyond_dinov2(backbone, packed):
+    if strange := ", ".join(filter(None, (_beyond(backbone, packed), _beyond_hf(backbone, packed)))):
         raise ValueError(f"format=hf: {config.name} has {strange}, which Dinov2Model has not; use format=timm or onnx")
     if backbone.num_prefix_tokens != 1 + (registers.shape[1] if registers is not None else 0):
         raise ValueError(f"format=hf: {config.name} has tokens besides CLS and registers; use format=timm")
@@ -147,23 +147,35 @@ def _to_hf(encoder: ImageEncoder, weights: Weights, folder: Path) -> str:
     return "transformers.AutoModel.from_pretrained(folder) and AutoImageProcessor.from_pretrained(folder)"
 
 
-def _beyond_dinov2(backbone: Any, packed: bool) -> str:
-    """What a ViT computes that transformers' Dinov2Model does not, '' where there is nothing."""
+def _beyond(backbone: Any, packed: bool) -> str:
+    """What a ViT computes that no DINOv2 does, '' where there is nothing."""
     block = backbone.blocks[0]
-    ratio = block.mlp.fc1.out_features / backbone.embed_dim
     found = {
         "a norm before its blocks": not isinstance(backbone.norm_pre, nn.Identity),
         "norms of queries and keys": not isinstance(block.attn.q_norm, nn.Identity),
-        "no bias of queries, keys and values": block.attn.qkv.bias is None,
         "no bias of the patch embedding": backbone.patch_embed.proj.bias is None,
         "no norm at its end": isinstance(backbone.norm, nn.Identity),
         "another activation than GELU": not packed and not isinstance(block.mlp.act, nn.GELU),
+    }
+    return ", ".join(name for name, is_so in found.items() if is_so)
+
+
+def _beyond_hf(backbone: Any, packed: bool) -> str:
+    """What the DINOv2 code has options for, and transformers' Dinov2Model has not."""
+    block = backbone.blocks[0]
+    ratio = block.mlp.fc1.out_features / backbone.embed_dim
+    found = {
+        "no bias of queries, keys and values": block.attn.qkv.bias is None,
         f"an MLP of {ratio:.3g} times its width": not packed and ratio != round(ratio),
     }
     return ", ".join(name for name, is_so in found.items() if is_so)
 
 
 def _to_torch_hub(encoder: ImageEncoder, weights: Weights, folder: Path) -> str:
+    if strange := _beyond(encoder.backbone, is_swiglu(weights.backbone)):
+        raise ValueError(
+            f"format=torch_hub: {encoder.config.name} has {strange}, which the DINOv2 code has not; use timm"
+        )
     save_file(to_torch_hub(weights), folder / WEIGHTS, metadata={"format": "pt"})
     return "model.load_state_dict(safetensors.torch.load_file('model.safetensors')) on the DINOv2 code's ViT"
 

@@ -6,6 +6,7 @@ safetensors or torch files without free pickles. The renaming itself is in layou
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ def read_state(source: str | Path) -> dict[str, Tensor]:
 
     A torch file is read with weights_only; wrappers such as "model", "state_dict" and "teacher" are opened.
     """
-    path = _locate(source)
+    path = _locate(source, _NAMES)
     try:
         state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # torch, pickle and safetensors raise half a dozen classes for an unreadable file
@@ -74,21 +75,33 @@ def read_state(source: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _locate(source: str | Path) -> Path:
+def read_config(source: str | Path) -> dict[str, Any]:
+    """The config.json of a folder or a Hugging Face id; empty where there is none, as beside a single file."""
+    if Path(source).is_file():
+        return {}
+    try:
+        config = json.loads(_locate(source, ("config.json",)).read_text(encoding="utf-8"))
+    except ValueError:  # neither there nor readable as JSON
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _locate(source: str | Path, names: tuple[str, ...]) -> Path:
+    """A file itself, the first of `names` that a folder has, or names[0] of a Hugging Face id."""
     path = Path(source)
     if path.is_file():
         return path
     if path.is_dir():
-        for name in _NAMES:
+        for name in names:
             if (path / name).is_file():
                 return path / name
-        raise ValueError(f"{path} holds none of {', '.join(_NAMES)}; name the file itself")
+        raise ValueError(f"{path} holds none of {', '.join(names)}; name the file itself")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not str(source).startswith("."):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            return Path(hf_hub_download(str(source), _NAMES[0]))
+            return Path(hf_hub_download(str(source), names[0]))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise ValueError(f"{source}: no such file, and it could not be fetched as a model id ({error})") from None
     raise ValueError(f"{source}: no such file or folder; give a checkpoint's path or a model id owner/name")
@@ -119,9 +132,22 @@ def load_weights(backbone: nn.Module, weights: Weights, source: str, allow: Coll
     return _load(backbone, state, resized, source, allow)
 
 
-def load_head(head: DinoHead, source: str | Path, allow: Collection[str] = ()) -> LoadReport:
-    """Loads a DINO or iBOT head file (mlp.N.weight, last_layer.weight_g, last_layer.weight_v, any common prefix)."""
-    return load_head_state(head, read_state(source), str(source), allow)
+def load_head(head: DinoHead, source: str | Path, part: str = "", allow: Collection[str] = ()) -> LoadReport:
+    """Loads a DINO or iBOT head file (mlp.N.weight, last_layer.weight_g, last_layer.weight_v, any common prefix).
+
+    part: dino_head or ibot_head: of a file that holds more than one head, such as a training checkpoint, this one; the
+    teacher's where student and teacher have it.
+    """
+    return load_head_state(head, _part(read_state(source), part), str(source), allow)
+
+
+def _part(state: State, part: str) -> State:
+    """What is below `part`, the teacher's first; the whole state where nothing is, as in a head's own file."""
+    prefixes = {match[1] for key in state if (match := re.match(rf"(.*\b{part}\.)", key))} if part else set()
+    if not prefixes:
+        return state
+    prefix = min(prefixes, key=lambda prefix: ("teacher." not in prefix, prefix))
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def load_head_state(head: DinoHead, state: State, source: str, allow: Collection[str] = ()) -> LoadReport:

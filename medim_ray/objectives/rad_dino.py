@@ -58,7 +58,10 @@ class RadDino(nn.Module):
         separate_heads: bool = field(default=False, metadata={"help": "iBOT gets a head of its own"})
         init_head: str = field(
             default="",
-            metadata={"help": "file of the DINO head's first weights, e.g. dino_head.safetensors; '': random"},
+            metadata={
+                "help": "file of the DINO head's first weights: dino_head.safetensors, or a training checkpoint that "
+                "holds it; '': random"
+            },
         )
         init_ibot_head: str = field(
             default="", metadata={"help": "file of the iBOT head's first weights, with separate_heads; '': random"}
@@ -121,9 +124,9 @@ class RadDino(nn.Module):
         self.student_dino_head = DinoHead(config.head, width)
         self.student_ibot_head = DinoHead(config.head, width) if config.separate_heads else None
         if config.init_head:
-            load_head(self.student_dino_head, config.init_head)
+            load_head(self.student_dino_head, config.init_head, "dino_head")
         if config.init_ibot_head and self.student_ibot_head is not None:
-            load_head(self.student_ibot_head, config.init_ibot_head)
+            load_head(self.student_ibot_head, config.init_ibot_head, "ibot_head")
         self.mask_token = MaskToken(width, parts.encoder.init_extras.get(MASK_TOKEN))
         self.encoder: ImageEncoder = copy.deepcopy(self.student_encoder)
         self.dino_head = copy.deepcopy(self.student_dino_head)

@@ -97,6 +97,8 @@ def test_a_hub_id_is_read_from_the_local_cache_and_an_unknown_one_says_so(
     by_id = ImageEncoder(replace(config, init="hf:some-lab/chest-dino")).backbone.state_dict()
     by_folder = ImageEncoder(replace(config, init=str(repository / "snapshots" / commit))).backbone.state_dict()
     assert by_id.keys() == by_folder.keys() and all(torch.equal(by_id[key], by_folder[key]) for key in by_id)
+    with pytest.raises(ValueError, match=r"3 attention heads, the encoder 4; use encoder\.num_heads=3"):
+        ImageEncoder(replace(config, init="hf:some-lab/chest-dino", num_heads=4))
     with pytest.raises(ValueError, match=r"encoder.init='hf:some-lab/other'.*could not be fetched as a model id"):
         ImageEncoder(replace(config, init="hf:some-lab/other"))
 
@@ -327,6 +329,20 @@ def test_files_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
         ImageEncoder(ImageEncoder.Config(num_heads=4, init=str(tmp_path / "hf"), **options))
 
 
+def test_a_training_checkpoint_gives_the_head_that_is_asked_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = DinoHead.Config(num_prototypes=20, hidden=24, bottleneck=8)
+    parts = ("student.dino_head", "student.ibot_head", "teacher.dino_head", "teacher.ibot_head")
+    heads = {part: DinoHead(config, 16) for part in parts}
+    state = {f"{part}.{key}": value.clone() for part, head in heads.items() for key, value in head.state_dict().items()}
+    torch.save({"model": {**state, "teacher.backbone.cls_token": torch.zeros(1, 1, 16)}}, tmp_path / "training.pth")
+    for part in ("dino_head", "ibot_head"):
+        head = DinoHead(config, 16)
+        load_head(head, tmp_path / "training.pth", part)
+        wanted = heads[f"teacher.{part}"].state_dict()
+        assert all(torch.equal(value, wanted[key]) for key, value in head.state_dict().items())
+
+
 def test_a_file_of_two_heads_is_refused(tmp_path: Path) -> None:
     head = DinoHead(DinoHead.Config(num_prototypes=20, hidden=24, bottleneck=8), 16)
     state = {
@@ -350,6 +366,9 @@ def test_what_transformers_cannot_compute_is_not_written(tmp_path: Path, name: s
     encoder = ImageEncoder(ImageEncoder.Config(name=name, image_size=32, width=48, depth=1, num_heads=3))
     with pytest.raises(ValueError, match=rf"format=hf: {name} has .*{what}.*use format=timm"):
         export(encoder, "hf", str(tmp_path / "out"))
+    if "bias" not in what:
+        with pytest.raises(ValueError, match=rf"format=torch_hub: {name} has .*{what}.*DINOv2 code.*use timm"):
+            export(encoder, "torch_hub", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
