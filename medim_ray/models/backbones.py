@@ -18,7 +18,7 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from medim_ray.models.blocks import recomputed
+from medim_ray.models.blocks import pick_attention, recomputed
 from medim_ray.models.layouts import Weights, detect, resize_patches, to_timm
 from medim_ray.models.load import load_weights, read_config, read_state
 from medim_ray.models.norms import BatchNorm
@@ -59,6 +59,7 @@ class TokenViT(VisionTransformer):
         more_BCHW: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         x_BLD = self._embed(x_BCHW, hidden_BN, mask_token_D, visible_BK)
+        pick_attention(self.blocks, x_BLD)
         run = recomputed if self.grad_checkpointing and self.training else _run
         if more_BCHW is not None:
             assert wanted_M is not None

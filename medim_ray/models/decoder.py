@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medim_ray.models.blocks import recomputed
+from medim_ray.models.blocks import pick_attention, recomputed
 from medim_ray.models.norms import build_norm
 from medim_ray.models.vit import MaskToken
 from medim_ray.types import Grid
@@ -73,6 +73,7 @@ class MaeDecoder(nn.Module):
         full_BND = self.mask_token().to(x_BLD.dtype).expand(len(x_BLD), self.num_patches, -1)
         full_BND = full_BND.scatter(1, index_BKD, x_BLD[:, 1:]) + self.positions_ND.to(x_BLD.dtype)
         x_BLD = torch.cat([x_BLD[:, :1], full_BND], dim=1)
+        pick_attention(self.blocks, x_BLD)
         for block in self.blocks:
             x_BLD = recomputed(block, x_BLD) if self._recomputes and self.training else block(x_BLD)
         return self.pixels(self.norm(x_BLD[:, 1:]))

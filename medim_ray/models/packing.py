@@ -2,7 +2,7 @@
 matrix, and a token attends to those of its own crop.
 
 A transformer block is few large products and many small ones; packed, crops of 98 pixels ride along with those of 224.
-Attention runs once for each size, with the backend's own fused kernel and no mask (DINOv2's code does this with a
+Attention runs once for each size, by the faster kernel and without a mask (DINOv2's code does this with a
 block-diagonal mask, which only some kernels take).
 """
 
@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from medim_ray.models.blocks import attention
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,5 @@ def _attend(attn: Any, qkv_BL3Hd: Tensor) -> Tensor:
     """[B * L, H * d] what the tokens of crops of one size take from each other."""
     query_BHLd, key_BHLd, value_BHLd = qkv_BL3Hd.permute(2, 0, 3, 1, 4).unbind(0)
     dropout = attn.attn_drop.p if attn.training else 0.0
-    out_BHLd = F.scaled_dot_product_attention(
-        attn.q_norm(query_BHLd), attn.k_norm(key_BHLd), value_BHLd, dropout_p=dropout
-    )
+    out_BHLd = attention(attn.q_norm(query_BHLd), attn.k_norm(key_BHLd), value_BHLd, dropout)
     return out_BHLd.transpose(1, 2).flatten(2).flatten(0, 1)

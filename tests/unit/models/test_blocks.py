@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from medim_ray.masking import MASKINGS
-from medim_ray.models.blocks import checkpoint_activations
+from medim_ray.models.blocks import attention, checkpoint_activations, pick_attention
+from medim_ray.models.vit import ImageEncoder
 from medim_ray.types import Batch
 from tests.unit.objectives import test_rad_dino as dino
 from tests.unit.objectives.batches import batch_for, build
@@ -94,3 +95,21 @@ def test_a_frozen_or_evaluated_model_is_not_recomputed() -> None:
     objective.train()
     _, training = kept_bytes(lambda: objective(batch).loss, objective)
     assert training < evaluated
+
+
+def test_plain_attention_stands_in_on_a_cpu_in_16_bits_alone() -> None:
+    blocks = ImageEncoder(ImageEncoder.Config(image_size=64, width=48, depth=2, num_heads=3)).backbone.blocks
+    for x_BLD, half, fused in (
+        (torch.zeros(1, 50, 48), False, True),
+        (torch.zeros(1, 50, 48), True, False),
+        (torch.zeros(1, 50, 48, dtype=torch.bfloat16), False, False),
+        (torch.zeros(1, 513, 48), True, True),  # memory grows by the square
+        (torch.zeros(1, 50, 48, device="meta"), True, True),
+    ):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            pick_attention(blocks, x_BLD)
+        assert [block.attn.fused_attn for block in blocks] == [fused] * 2
+    query, key, value = torch.randn(3, 2, 3, 50, 16, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = attention(query, key, value)
+    torch.testing.assert_close(plain.float(), attention(query, key, value), rtol=0.02, atol=0.02)
