@@ -1,6 +1,6 @@
 """Question: what do probes during training cost a step, where a CPU is free for them?
 
-    python -m benchmarks.validation_cost --shards SHARDS [--pairs 3]
+    python -m benchmarks.validation_cost --shards SHARDS [--pairs 3] [--out jobs/results/validation_cost.jsonl]
 
 One worker on one thread (MAE, ViT-Small, batch 8); the other core is free. A pair is the same run without and with
 validation of each checkpoint, and a third run beside a process that does nothing but matrix products while nobody
@@ -19,6 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from medim_ray.studies.origin import package_commit, this_machine
 from medim_ray.train.validation import read_validation
 
 STEPS, EVERY = 60, 12
@@ -50,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", required=True)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="gets the ratios as a JSON line")
     args = parser.parse_args()
     ratios: dict[str, list[float]] = {side: [] for side in SIDES[1:]}
     for pair in range(args.pairs):
@@ -60,6 +62,10 @@ def main() -> None:
         print(f"pair {pair}: {line}; {found['validated'][1]} validations", flush=True)
     for side, each in ratios.items():
         print(f"{side} / without: {statistics.median(each):.3f} ({', '.join(f'{ratio:.3f}' for ratio in each)})")
+    if args.out is not None:
+        row = {"commit": package_commit(), "machine": this_machine(), "step_time_over_without": ratios}
+        with args.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
