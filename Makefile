@@ -42,7 +42,7 @@ studies: .venv/installed
 	$(BIN)/medim-ray prepare --config configs/sources/phantom.yaml source.num_images=480 out=shards/phantoms
 	@for name in $(STUDIES); do \
 		if [ $$name = mask_ratio ]; then words="sweep --config configs/sweeps"; else words="ablate --config configs/studies"; fi; \
-		$(BIN)/medim-ray $$words/$$name-phantoms.yaml shards=shards/phantoms || exit 1; \
+		$(BIN)/medim-ray $$words/$$name-phantoms.yaml shards=shards/phantoms runs=studies/runs || exit 1; \
 		mkdir -p jobs/results/$$name-phantoms; \
 		(cd studies/$$name-phantoms && cp *.json *.csv report.html ../../jobs/results/$$name-phantoms/); \
 	done

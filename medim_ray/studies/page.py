@@ -21,6 +21,7 @@ from rich.table import Table as RichTable
 
 import medim_ray
 from medim_ray.data.storage import committed
+from medim_ray.studies.effects import axes_of, effects
 from medim_ray.studies.figures import Drawing, interval_bar, to_png
 from medim_ray.studies.fit import Fit, fit_law
 from medim_ray.studies.gallery import templates
@@ -42,7 +43,8 @@ class Study:
     """What a table was made for. kind: `sweep` or `study`, the name of its JSON; config: the resolved options.
 
     differences: cell -> its metric minus the reference's, paired by seed; reference: its name; fit: of the scaling law
-    over `fit_points` (x, number); note: why there is none.
+    over `fit_points` (x, number); note: why there is none; origin: when, by which commit and where its table was made,
+    empty for one that is made now.
     """
 
     kind: str
@@ -55,14 +57,14 @@ class Study:
     fit_points: Sequence[tuple[float, Number]] = ()
     fit_names: tuple[str, str] = ("", "")
     note: str = ""
+    origin: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_study(study: Study, table: Table, out: str, aim_repo: str | None = None) -> str:
     """Writes the four files under `out` (any fsspec URL) and returns the page's path. aim_repo: its figures go into an
     Aim run there too ('': the repository that its runs share); RuntimeError where Aim does not take them."""
-    written = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    origin = {
-        "written": written,
+    origin = study.origin or {
+        "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "commit": package_commit(),
         "machine": this_machine(),
         "versions": ", ".join(f"{name} {version(name)}" for name in _PACKAGES),
@@ -108,6 +110,7 @@ def _tree(study: Study, table: Table, origin: Mapping[str, str]) -> dict[str, An
         "title": study.title,
         "reference": study.reference,
         "differences": study.differences,
+        "effects": effects(table, axes_of(study.config)),
         "fit": study.fit.to_json() if study.fit else None,
         "fit_points": study.fit_points,
         "fit_names": study.fit_names,
@@ -144,6 +147,7 @@ def _from_tree(tree: Mapping[str, Any]) -> tuple[Study, Table]:
         fit_points=tuple(points),
         fit_names=(tree["fit_names"][0], tree["fit_names"][1]),
         note=tree["note"],
+        origin={name: tree[name] for name in ("written", "commit", "machine", "versions")},
     )
     return study, make_table(runs, tree["metric"])
 
@@ -186,6 +190,7 @@ def _page(study: Study, table: Table, origin: Mapping[str, str]) -> str:
             bar=lambda number: interval_bar(vars(number), min(edges) - room, max(edges) + room, None, "trained"),
             shown=table.metrics[1 : _SHOWN + 1],
             figures=figures(study, table),
+            effects=effects(table, axes_of(study.config)),
             told=told,
             config=yaml.safe_dump(dict(study.config), sort_keys=False, allow_unicode=True),
             errors=[(run.name, run.error) for cell in table.cells for run in cell.runs if run.error],
@@ -227,7 +232,7 @@ def told(number: Number | None, digits: int = 3) -> str:
 
 
 def print_table(study: Study, table: Table, console: Console) -> None:
-    """The ranked table on a terminal."""
+    """The ranked table on a terminal, and below it what each axis does."""
     shown = RichTable(title=f"ranked by {table.metric}: mean [95 % interval]")
     shown.add_column("rank", justify="right")
     for axis in table.axes:
@@ -243,6 +248,11 @@ def print_table(study: Study, table: Table, console: Console) -> None:
     for cell in table.cells:
         shown.add_row(*_row(study, table, cell, gains))
     console.print(shown)
+    for effect in effects(table, axes_of(study.config)):
+        console.print(
+            f"{effect.axis}: {effect.value} less {effect.reference}, all else equal: {table.metric} "
+            f"{told(effect.difference)} ({effect.num_pairs} pairs)"
+        )
 
 
 def _row(study: Study, table: Table, cell: Cell, gains: bool) -> list[str]:

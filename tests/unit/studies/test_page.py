@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from medim_ray.studies.outcome import Number
@@ -11,6 +12,7 @@ from medim_ray.studies.page import Study, figures, read_study, told, write_study
 from medim_ray.studies.results import Run, Table, make_table
 
 STUDY = Study(kind="sweep", title="Sweep of x", question="which?", config={"out": "x"})
+ORIGIN = ("written", "commit", "machine", "versions")
 
 
 def _table(*axes: str, failed: bool = False) -> Table:
@@ -55,7 +57,25 @@ def test_a_page_is_written_again_from_its_json(tmp_path: Path) -> None:
     table = _table("masking.ratio", "strategy", failed=True)
     write_study(STUDY, table, str(tmp_path))
     again = read_study(str(tmp_path))
-    assert again is not None and again == (STUDY, table)
+    assert again is not None
+    origin = json.loads((tmp_path / "sweep.json").read_text())
+    assert again == (replace(STUDY, origin={key: origin[key] for key in ORIGIN}), table)
+    told_before = {"written": "2026-01-01 00:00 UTC", "commit": "abc", "machine": "m", "versions": "v"}
+    write_study(replace(STUDY, origin=told_before), table, str(tmp_path))  # says where its runs were made, not the page
+    found = read_study(str(tmp_path))
+    assert found is not None and found[0].origin == told_before
+
+
+def test_a_grid_says_what_each_axis_does(tmp_path: Path) -> None:
+    space = {"masking.ratio": [0.25, 0.5], "strategy": {"choices": {"uniform": [], "KDM": []}}}
+    study = replace(STUDY, config={"search": "grid", "space": space})
+    page = Path(write_study(study, _table("masking.ratio", "strategy"), str(tmp_path))).read_text()
+    assert "What each axis does" in page and ">KDM</td><td>uniform</td>" in page
+    told_effects = json.loads((tmp_path / "sweep.json").read_text())["effects"]
+    assert [(effect["axis"], effect["num_pairs"]) for effect in told_effects] == [("masking.ratio", 6), ("strategy", 6)]
+
+
+def test_no_folder_is_no_page(tmp_path: Path) -> None:
     assert read_study(str(tmp_path / "nothing")) is None
 
 

@@ -1,0 +1,66 @@
+"""What an axis does: pairs of runs that differ in nothing else, over seeds, in the order of the YAML."""
+
+from __future__ import annotations
+
+import pytest
+
+from medim_ray.studies.effects import axes_of, effects
+from medim_ray.studies.outcome import Number
+from medim_ray.studies.results import Run, Table, make_table
+
+SPACE = {
+    "masking.ratio": [0.5, 0.25],
+    "strategy": {"choices": {"uniform": ["masking.name=uniform"], "KDM": ["masking.name=kdm"]}},
+    "seed": [0, 1, 2],
+}
+
+
+def run_of(ratio: float, strategy: str, seed: int, state: str = "finished") -> Run:
+    """KDM gains 0.02 + seed / 100, a ratio of 0.25 loses 0.1 with uniform and nothing with KDM."""
+    gain = (strategy == "KDM") * (0.02 + seed / 100) - 0.1 * (strategy == "uniform" and ratio == 0.25)
+    return Run(
+        name=f"{ratio}{strategy}{seed}",
+        values={"masking.ratio": ratio, "strategy": strategy, "seed": seed},
+        state=state,
+        error="",
+        seconds=1.0,
+        step=1,
+        numbers={"auroc.mean": Number(0.6 + seed + gain)} if state == "finished" else {},
+        gains={},
+    )
+
+
+def table_of(seeds: int, failed: tuple[float, str, int] | None = None) -> Table:
+    points = [(r, s, k) for r in (0.25, 0.5) for s in ("KDM", "uniform") for k in range(seeds)]
+    return make_table(
+        [run_of(*point, state="failed" if point == failed else "finished") for point in points], "auroc.mean"
+    )
+
+
+def test_axes_are_those_of_a_grid_in_its_order() -> None:
+    assert axes_of({"search": "grid", "space": SPACE}) == {
+        "masking.ratio": ["0.5", "0.25"],
+        "strategy": ["uniform", "KDM"],
+    }
+    assert axes_of({"search": "optuna", "space": {"train.lr": {"loguniform": [1e-4, 1e-2]}}}) == {}
+    assert axes_of({"arms": {}}) == {}, "a study has its own reference"
+
+
+def test_differences_are_paired_within_seeds() -> None:
+    ratio, strategy = effects(table_of(3), axes_of({"search": "grid", "space": SPACE}))
+    assert (ratio.value, ratio.reference, ratio.num_pairs) == ("0.25", "0.5", 6)
+    assert ratio.difference.value == pytest.approx(-0.05) and ratio.difference.high == pytest.approx(-0.05)
+    # each seed: 0.02 + seed / 100 at both ratios, and 0.1 more at 0.25; the seeds' own level drops out
+    assert strategy.difference.value == pytest.approx(0.03 + 0.05)
+    assert strategy.difference.low == pytest.approx(0.08 - 4.302653 * 0.01 / 3**0.5)
+
+
+def test_a_failed_run_takes_its_pair_out_and_nothing_is_told_of_nothing() -> None:
+    axes = axes_of({"search": "grid", "space": SPACE})
+    ratio, strategy = effects(table_of(3, failed=(0.25, "uniform", 0)), axes)
+    assert ratio.num_pairs == strategy.num_pairs == 5
+    assert strategy.difference.value == pytest.approx((0.02 + 0.08 + 0.09) / 3)
+    single, _ = effects(table_of(1), axes)  # over the pairs, where there is one seed
+    assert single.num_pairs == 2 and single.difference.value == pytest.approx(-0.05)
+    assert single.difference.high is not None and single.difference.high > 0
+    assert effects(make_table([], "auroc.mean"), axes) == []
