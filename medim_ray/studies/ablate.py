@@ -16,10 +16,10 @@ from medim_ray.config.probe import ProbeConfig
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.sources.base import absolute
 from medim_ray.studies.execute import command
-from medim_ray.studies.fit import LAWS, fit_law
-from medim_ray.studies.outcome import Number, better_is_higher, check_metric, needs_probe
+from medim_ray.studies.fit import LAWS, fit_line
+from medim_ray.studies.outcome import Number, better_is_higher, check_metric, check_report, needs_probe
 from medim_ray.studies.page import Study
-from medim_ray.studies.results import Cell, Table, mean_number
+from medim_ray.studies.results import Table
 from medim_ray.studies.runner import Group, RunnerConfig, Search
 from medim_ray.studies.space import SEED, Point, SearchSpace, Trial, make_trial
 from medim_ray.studies.sweep import data_hash, find_recipe
@@ -37,11 +37,17 @@ class FitConfig:
     law: Literal["none", "power", "amdahl"] = field(default="none", metadata={"help": "none, power or amdahl"})
     x: dict[str, float] = field(default_factory=dict, metadata={"help": "arm -> its place: images, workers"})
     x_name: str = field(default="x", metadata={"help": "what x counts, for the figure"})
+    lines: dict[str, tuple[str, ...]] = field(
+        default_factory=dict, metadata={"help": "name -> arms of one line, each with a law of its own; empty: one line"}
+    )
     hold_out: bool = field(default=True, metadata={"help": "predict the largest x from the others"})
 
     def __post_init__(self) -> None:
         if self.law != "none" and not self.x:
             raise ValueError(f"law={self.law} needs x: a number for each arm, e.g. x: {{10 %: 40, 100 %: 400}}")
+        for name, arms in self.lines.items():
+            if strange := [arm for arm in arms if arm not in self.x]:
+                raise ValueError(f"lines.{name}: {strange[0]!r} has no place in fit.x; there are {', '.join(self.x)}")
         assert self.law in ("none", *LAWS)
 
 
@@ -62,12 +68,16 @@ class StudyConfig:
     reference: str = field(default="", metadata={"help": "arm that the others are compared with, paired by seed"})
     seeds: tuple[int, ...] = field(default=(0, 1, 2), metadata={"help": "each arm is run with each"})
     metric: str = field(default="auroc.mean", metadata={"help": "what is ranked: auroc.LABEL, loss, samples_per_s"})
+    report: tuple[str, ...] = field(
+        default=(), metadata={"help": "more numbers of each arm, each compared with the reference too: mae.age, loss"}
+    )
     fit: FitConfig = field(default_factory=FitConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     runner: RunnerConfig = field(default_factory=RunnerConfig)
 
     def __post_init__(self) -> None:
         check_metric(self.metric, "metric")
+        check_report(self.report, self.metric)
         if not self.arms:
             raise ValueError("arms is empty: name at least one, e.g. arms: {without MIM: [objective.…=0]}")
         for name, arm in self.arms.items():
@@ -109,54 +119,35 @@ class Ablation:
         return f"{len(self.trials())} runs of {len(self.config.arms)} arms"
 
     def study(self, table: Table) -> Study:
-        """The page: differences from the reference, and the scaling law."""
-        config = self.config
-        study = Study(
-            kind="study",
-            title=f"Study of {Path(config.recipe).stem}",
-            question=config.question or f"{', '.join(config.arms)}: {config.metric}",
-            config=to_tree(config),
-            reference=f"{ARM}={config.reference}" if config.reference else "",
-            differences=differences(table, config.reference) if config.reference else {},
-        )
-        return study if config.fit.law == "none" else _with_fit(study, table, config)
+        """The page."""
+        return study_of(self.config, table)
 
 
-def differences(table: Table, reference: str) -> dict[str, Number]:
-    """Cell name -> its metric minus the reference's: mean over the seeds that both have, with a 95 % t-interval."""
-    of_arm = {cell.values[ARM]: _by_seed(cell, table.metric) for cell in table.cells}
-    base = of_arm.get(reference, {})
-    found = {}
-    for cell in table.cells:
-        values = of_arm[cell.values[ARM]]
-        pairs = [Number(values[seed] - base[seed]) for seed in values if seed in base]
-        if pairs and cell.values[ARM] != reference:
-            found[cell.name] = mean_number(pairs)
-    return found
-
-
-def _by_seed(cell: Cell, metric: str) -> dict[Any, float]:
-    numbers = {run.values[SEED]: run.numbers.get(metric) for run in cell.runs if run.state in ("finished", "stopped")}
-    return {seed: n.value for seed, n in numbers.items() if n is not None and n.value is not None}
+def study_of(config: StudyConfig, table: Table) -> Study:
+    """What a study's page says beside the table: what it asks, its reference, and the lines of a scaling law."""
+    study = Study(
+        kind="study",
+        title=f"Study of {Path(config.recipe).stem}",
+        question=config.question or f"{', '.join(config.arms)}: {config.metric}",
+        config=to_tree(config),
+        reference=f"{ARM}={config.reference}" if config.reference else "",
+        report=config.report,
+    )
+    return study if config.fit.law == "none" else _with_fit(study, table, config)
 
 
 def _with_fit(study: Study, table: Table, config: StudyConfig) -> Study:
-    assert config.fit.law != "none"
-    as_error = config.fit.law == "power" and better_is_higher(config.metric)
-    points = []
-    for cell in table.cells:
-        number = cell.numbers.get(config.metric)
-        if cell.values[ARM] in config.fit.x and number is not None and number.value is not None:
-            points.append((config.fit.x[cell.values[ARM]], _error(number) if as_error else number))
-    study = replace(
-        study,
-        fit_points=tuple(sorted(points, key=lambda point: point[0])),
-        fit_names=(config.fit.x_name, f"1 - {config.metric}" if as_error else config.metric),
-    )
-    try:
-        return replace(study, fit=fit_law(config.fit.law, points, config.fit.hold_out))
-    except ValueError as error:
-        return replace(study, note=f"No law was fitted: {error}.")
+    law = config.fit.law
+    assert law != "none"
+    as_error = law == "power" and better_is_higher(config.metric)
+    numbers = {cell.values[ARM]: number for cell in table.cells if (number := cell.numbers.get(config.metric))}
+    known = {arm: number for arm, number in numbers.items() if number.value is not None}
+    lines = []
+    for name, arms in (config.fit.lines or {"": tuple(config.fit.x)}).items():
+        points = [(config.fit.x[arm], _error(known[arm]) if as_error else known[arm]) for arm in arms if arm in known]
+        lines.append(fit_line(name, points, law, config.fit.hold_out))
+    y_name = f"1 - {config.metric}" if as_error else config.metric
+    return replace(study, lines=tuple(lines), law=law, line_names=(config.fit.x_name, y_name))
 
 
 def _error(number: Number) -> Number:
@@ -191,7 +182,7 @@ def check_study(config: StudyConfig, file: str | None = None) -> Ablation:
         runs=runs,
         data_hash=data_hash(first.config),
         rungs=(),
-        probe=config.probe if needs_probe([config.metric]) else None,
+        probe=config.probe if needs_probe([config.metric, *config.report]) else None,
         metric=config.metric,
     )
     return Ablation(config=config, job=job, waves=waves, group=Group.of([trial.config for trial in made.values()]))

@@ -1,4 +1,4 @@
-"""What one axis of a grid does, all else equal: each of its values less the first, paired over all other runs."""
+"""Paired differences: what one axis of a grid does, all else equal, and every cell less the reference of a study."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from medim_ray.studies.outcome import Number
 from medim_ray.studies.results import Table, mean_number
-from medim_ray.studies.space import SEED
+from medim_ray.studies.space import SEED, Choices, SearchSpace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +28,11 @@ def axes_of(config: Mapping[str, Any]) -> dict[str, list[str]]:
     """The axes of a grid with their values in the order of its YAML, without the seed; {} for other searches."""
     if config.get("search") != "grid":
         return {}
-    levels = {}
-    for axis, given in config["space"].items():
-        values = given.get("choices", given) if isinstance(given, Mapping) else given
-        if axis != SEED and len(values) > 1:
-            levels[axis] = [str(value) for value in values]
-    return levels
+    return {
+        axis.key: [str(axis.shown(name)) for name in axis.options]
+        for axis in SearchSpace.parse(config["space"]).axes
+        if isinstance(axis, Choices) and axis.key != SEED and len(axis.options) > 1
+    }
 
 
 def effects(table: Table, axes: Mapping[str, Sequence[str]]) -> list[Effect]:
@@ -46,6 +45,37 @@ def effects(table: Table, axes: Mapping[str, Sequence[str]]) -> list[Effect]:
     ]
 
 
+def differences(table: Table, reference: str, metric: str) -> dict[str, Number]:
+    """Name of a cell or baseline -> its metric less that of the cell `reference`: mean over the seeds that both have,
+    with a 95 % t-interval. A baseline is that of the reference's own runs. {} where the reference has no such number.
+    """
+    cells = {
+        cell.name: _by_seed({run.values.get(SEED): run.numbers for run in cell.runs if run.is_done}, metric)
+        for cell in table.cells
+    }
+    base = cells.pop(reference, {})
+    runs = [run for cell in table.cells if cell.name == reference for run in cell.runs if run.is_done]
+    rows = {
+        **cells,
+        **{
+            baseline.name: _by_seed(
+                {run.values.get(SEED): run.baselines.get(baseline.name, {}) for run in runs}, metric
+            )
+            for baseline in table.baselines
+        },
+    }
+    pairs = {
+        name: [Number(value - base[seed]) for seed, value in of_seed.items() if seed in base]
+        for name, of_seed in rows.items()
+    }
+    return {name: mean_number(found) for name, found in pairs.items() if found}
+
+
+def _by_seed(numbers: Mapping[Any, Mapping[str, Number]], metric: str) -> dict[Any, float]:
+    found = {seed: of_run.get(metric) for seed, of_run in numbers.items()}
+    return {seed: number.value for seed, number in found.items() if number is not None and number.value is not None}
+
+
 def _effect(table: Table, axis: str, value: str, reference: str) -> Effect | None:
     sides: dict[str, dict[tuple[str, str], float]] = {value: {}, reference: {}}
     for cell in table.cells:
@@ -53,12 +83,7 @@ def _effect(table: Table, axis: str, value: str, reference: str) -> Effect | Non
         for run in cell.runs:
             number = run.numbers.get(table.metric)
             side = sides.get(str(cell.values.get(axis)))
-            if (
-                side is not None
-                and run.state in ("finished", "stopped")
-                and number is not None
-                and number.value is not None
-            ):
+            if side is not None and run.is_done and number is not None and number.value is not None:
                 side[str(run.values.get(SEED)), rest] = number.value
     by_seed: dict[str, list[float]] = {}
     for seed, rest in sides[value].keys() & sides[reference].keys():

@@ -17,11 +17,12 @@ from medim_ray.data.lease import Lease
 from medim_ray.data.sources.base import absolute
 from medim_ray.data.storage import storage_faults
 from medim_ray.session import ray_session
-from medim_ray.studies.page import REPORT, Study, print_table, write_study
+from medim_ray.studies.listing import print_table
+from medim_ray.studies.page import REPORT, Study, write_study
 from medim_ray.studies.results import Table, make_run, make_table
 from medim_ray.studies.runner import Group, RunnerConfig, Search, run_trials, trials_at_once
 from medim_ray.studies.space import Trial
-from medim_ray.studies.trials import Record, TrialJob, read_record
+from medim_ray.studies.trials import Record, TrialJob
 from medim_ray.train.launch import LEASE
 from medim_ray.train.signals import exit_code, stop_signals
 
@@ -115,8 +116,8 @@ def command(experiment: Experiment, dry_run: bool) -> int:
 
 
 def table_of(experiment: Experiment) -> Table:
-    """What is known by now."""
-    runs = [make_run(trial, read_record(trial.config.run.dir)) for trial in experiment.trials()]
+    """What is known by now; ValueError where a run of these trials was trained on other shards."""
+    runs = [make_run(trial, experiment.job.record(trial.config.run.dir)) for trial in experiment.trials()]
     return make_table(runs, experiment.job.metric)
 
 
@@ -135,9 +136,9 @@ def dry_lines(experiment: Experiment) -> list[str]:
     """A line a trial: its hash, whether it is done, its values; then what they come to."""
     lines = []
     for trial in experiment.trials():
-        state = make_run(trial, read_record(trial.config.run.dir)).state
+        state = make_run(trial, experiment.job.record(trial.config.run.dir)).state
         lines.append(f"{trial.name}  {state:8}  {', '.join(f'{k}={v}' for k, v in trial.point.values.items())}")
-    steps = sum(trial.config.train.steps for trial in experiment.trials())
+    steps = sum({trial.name: trial.config.train.steps for trial in experiment.trials()}.values())
     group = experiment.group
     needs = f"{group.workers} workers of {group.cpus:g} CPUs and {group.gpus:g} GPUs a trial"
     return [*lines, f"{experiment.size()}, {steps:,} optimizer steps, {needs}"]

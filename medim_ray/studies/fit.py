@@ -2,13 +2,14 @@
 
     error(x) = floor + scale * x^-exponent          Hestness et al. 2017; floor, scale >= 0, exponent in [0.02, 4]
     rate(n)  = rate(1) * n / (1 + serial * (n - 1))  Amdahl 1967; serial in [0, 1]
-Intervals: a parametric bootstrap over the points, each drawn from its own interval.
+Intervals: a parametric bootstrap over the points, each drawn from its own interval or, where it has none (one seed),
+with the scatter of the points around the law; none where there are no more points than parameters to tell a scatter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +26,8 @@ _COARSE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A fitted law. parameters: name -> value with its interval; draws_RP: the bootstrap's parameters.
+    """A fitted law. parameters: name -> value with its interval; draws_RP: the bootstrap's parameters, R = 0 where no
+    scatter is known.
 
     held_out_x, predicted, measured: the point that the fit did not see, None where all points were used.
     """
@@ -46,8 +48,11 @@ class Fit:
         return f"{p['rate']:.3g} · n / (1 + {p['serial']:.3g} (n - 1))"
 
     def band(self, xs: Floats) -> tuple[Floats, Floats, Floats]:
-        """The law at `xs`: low, value and high of its 95 % interval."""
+        """The law at `xs`: low, value and high of its 95 % interval; NaN for both ends where no scatter is known."""
         values = np.array([n.value for n in self.parameters.values()], dtype=np.float64)
+        if not len(self.draws_RP):
+            unknown = np.full(len(xs), np.nan)
+            return unknown, _CURVES[self.law](xs, *values), unknown
         drawn = np.stack([_CURVES[self.law](xs, *row) for row in self.draws_RP])
         low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
         return low, _CURVES[self.law](xs, *values), high
@@ -87,14 +92,15 @@ def fit_law(
 ) -> Fit:
     """Fits a law to (x, number) points, x > 0. hold_out: the largest x is left out and predicted.
 
-    ValueError: fewer points than parameters (a held-out one counts for nothing), or x not above 0.
+    ValueError: fewer points than parameters (a held-out one counts for nothing), x not above 0, or an error that does
+    not fall with x, of which no exponent can be told.
     """
     known = sorted(((float(x), n) for x, n in points if n.value is not None), key=lambda point: point[0])
     seen = known[:-1] if hold_out else known
     need = len(_NAMES[law])
     if len({x for x, _ in seen}) < need:
         raise ValueError(
-            f"fit.law={law} has {need} parameters and {len(seen)} points{' beside the one held out' * hold_out}: "
+            f"fit.law={law} has {need} parameters and {len(seen)} points{' beside the one held out' * hold_out}; "
             "add arms, or set fit.hold_out=false"
         )
     if any(x <= 0 for x, _ in known):
@@ -102,27 +108,69 @@ def fit_law(
     xs = np.array([x for x, _ in seen])
     ys = np.array([n.value for _, n in seen], dtype=np.float64)
     best = _least_squares(law, xs, ys)
-    rng = np.random.default_rng(seed)
-    drawn_RK = ys + rng.standard_normal((_DRAWS, len(ys))) * _deviations([n for _, n in seen])
-    draws = np.stack([_least_squares(law, xs, row) for row in drawn_RK])
-    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
-    fit = Fit(
-        law=law,
-        parameters={
-            name: Number(*(float(v) for v in row)) for name, *row in zip(_NAMES[law], best, low, high, strict=True)
-        },
-        draws_RP=draws,
-    )
+    if law == "power" and best[1] <= 1e-9 * abs(ys).max():
+        raise ValueError("the error does not fall with x, so that there is no exponent to tell")
+    deviations_K = _deviations([n for _, n in seen], ys - _CURVES[law](xs, *best), need)
+    numbers = [Number(float(value)) for value in best]
+    draws_RP = np.empty((0, need))
+    if deviations_K is not None:
+        rng = np.random.default_rng(seed)
+        drawn_RK = ys + rng.standard_normal((_DRAWS, len(ys))) * deviations_K
+        draws_RP = np.stack([_least_squares(law, xs, row) for row in drawn_RK])
+        low, high = np.percentile(draws_RP, [2.5, 97.5], axis=0)
+        numbers = [Number(*(float(v) for v in row)) for row in zip(best, low, high, strict=True)]
+    fit = Fit(law=law, parameters=dict(zip(_NAMES[law], numbers, strict=True)), draws_RP=draws_RP)
     if not hold_out:
         return fit
     x, measured = known[-1]
-    at = [float(part[0]) for part in fit.band(np.array([x]))]
-    return Fit(**{**vars(fit), "held_out_x": x, "predicted": Number(at[1], at[0], at[2]), "measured": measured})
+    low_1, value_1, high_1 = fit.band(np.array([x]))
+    ends = (float(low_1[0]), float(high_1[0])) if len(draws_RP) else (None, None)
+    return replace(fit, held_out_x=x, predicted=Number(float(value_1[0]), *ends), measured=measured)
 
 
-def _deviations(numbers: Sequence[Number]) -> Floats:
-    """Standard deviation of each number, from its 95 % interval; 0 where it has none."""
-    return np.array([0.0 if n.low is None or n.high is None else (n.high - n.low) / 3.92 for n in numbers])
+def _deviations(numbers: Sequence[Number], residuals_K: Floats, num_parameters: int) -> Floats | None:
+    """Standard deviation of each number: from its 95 % interval, or else of the residuals; None where neither tells."""
+    freedom = len(residuals_K) - num_parameters
+    scatter = float(np.sqrt((residuals_K**2).sum() / freedom)) if freedom > 0 else None
+    found = [scatter if n.low is None or n.high is None else (n.high - n.low) / 3.92 for n in numbers]
+    return None if any(deviation is None for deviation in found) else np.array(found, dtype=np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """Arms of a study that lie on one line, as (x, number), ascending; fit: their law, or `note`: why there is none."""
+
+    name: str
+    points: Sequence[tuple[float, Number]]
+    fit: Fit | None = None
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """name, points, fit, note, and the efficiencies of an Amdahl line."""
+        tree: dict[str, Any] = {"name": self.name, "points": [[x, vars(number)] for x, number in self.points]}
+        return {**tree, "fit": self.fit and self.fit.to_json(), "note": self.note}
+
+
+def fit_line(
+    name: str, points: Sequence[tuple[float, Number]], law: Literal["power", "amdahl"], hold_out: bool
+) -> Line:
+    """The line through these points; a law that can't be fitted is a note."""
+    points = sorted(points, key=lambda point: point[0])
+    try:
+        return Line(name=name, points=points, fit=fit_law(law, points, hold_out))
+    except ValueError as error:
+        return Line(name=name, points=points, note=str(error))
+
+
+def efficiencies(points: Sequence[tuple[float, Number]]) -> list[tuple[float, Number]]:
+    """(n, rate(n) / (n * rate(first)) * first) of the points of a speed-up, whose first one is 1 by definition."""
+    if not points or not points[0][1].value:
+        return []
+    first, rate = points[0][0], points[0][1].value
+    return [
+        (n, Number(*(None if part is None else part * first / (n * rate) for part in (r.value, r.low, r.high))))
+        for n, r in points
+    ]
 
 
 def _least_squares(law: str, xs: Floats, ys: Floats) -> Floats:

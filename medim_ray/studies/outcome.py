@@ -48,10 +48,21 @@ class Number:
 
 @dataclass(frozen=True)
 class Outcome:
-    """numbers: by name; gains: trained minus untrained, paired, for the probes."""
+    """numbers: by name; gains: trained minus untrained, paired, for the probes; baselines: of the other encoders of the
+    probe (untrained, pixels, timm:…), encoder -> numbers."""
 
     numbers: Mapping[str, Number]
     gains: Mapping[str, Number]
+    baselines: Mapping[str, Mapping[str, Number]]
+
+
+def told(number: Number | None, digits: int = 3) -> str:
+    """`0.712 [0.68, 0.74]`; a dash where undefined."""
+    if number is None or number.value is None:
+        return "-"
+    if number.low is None or number.high is None:
+        return f"{number.value:.{digits}g}"
+    return f"{number.value:.{digits}g} [{number.low:.{digits}g}, {number.high:.{digits}g}]"
 
 
 def check_metric(name: str, option: str) -> None:
@@ -63,6 +74,14 @@ def check_metric(name: str, option: str) -> None:
     hint = f"did you mean {near[0]!r}? Known" if near else "known"
     families = ", ".join(f"{family}.NAME" for family in (*FAMILIES, *MAPS))
     raise ValueError(f"{option}={name!r} is no number that a run reports; {hint}: {', '.join(RUN_NUMBERS)}, {families}")
+
+
+def check_report(names: Sequence[str], metric: str) -> None:
+    """ValueError where one of a table's further numbers is no number of a run, or stands twice."""
+    for name in names:
+        check_metric(name, "report")
+    if len({metric, *names}) <= len(names):
+        raise ValueError(f"report={list(names)}: each number once, without metric={metric!r}, which is always there")
 
 
 def _family(name: str) -> str:
@@ -84,25 +103,35 @@ def outcome_of(run_dir: str, probed: bool) -> Outcome:
     """The numbers of a run folder; with `probed` those of its result.json too."""
     numbers = dict(_of_metrics(read_metrics(run_dir)))
     gains: dict[str, Number] = {}
+    baselines: dict[str, dict[str, Number]] = {}
     result = read_result(run_dir) if probed else None
     if result is not None:
-        _add_probes(result, numbers, gains)
+        _add_probes(result, numbers, gains, baselines)
         for strategy, sources in result["localisation"]["strategies"].items():
             for source, suffix in (("trained", ""), ("both", ".both")):
                 for family in MAPS:
                     if source in sources:
                         numbers[f"{family}.{strategy}{suffix}"] = Number(**sources[source][family])
-    return Outcome(numbers, gains)
+    return Outcome(numbers, gains, baselines)
 
 
-def _add_probes(result: Mapping[str, Any], numbers: dict[str, Number], gains: dict[str, Number]) -> None:
+def _add_probes(
+    result: Mapping[str, Any],
+    numbers: dict[str, Number],
+    gains: dict[str, Number],
+    baselines: dict[str, dict[str, Number]],
+) -> None:
     def add(facts: Mapping[str, Any] | None, name: str, prefix: str = "", at: str = "") -> None:
         if not facts or not facts["encoders"]:
             return
         gained = facts["trained_minus_untrained"]
-        for family, number in facts["encoders"]["trained"].items():
+        for encoder, found in facts["encoders"].items():
+            of_encoder = numbers if encoder == "trained" else baselines.setdefault(encoder, {})
+            for family, number in found.items():
+                if f"{prefix}{family}" in FAMILIES:
+                    of_encoder[f"{prefix}{family}{at}.{name}"] = Number(**number)
+        for family in facts["encoders"]["trained"]:
             if f"{prefix}{family}" in FAMILIES:
-                numbers[f"{prefix}{family}{at}.{name}"] = Number(**number)
                 gains[f"{prefix}{family}{at}.{name}"] = Number(**gained[family])
 
     for label, facts in {**result["labels"], "mean": result.get("mean")}.items():
@@ -136,7 +165,7 @@ def _of_metrics(records: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, Num
             peak = max((float(record.get("peak_bytes", 0)) for record in records), default=0.0)
             yield name, Number(peak / 1e9 or None)
             continue
-        found = [float(record.get(name) or np.nan) for record in (last if name == "loss" else records)]
+        found = [float(record.get(name, np.nan)) for record in (last if name == "loss" else records)]
         finite = [value for value in found if np.isfinite(value)]
         if finite:
             yield name, Number(float(np.mean(finite) if name == "loss" else np.median(finite)))

@@ -16,19 +16,18 @@ from typing import Any
 
 import fsspec
 import yaml
-from rich.console import Console
-from rich.table import Table as RichTable
 
 import medim_ray
 from medim_ray.data.storage import committed
-from medim_ray.studies.effects import axes_of, effects
+from medim_ray.studies.effects import axes_of, differences, effects
 from medim_ray.studies.figures import Drawing, interval_bar, to_png
-from medim_ray.studies.fit import Fit, fit_law
+from medim_ray.studies.fit import Line, efficiencies, fit_line
 from medim_ray.studies.gallery import templates
 from medim_ray.studies.origin import package_commit, this_machine
-from medim_ray.studies.outcome import Number
-from medim_ray.studies.results import STATES, Cell, Run, Table, make_table, to_csv
-from medim_ray.studies.study_figures import columns_of, curves, heat_map, parallel, scaling
+from medim_ray.studies.outcome import Number, told
+from medim_ray.studies.results import STATES, Run, Table, make_table, named, to_csv
+from medim_ray.studies.study_figures import columns_of, curves, efficiency, forest, heat_map, parallel, scaling
+from medim_ray.studies.trials import Report
 from medim_ray.track.aim_run import repo_of, show_pictures
 
 REPORT = "report.html"
@@ -42,9 +41,9 @@ _PACKAGES = ("medim-ray", "ray", "torch", "deepspeed", "timm", "transformers")
 class Study:
     """What a table was made for. kind: `sweep` or `study`, the name of its JSON; config: the resolved options.
 
-    differences: cell -> its metric minus the reference's, paired by seed; reference: its name; fit: of the scaling law
-    over `fit_points` (x, number); note: why there is none; origin: when, by which commit and where its table was made,
-    empty for one that is made now.
+    reference: name of the cell that the others are compared with, '' for none; report: numbers that stand in the table
+    beside its metric; lines: of a scaling study, with their law and the names of (x, y); origin: when, by which commit
+    and where its table was made, empty for one that is made now.
     """
 
     kind: str
@@ -52,12 +51,18 @@ class Study:
     question: str
     config: Mapping[str, Any]
     reference: str = ""
-    differences: Mapping[str, Number] = field(default_factory=dict)
-    fit: Fit | None = None
-    fit_points: Sequence[tuple[float, Number]] = ()
-    fit_names: tuple[str, str] = ("", "")
-    note: str = ""
+    report: Sequence[str] = ()
+    lines: Sequence[Line] = ()
+    law: str = ""
+    line_names: tuple[str, str] = ("", "")
     origin: Mapping[str, str] = field(default_factory=dict)
+
+    def differences(self, table: Table) -> dict[str, dict[str, Number]]:
+        """Metric -> cell or baseline -> its number less the reference's; {} without a reference."""
+        if not self.reference:
+            return {}
+        found = {metric: differences(table, self.reference, metric) for metric in (table.metric, *self.report)}
+        return {metric: numbers for metric, numbers in found.items() if numbers}
 
 
 def write_study(study: Study, table: Table, out: str, aim_repo: str | None = None) -> str:
@@ -71,7 +76,7 @@ def write_study(study: Study, table: Table, out: str, aim_repo: str | None = Non
     }
     files = {
         f"{study.kind}.json": json.dumps(_tree(study, table, origin), indent=1, default=vars) + "\n",
-        "table.csv": to_csv(table),
+        "table.csv": to_csv(table, study.differences(table)),
         "trials.csv": _trials_csv(table),
         REPORT: _page(study, table, origin),
     }
@@ -103,18 +108,20 @@ def _tree(study: Study, table: Table, origin: Mapping[str, str]) -> dict[str, An
                 "learned": cell.learned,
                 "numbers": cell.numbers,
                 "gains": cell.gains,
+                "step": cell.step,
                 "runs": [vars(run) for run in cell.runs],
             }
             for cell in table.cells
         ],
+        "baselines": {baseline.name: baseline.numbers for baseline in table.baselines},
         "title": study.title,
         "reference": study.reference,
-        "differences": study.differences,
+        "report": study.report,
+        "differences": study.differences(table),
         "effects": effects(table, axes_of(study.config)),
-        "fit": study.fit.to_json() if study.fit else None,
-        "fit_points": study.fit_points,
-        "fit_names": study.fit_names,
-        "note": study.note,
+        "law": study.law,
+        "line_names": study.line_names,
+        "lines": [line.to_json() for line in study.lines],
     }
 
 
@@ -129,31 +136,29 @@ def read_study(out: str) -> tuple[Study, Table] | None:
 
 
 def _from_tree(tree: Mapping[str, Any]) -> tuple[Study, Table]:
-    runs = [
-        Run(**{**run, "numbers": _numbers(run["numbers"]), "gains": _numbers(run["gains"])})
-        for cell in tree["cells"]
-        for run in cell["runs"]
-    ]
-    points = [(x, Number(**number)) for x, number in tree["fit_points"]]
-    law = tree["fit"] and fit_law(tree["fit"]["law"], points, hold_out="held_out" in tree["fit"])
+    runs = []
+    for run in (run for cell in tree["cells"] for run in cell["runs"]):
+        report = vars(Report.from_json(run))
+        earlier = tuple(map(Report.from_json, run.get("earlier", ())))
+        runs.append(Run(**{**run, **report, "earlier": earlier}))
+    lines = []
+    for line in tree.get("lines", ()):
+        points = [(x, Number(**number)) for x, number in line["points"]]
+        lines.append(fit_line(line["name"], points, tree["law"], hold_out="held_out" in (line["fit"] or {})))
+    x_name, y_name = tree.get("line_names", ("", ""))
     study = Study(
         kind=tree["kind"],
         title=tree["title"],
         question=tree["question"],
         config=tree["config"],
         reference=tree["reference"],
-        differences=_numbers(tree["differences"]),
-        fit=law or None,
-        fit_points=tuple(points),
-        fit_names=(tree["fit_names"][0], tree["fit_names"][1]),
-        note=tree["note"],
+        report=tuple(tree.get("report", ())),
+        lines=tuple(lines),
+        law=tree.get("law", ""),
+        line_names=(x_name, y_name),
         origin={name: tree[name] for name in ("written", "commit", "machine", "versions")},
     )
     return study, make_table(runs, tree["metric"])
-
-
-def _numbers(tree: Mapping[str, Any]) -> dict[str, Number]:
-    return {name: Number(**number) for name, number in tree.items()}
 
 
 def _trials_csv(table: Table) -> str:
@@ -172,7 +177,7 @@ def _trials_csv(table: Table) -> str:
 
 
 def _page(study: Study, table: Table, origin: Mapping[str, str]) -> str:
-    known = [cell.numbers[table.metric] for cell in table.cells if table.metric in cell.numbers]
+    known = [row.numbers[table.metric] for row in table.rows if table.metric in row.numbers]
     edges = [part for n in known for part in (n.value, n.low, n.high) if part is not None] or [0.0, 1.0]
     room = 0.05 * (max(edges) - min(edges)) or 0.5
     counts = [(str(table.count(state)), state) for state in STATES if table.count(state)]
@@ -188,15 +193,30 @@ def _page(study: Study, table: Table, origin: Mapping[str, str]) -> str:
             counts=counts,
             seconds=seconds,
             bar=lambda number: interval_bar(vars(number), min(edges) - room, max(edges) + room, None, "trained"),
-            shown=table.metrics[1 : _SHOWN + 1],
+            shown=study.report or table.metrics[1 : _SHOWN + 1],
+            differences=study.differences(table),
+            efficiencies=_efficiencies(study),
+            named=named,
+            is_clear=_is_clear,
             figures=figures(study, table),
             effects=effects(table, axes_of(study.config)),
             told=told,
             config=yaml.safe_dump(dict(study.config), sort_keys=False, allow_unicode=True),
             errors=[(run.name, run.error) for cell in table.cells for run in cell.runs if run.error],
-            csv=to_csv(table),
+            csv=to_csv(table, study.differences(table)),
         )
     )
+
+
+def _efficiencies(study: Study) -> list[tuple[str, float, Number, Number]]:
+    """(line, x, rate, efficiency) of the points of a speed-up; [] for other studies."""
+    if study.law != "amdahl":
+        return []
+    return [
+        (line.name, x, rate, share)
+        for line in study.lines
+        for (x, rate), (_, share) in zip(line.points, efficiencies(line.points), strict=False)
+    ]
 
 
 def figures(study: Study, table: Table) -> list[tuple[str, Drawing]]:
@@ -204,62 +224,44 @@ def figures(study: Study, table: Table) -> list[tuple[str, Drawing]]:
     if not any(table.metric in cell.numbers for cell in table.cells):
         return []
     made: list[tuple[str, Drawing]] = []
-    if study.fit_points:
-        caption = "Measured points with 95 % intervals"
-        caption += ", the fitted law with its band" if study.fit else ""
-        made.append((caption, scaling(study.fit_points, study.fit, *study.fit_names)))
+    lines = [line for line in study.lines if line.points]
+    if lines:
+        caption = "Measured points with 95 % intervals where there are repetitions"
+        caption += ", the fitted law with its band" if any(line.fit for line in lines) else ""
+        made.append((caption, scaling(lines, *study.line_names)))
+    if study.law == "amdahl" and any(len(line.points) > 1 for line in lines):
+        x_name, y_name = study.line_names
+        caption = f"Efficiency: {y_name} for each of {x_name}, as a share of that of the fewest"
+        made.append((caption, efficiency(lines, study.line_names[0])))
+    of_rows = {row.name: named(row) for row in table.rows}
+    compared = study.differences(table)
+    if compared:
+        caption = f"Each less {of_rows[study.reference]}, paired by seed, with 95 % intervals"
+        panels = [(m, {of_rows[name]: number for name, number in found.items()}) for m, found in compared.items()]
+        made.append((caption, forest(panels, zero=True)))
     axes = columns_of(table)
     numeric = [axis for axis, is_number in axes.items() if is_number]
     if len(axes) == 2:
         rows, columns = sorted(axes, key=lambda axis: axes[axis])
         if len(table.cells) <= _MAX_FIELDS:
-            made.append((f"{table.metric} over {rows} and {columns}", heat_map(table, rows, columns)))
-    if numeric and len(axes) <= 2 and not study.fit_points:
+            for metric in (table.metric, *study.report):
+                if any(metric in cell.numbers for cell in table.cells):
+                    made.append((f"{metric} over {rows} and {columns}", heat_map(table, rows, columns, metric)))
+    if numeric and len(axes) <= 2 and not lines:
         other = next((axis for axis in axes if axis != numeric[0]), None)
         made.append(("Means over seeds with 95 % bands", curves(table, numeric[0], other)))
     if len(axes) > 2:
         made.append(("Each line is a cell; gray ones are not ranked", parallel(table)))
+    if not made or compared:
+        found = [
+            (metric, {named(row): row.numbers[metric] for row in table.rows if metric in row.numbers})
+            for metric in (table.metric, *study.report)
+        ]
+        caption = "Means over seeds with 95 % intervals; of a single run its own interval over patients"
+        made.append((caption, forest([(metric, panel) for metric, panel in found if panel], zero=False)))
     return made
 
 
-def told(number: Number | None, digits: int = 3) -> str:
-    """`0.712 [0.68, 0.74]`; a dash where undefined."""
-    if number is None or number.value is None:
-        return "-"
-    if number.low is None or number.high is None:
-        return f"{number.value:.{digits}g}"
-    return f"{number.value:.{digits}g} [{number.low:.{digits}g}, {number.high:.{digits}g}]"
-
-
-def print_table(study: Study, table: Table, console: Console) -> None:
-    """The ranked table on a terminal, and below it what each axis does."""
-    shown = RichTable(title=f"ranked by {table.metric}: mean [95 % interval]")
-    shown.add_column("rank", justify="right")
-    for axis in table.axes:
-        shown.add_column(axis, no_wrap=True)
-    gains = any(table.metric in cell.gains for cell in table.cells)
-    shown.add_column(table.metric, no_wrap=True)
-    if gains:
-        shown.add_column("minus untrained", no_wrap=True)
-    if study.differences:
-        shown.add_column(f"minus {study.reference}", no_wrap=True)
-    shown.add_column("runs", justify="right")
-    shown.add_column("", no_wrap=True)
-    for cell in table.cells:
-        shown.add_row(*_row(study, table, cell, gains))
-    console.print(shown)
-    for effect in effects(table, axes_of(study.config)):
-        console.print(
-            f"{effect.axis}: {effect.value} less {effect.reference}, all else equal: {table.metric} "
-            f"{told(effect.difference)} ({effect.num_pairs} pairs)"
-        )
-
-
-def _row(study: Study, table: Table, cell: Cell, gains: bool) -> list[str]:
-    row = ["" if cell.rank is None else str(cell.rank), *(str(cell.values.get(axis, "")) for axis in table.axes)]
-    row.append(told(cell.numbers.get(table.metric)))
-    if gains:
-        row.append(told(cell.gains.get(table.metric)))
-    if study.differences:
-        row.append("reference" if cell.name == study.reference else told(study.differences.get(cell.name)))
-    return [*row, str(len(cell.runs)), cell.verdict]
+def _is_clear(number: Number | None) -> bool:
+    """A difference whose whole interval lies on one side of 0."""
+    return number is not None and number.low is not None and number.high is not None and number.low * number.high > 0

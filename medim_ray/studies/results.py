@@ -8,22 +8,24 @@ from __future__ import annotations
 import csv
 import io
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from scipy.stats import t as student
 
 from medim_ray.studies.outcome import Number, better_is_higher
 from medim_ray.studies.space import SEED, Trial
-from medim_ray.studies.trials import Record
+from medim_ray.studies.trials import Record, Report
 
 STATES = ("finished", "stopped", "running", "failed", "to do")
+DONE = STATES[:2]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One trial in the table. step: of its last report."""
+    """One trial in the table. step, numbers, gains, baselines: of its last report; earlier: those before it."""
 
     name: str
     values: Mapping[str, Any]
@@ -33,11 +35,23 @@ class Run:
     step: int
     numbers: Mapping[str, Number]
     gains: Mapping[str, Number]
+    baselines: Mapping[str, Mapping[str, Number]] = field(default_factory=dict)
+    earlier: Sequence[Report] = ()
+
+    @property
+    def is_done(self) -> bool:
+        """It has numbers that count."""
+        return self.state in DONE
+
+    def at(self, step: int) -> Run | Report:
+        """What the run reported at a step; its last report where it has none of that step."""
+        return next((report for report in self.earlier if report.step == step), self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """Runs that differ in their seed only. numbers, gains: means over the finished runs with 95 % intervals.
+    """Runs that differ in their seed only. numbers, gains: means over the done runs with 95 % intervals, at `step`: the
+    last one that all of them have reported, which is the end unless a scheduler stopped one early.
 
     learned: the metric beats the untrained encoder's with its whole interval; None where the metric
     has no such gain, or no run is finished. rank: from 1, None where the cell is not ranked.
@@ -48,6 +62,7 @@ class Cell:
     runs: Sequence[Run]
     numbers: Mapping[str, Number]
     gains: Mapping[str, Number]
+    step: int
     learned: bool | None
     rank: int | None
 
@@ -61,7 +76,20 @@ class Cell:
         """What a table says of the cell beside its numbers."""
         if self.state in ("failed", "to do", "running"):
             return self.state
-        return "not learned" if self.learned is False else "stopped early" if self.state == "stopped" else ""
+        if self.learned is False:
+            return "not learned"
+        return f"stopped at step {self.step}" if self.state == "stopped" else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """An encoder that every run is probed beside (untrained, pixels, timm:…): a row of the table without a rank.
+
+    numbers: means over seeds of the means over the cells, whose crops, architecture or first weights may differ.
+    """
+
+    name: str
+    numbers: Mapping[str, Number]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +99,29 @@ class Table:
     metric: str
     axes: Sequence[str]
     cells: Sequence[Cell]
+    baselines: Sequence[Baseline] = ()
+
+    @property
+    def rows(self) -> Sequence[Cell | Baseline]:
+        """The cells, then the baselines."""
+        return [*self.cells, *self.baselines]
 
     def count(self, state: str) -> int:
-        """Runs in a state."""
-        return sum(run.state == state for cell in self.cells for run in cell.runs)
+        """Runs in a state; one that stands in several cells counts once."""
+        return len({run.name for cell in self.cells for run in cell.runs if run.state == state})
 
     @property
     def metrics(self) -> list[str]:
         """Every number that some cell has, the metric of the table first."""
         names = sorted({name for cell in self.cells for name in cell.numbers})
         return [self.metric] * (self.metric in names) + [name for name in names if name != self.metric]
+
+
+def named(row: Cell | Baseline) -> str:
+    """A row as people say it: the name of an arm, the values of a cell, an encoder beside them."""
+    if isinstance(row, Cell):
+        return ", ".join(str(value) for value in row.values.values()) if len(row.values) == 1 else row.name
+    return {"pixels": "raw pixels"}.get(row.name, row.name)
 
 
 def make_run(trial: Trial, record: Record) -> Run:
@@ -95,11 +136,15 @@ def make_run(trial: Trial, record: Record) -> Run:
         step=last.step if last else 0,
         numbers=last.numbers if last else {},
         gains=last.gains if last else {},
+        baselines=last.baselines if last else {},
+        earlier=record.reports[:-1],
     )
 
 
 def make_table(runs: Iterable[Run], metric: str) -> Table:
-    """The ranked table of these runs."""
+    """The ranked table of these runs. Cells with a run that was stopped early come after those that ran to their end,
+    the furthest first: a metric of half the steps is no rival of one of all."""
+    runs = list(runs)
     groups: dict[str, list[Run]] = {}
     for run in runs:
         values = {key: value for key, value in run.values.items() if key != SEED}
@@ -107,33 +152,60 @@ def make_table(runs: Iterable[Run], metric: str) -> Table:
     cells = [_cell(name, members, metric) for name, members in groups.items()]
     sign = -1.0 if better_is_higher(metric) else 1.0
 
-    def order(cell: Cell) -> tuple[bool, float]:
+    def order(cell: Cell) -> tuple[bool, int, float]:
         number = cell.numbers.get(metric, Number(None)).value
-        return _unranked(cell, metric), sign * number if number is not None else 0.0
+        short = -cell.step if cell.state == "stopped" else -sys.maxsize
+        return _unranked(cell, metric), short, sign * number if number is not None else 0.0
 
     cells.sort(key=order)
     ranked = [cell if _unranked(cell, metric) else replace(cell, rank=place) for place, cell in enumerate(cells, 1)]
     axes = list(dict.fromkeys(key for cell in cells for key in cell.values))
-    return Table(metric=metric, axes=axes, cells=ranked)
+    return Table(metric=metric, axes=axes, cells=ranked, baselines=_baselines(runs))
 
 
 def _unranked(cell: Cell, metric: str) -> bool:
-    return cell.state not in ("finished", "stopped") or cell.learned is False or metric not in cell.numbers
+    return cell.state not in DONE or cell.learned is False or metric not in cell.numbers
 
 
 def _cell(name: str, runs: Sequence[Run], metric: str) -> Cell:
-    done = [run for run in runs if run.state in ("finished", "stopped")]
-    gains = _means([run.gains for run in done])
+    step = min((run.step for run in runs if run.is_done), default=0)
+    done = [run.at(step) for run in runs if run.is_done]
+    gains = _means([report.gains for report in done])
     gain = gains.get(metric)
     return Cell(
         name=name,
         values={key: value for key, value in runs[0].values.items() if key != SEED},
         runs=runs,
-        numbers=_means([run.numbers for run in done]),
+        numbers=_means([report.numbers for report in done]),
         gains=gains,
+        step=step,
         learned=None if gain is None or gain.value is None else _is_gain(gain, metric),
         rank=None,
     )
+
+
+def _baselines(runs: Sequence[Run]) -> list[Baseline]:
+    rows: dict[str, dict[str, list[tuple[Any, Number]]]] = {}
+    for run in runs:
+        for name, numbers in run.baselines.items() if run.is_done else ():
+            for metric, number in numbers.items():
+                rows.setdefault(name, {}).setdefault(metric, []).append((run.values.get(SEED), number))
+    return [
+        Baseline(name=name, numbers={metric: _mean_of_seeds(found) for metric, found in metrics.items()})
+        for name, metrics in rows.items()
+    ]
+
+
+def _mean_of_seeds(rows: Sequence[tuple[Any, Number]]) -> Number:
+    """Equal in all runs: the number itself, with its interval over patients; else the mean over seeds of cell means."""
+    numbers = [number for _, number in rows if number.value is not None]
+    if all(number == numbers[0] for number in numbers[1:]):
+        return numbers[0] if numbers else Number(None)
+    of_seed: dict[Any, list[float]] = {}
+    for seed, number in rows:
+        if number.value is not None:
+            of_seed.setdefault(seed, []).append(number.value)
+    return mean_number([Number(statistics.mean(values)) for values in of_seed.values()])
 
 
 def _is_gain(gain: Number, metric: str) -> bool:
@@ -161,30 +233,26 @@ def mean_number(numbers: Sequence[Number]) -> Number:
     return Number(mean, mean - half, mean + half)
 
 
-def to_csv(table: Table) -> str:
-    """A row a cell: axes, verdict, rank, number of finished runs, and value, low, high of every number and gain."""
-    metrics = table.metrics
+def to_csv(table: Table, differences: Mapping[str, Mapping[str, Number]] | None = None) -> str:
+    """A row a cell: axes, verdict, rank, number of done runs, and value, low, high of every number and gain, and of the
+    `differences` from a reference (metric -> name of the cell -> number); then a row a baseline, without rank."""
+    metrics, differences = table.metrics, differences or {}
+    gains = [name for name in metrics if any(name in cell.gains for cell in table.cells)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    parts = ("", "_low", "_high")
-    names = [f"{name}{part}" for name in metrics for part in parts]
-    names += [f"{name}_gain{part}" for name in metrics if _has_gain(table, name) for part in parts]
-    writer.writerow(["rank", *table.axes, "verdict", "runs", *names])
-    for cell in table.cells:
-        numbers = [cell.numbers.get(name, Number(None)) for name in metrics]
-        numbers += [cell.gains.get(name, Number(None)) for name in metrics if _has_gain(table, name)]
-        done = sum(run.state in ("finished", "stopped") for run in cell.runs)
-        writer.writerow(
-            [
-                cell.rank or "",
-                *(cell.values.get(axis, "") for axis in table.axes),
-                cell.verdict,
-                done,
-                *("" if part is None else f"{part:.6g}" for n in numbers for part in (n.value, n.low, n.high)),
-            ]
-        )
+    names = [*metrics, *(f"{name}_gain" for name in gains), *(f"{name}_minus_reference" for name in differences)]
+    columns = [f"{name}{part}" for name in names for part in ("", "_low", "_high")]
+    writer.writerow(["rank", *table.axes, "verdict", "runs", *columns])
+    for row in table.rows:
+        numbers = [row.numbers.get(name, Number(None)) for name in metrics]
+        if isinstance(row, Cell):
+            axes = [row.values.get(axis, "") for axis in table.axes]
+            head = [row.rank or "", *axes, row.verdict, sum(run.is_done for run in row.runs)]
+            numbers += [row.gains.get(name, Number(None)) for name in gains]
+        else:
+            head = ["", *[row.name, *[""] * len(table.axes)][: len(table.axes)], "baseline", ""]
+            numbers += [Number(None)] * len(gains)
+        numbers += [of_metric.get(row.name, Number(None)) for of_metric in differences.values()]
+        told = ("" if part is None else f"{part:.6g}" for n in numbers for part in (n.value, n.low, n.high))
+        writer.writerow([*head, *told])
     return out.getvalue()
-
-
-def _has_gain(table: Table, name: str) -> bool:
-    return any(name in cell.gains for cell in table.cells)

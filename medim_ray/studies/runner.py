@@ -190,9 +190,8 @@ def _what(job: TrialJob, search: Search) -> tuple[dict[str, Any], OptunaSearch |
         return _by_optuna(job, search)
     # With ASHA the finished trials take part again, by replaying what they reported: its rungs are made of them.
     replayed = search.asha is not None
-    todo = [
-        trial for trial in search.trials if replayed or not read_record(trial.config.run.dir).is_done_at(job.rungs[-1:])
-    ]
+    once = {trial.name: trial for trial in search.trials}.values()  # two points of a space may be one run
+    todo = [trial for trial in once if replayed or not job.record(trial.config.run.dir).is_done_at(job.rungs[-1:])]
     return {"config": tune.grid_search([to_tree(trial.config) for trial in todo])}, None, len(todo)
 
 
@@ -211,7 +210,7 @@ def _by_optuna(job: TrialJob, search: Search) -> tuple[dict[str, Any], OptunaSea
 
 
 def _record(job: TrialJob, values: Mapping[str, Any]) -> Record:
-    return read_record(job.trial(job.space.point(values)).config.run.dir)
+    return job.record(job.trial(job.space.point(values)).config.run.dir)
 
 
 def _distribution(axis: Choices | Range) -> optuna.distributions.BaseDistribution:

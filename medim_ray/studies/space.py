@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from medim_ray.config.schema import RunConfig
 from medim_ray.draws import step_draws
 
 SEED = "seed"  # the axis over which a table takes means
-_MAX_CHECKED = 2000
+MAX_CHECKED = 2000  # combinations of a space
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,14 @@ class Choices:
 
     key: str
     options: Mapping[str, tuple[str, ...]]
+
+    def shown(self, name: Any) -> Any:
+        """An option in a table: a number where its name is one, so that tables sort and figures have a scale."""
+        try:
+            value = json.loads(name)
+        except (TypeError, ValueError):
+            return name
+        return value if isinstance(value, int | float) else name
 
 
 @dataclass(frozen=True)
@@ -39,10 +47,15 @@ class Range:
     low: float
     high: float
 
+    def shown(self, value: Any) -> Any:
+        """A value in a table."""
+        return value
+
     def at(self, share: float) -> float | int:
         """The value at `share` in [0, 1) of the way from low to high."""
         if self.kind == "randint":
-            return int(self.low) + min(int(share * (self.high - self.low + 1)), int(self.high - self.low))
+            low, high = int(self.low), int(self.high)
+            return low + min(int(share * (high - low + 1)), high - low)
         if self.kind == "loguniform":
             return math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
         return self.low + share * (self.high - self.low)
@@ -124,13 +137,46 @@ class SearchSpace:
                 overrides += axis.options[str(value)]
             else:
                 overrides.append(f"{axis.key}={json.dumps(value)}")
-        return Point({axis.key: _shown(axis, values[axis.key]) for axis in self.axes}, tuple(overrides))
+        return Point({axis.key: axis.shown(values[axis.key]) for axis in self.axes}, tuple(overrides))
 
-    def corners(self) -> Iterator[Point]:
-        """Every combination of the choices with the ends of the ranges: what is checked before a trial starts."""
-        ends = [list(axis.options) if isinstance(axis, Choices) else [axis.at(0.0), axis.high] for axis in self.axes]
-        for values in itertools.islice(itertools.product(*ends), _MAX_CHECKED):
-            yield self.point(dict(zip(self.keys, values, strict=True)))
+    @property
+    def num_corners(self) -> int:
+        """Combinations of the choices with the ends of the ranges."""
+        return math.prod(len(ends) for ends in self._ends())
+
+    def corners(self) -> list[Point]:
+        """What is checked before a trial starts: every value of every axis beside the first values of the others, then
+        every combination of choices and ends of ranges, or MAX_CHECKED of them, evenly spread."""
+        ends = self._ends()
+        shape = [len(values) for values in ends]
+        places = [[at if i == j else 0 for j in range(len(ends))] for i, size in enumerate(shape) for at in range(size)]
+        num = self.num_corners
+        checked = min(num, MAX_CHECKED)
+        places += [_unravelled(k * num // checked, shape) for k in range(checked)]
+        return [
+            self.point({key: values[at] for key, values, at in zip(self.keys, ends, place, strict=True)})
+            for place in dict.fromkeys(map(tuple, places))
+        ]
+
+    def _ends(self) -> list[list[Any]]:
+        """Every name of a choice, the lowest and highest number of a range."""
+        return [
+            list(axis.options)
+            if isinstance(axis, Choices)
+            else [int(axis.low), int(axis.high)]
+            if axis.kind == "randint"
+            else [axis.low, axis.high]
+            for axis in self.axes
+        ]
+
+
+def _unravelled(index: int, shape: Sequence[int]) -> list[int]:
+    """The place with this number, the last axis the fastest. Python's whole numbers: a space may have any size."""
+    place = []
+    for size in reversed(shape):
+        index, at = divmod(index, size)
+        place.append(at)
+    return place[::-1]
 
 
 def _axis(key: str, value: Any) -> Axis:
@@ -163,6 +209,8 @@ def _axis(key: str, value: Any) -> Axis:
         if not low < high or (kind == "loguniform" and low <= 0):
             rule = "0 < low < high" if kind == "loguniform" else "low < high"
             raise ValueError(f"{where}.{kind}={content!r}: needs {rule}")
+        if kind == "randint" and not (low.is_integer() and high.is_integer()):
+            raise ValueError(f"{where}.randint={content!r}: needs whole numbers; for others use uniform or loguniform")
         return Range(key, kind, low, high)
     raise ValueError(f"{where}: unknown kind {kind!r}; known: choices, uniform, loguniform, randint")
 
@@ -176,16 +224,6 @@ def _draw(axis: Axis, share: float) -> Any:
 
 def _label(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _shown(axis: Axis, value: Any) -> Any:
-    """A number where the axis has numbers, so that tables sort and figures have a scale; the name otherwise."""
-    if isinstance(axis, Range):
-        return value
-    try:
-        return json.loads(value) if isinstance(json.loads(value), int | float) else value
-    except ValueError:
-        return value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,17 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from medim_ray.studies.figures import CARD, FIRST, INK, LINE, MUTED, SERIES, STYLE, Drawing, to_svg
-from medim_ray.studies.fit import Fit
+from medim_ray.studies.fit import Line, efficiencies
 from medim_ray.studies.outcome import Number, better_is_higher
 from medim_ray.studies.results import Cell, Table
 
 WIDTH, HEIGHT = 7.2, 3.4
+_PANELS_ACROSS = 3
+_DASHES = ("-", "--", ":")
+_DOT: Mapping[str, Any] = {"fmt": "o", "markersize": 4.5, "capsize": 2, "linewidth": 1.3}
 
 
 def values_of(cells: Sequence[Cell], axis: str) -> list[Any]:
@@ -26,18 +29,18 @@ def values_of(cells: Sequence[Cell], axis: str) -> list[Any]:
     return sorted(found) if all(isinstance(value, int | float) for value in found) else sorted(found, key=str)
 
 
-def heat_map(table: Table, rows: str, columns: str) -> Drawing:
-    """The metric at each pair of values of two axes; what is not learned or not there is said in the field."""
+def heat_map(table: Table, rows: str, columns: str, metric: str) -> Drawing:
+    """A metric at each pair of values of two axes; what is not learned or not there is said in the field."""
     ys, xs = values_of(table.cells, rows), values_of(table.cells, columns)
     at = {(cell.values[rows], cell.values[columns]): cell for cell in table.cells}
-    known = [n.value for cell in table.cells if (n := cell.numbers.get(table.metric)) and n.value is not None]
+    known = [n.value for cell in table.cells if (n := cell.numbers.get(metric)) and n.value is not None]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     with rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(max(3.6, 1.25 * len(xs) + 1.2), 0.62 * len(ys) + 0.9), layout="constrained")
         axes = figure.add_subplot()
         for i, y in enumerate(ys):
             for j, x in enumerate(xs):
-                _field(axes, at.get((y, x)), table.metric, (j, i), (low, high))
+                _field(axes, at.get((y, x)), metric, (j, i), (low, high))
         axes.set_xlim(0, len(xs))
         axes.set_ylim(len(ys), 0)
         axes.set_xticks(np.arange(len(xs)) + 0.5, [_short(x) for x in xs])
@@ -46,7 +49,7 @@ def heat_map(table: Table, rows: str, columns: str) -> Drawing:
         axes.set_ylabel(rows)
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(length=0)
-        return to_svg(figure, f"{table.metric} over {rows} and {columns}")
+        return to_svg(figure, f"{metric} over {rows} and {columns}")
 
 
 def _field(axes: Any, cell: Cell | None, metric: str, corner: tuple[int, int], scale: tuple[float, float]) -> None:
@@ -160,37 +163,110 @@ def _parallel_scale(table: Table, column: str) -> tuple[Any, list[tuple[float, s
     return height, [(height(value), f"{value:.3g}") for value in dict.fromkeys((low, high))]
 
 
-def scaling(points: Sequence[tuple[float, Number]], fit: Fit | None, x_name: str, y_name: str) -> Drawing:
-    """Measured points with intervals on logarithmic axes, the fitted law with its band, and the held-out point."""
+def scaling(lines: Sequence[Line], x_name: str, y_name: str) -> Drawing:
+    """Measured points with intervals on logarithmic axes, each line's fitted law with its band, the held-out points.
+
+    Every point has a number.
+    """
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.add_subplot()
         axes.set_xscale("log")
-        if all(n.value is None or n.value > 0 for _, n in points):
+        if all(float(n.value or 0.0) > 0 for line in lines for _, n in line.points):
             axes.set_yscale("log")
-        known = [(x, n) for x, n in points if n.value is not None]
-        if fit is not None:
-            xs = np.geomspace(min(x for x, _ in known), max(x for x, _ in known), 60)
-            low, middle, high = fit.band(xs)
-            axes.plot(xs, middle, color=SERIES[1], linewidth=1.6, label=fit.formula)
-            axes.fill_between(xs, low, high, color=SERIES[1], alpha=0.15, linewidth=0)
-        for i, (x, n) in enumerate(known):
-            held_out = fit is not None and x == fit.held_out_x
-            axes.errorbar(
-                [x], [float(n.value or 0.0)], yerr=_errors(n), fmt="o", markersize=5, color=FIRST, capsize=2,
-                linewidth=1.1,
-                markerfacecolor=CARD if held_out else FIRST,
-                label="held out of the fit" if held_out else "measured" if i == 0 else None,
-            )  # fmt: skip
-        axes.xaxis.set_major_locator(FixedLocator(sorted({x for x, _ in known})))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        for i, line in enumerate(lines):
+            _law(axes, line, SERIES[(i + (len(lines) == 1)) % len(SERIES)], _DASHES[i // len(SERIES) % len(_DASHES)])
+            for k, (x, n) in enumerate(line.points):
+                held_out = line.fit is not None and x == line.fit.held_out_x
+                colour = SERIES[i % len(SERIES)]
+                measured = line.name or "measured"
+                axes.errorbar(
+                    [x], [float(n.value or 0.0)], yerr=_errors(n), fmt="o", markersize=5, color=colour, capsize=2,
+                    linewidth=1.1,
+                    markerfacecolor=CARD if held_out else colour,
+                    label="held out of the fit" if held_out and not i else measured if k == 0 else None,
+                )  # fmt: skip
+        _at_places(axes, [x for line in lines for x, _ in line.points])
         axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.3g}")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         axes.set_xlabel(x_name)
         axes.set_ylabel(y_name)
-        axes.legend(frameon=False)
+        _legend(axes, len(lines))
         return to_svg(figure, f"{y_name} over {x_name}")
+
+
+def _law(axes: Any, line: Line, colour: str, dashes: str) -> None:
+    """The fitted law over the line's points, with its band."""
+    if line.fit is None:
+        return
+    xs = np.geomspace(line.points[0][0], line.points[-1][0], 60)
+    low, middle, high = line.fit.band(xs)
+    label = line.fit.formula if not line.name else None
+    axes.plot(xs, middle, color=colour, linewidth=1.6, linestyle=dashes, label=label)
+    axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _at_places(axes: Any, xs: Sequence[float]) -> None:
+    """Ticks at the places that were tried, and nowhere else."""
+    axes.xaxis.set_major_locator(FixedLocator(sorted(set(xs))))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _legend(axes: Any, num_lines: int) -> None:
+    """Inside for one line, beside the axes for more."""
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if num_lines > 1 else {}
+    axes.legend(frameon=False, **beside)
+
+
+def efficiency(lines: Sequence[Line], x_name: str) -> Drawing:
+    """Rate for each worker over the number of workers, as a share of that of the fewest; 1: a perfect scaling."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_xscale("log")
+        axes.axhline(1.0, color=LINE, linewidth=1.2)
+        for i, line in enumerate(lines):
+            known = [(n, share.value) for n, share in efficiencies(line.points)]
+            xs, shares = [n for n, _ in known], [float(share or 0.0) for _, share in known]
+            dashes = _DASHES[i // len(SERIES) % len(_DASHES)]
+            colour = SERIES[i % len(SERIES)]
+            axes.plot(xs, shares, "o", linestyle=dashes, color=colour, markersize=4, linewidth=1.6, label=line.name)
+        _at_places(axes, [x for line in lines for x, _ in line.points])
+        axes.set_ylim(0.0, None)
+        axes.set_xlabel(x_name)
+        axes.set_ylabel("efficiency")
+        if any(line.name for line in lines):
+            _legend(axes, len(lines))
+        return to_svg(figure, f"efficiency over {x_name}")
+
+
+def forest(panels: Sequence[tuple[str, Mapping[str, Number]]], zero: bool) -> Drawing:
+    """A dot with its interval for each row, a panel for each metric. zero: numbers are differences, with a line at 0.
+
+    panels: (metric, row -> number), at least one with a number; rows are those of all panels, in the first one's order.
+    """
+    rows = list(dict.fromkeys(name for _, numbers in panels for name in numbers))
+    across = min(len(panels), _PANELS_ACROSS)
+    down = math.ceil(len(panels) / across)
+    with rc_context({**STYLE, "axes.grid.axis": "x"}):
+        figure = Figure(figsize=(WIDTH, down * (0.26 * len(rows) + 0.75)), layout="constrained")
+        grid = figure.subplots(down, across, squeeze=False, sharey=True)
+        for axes, (metric, numbers) in zip(grid.flat, panels, strict=False):
+            if zero:
+                axes.axvline(0.0, color=MUTED, linewidth=1.0)
+            for place, name in enumerate(rows):
+                number = numbers.get(name, Number(None))
+                if number.value is not None:
+                    axes.errorbar([number.value], [place], xerr=_errors(number), color=FIRST, **_DOT)
+            axes.set_title(metric, fontsize=9, color=INK)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.set_ylim(len(rows) - 0.5, -0.5)
+        for axes in list(grid.flat)[len(panels) :]:
+            axes.set_visible(False)
+        for axes in grid[:, 0]:
+            axes.set_yticks(range(len(rows)), [_short(name) for name in rows])
+        return to_svg(figure, ("differences of " if zero else "") + ", ".join(metric for metric, _ in panels))
 
 
 def _errors(number: Number) -> list[list[float]] | None:

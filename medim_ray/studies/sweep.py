@@ -20,12 +20,12 @@ from medim_ray.data.shards import ShardSet
 from medim_ray.data.sources.base import absolute
 from medim_ray.data.storage import committed, storage_faults
 from medim_ray.studies.execute import command
-from medim_ray.studies.outcome import check_metric, needs_probe
+from medim_ray.studies.outcome import check_metric, check_report, needs_probe
 from medim_ray.studies.page import Study
 from medim_ray.studies.pbt import PbtConfig, Population
 from medim_ray.studies.results import Table
 from medim_ray.studies.runner import Group, RunnerConfig, Search
-from medim_ray.studies.space import SearchSpace, Trial
+from medim_ray.studies.space import MAX_CHECKED, SearchSpace, Trial
 from medim_ray.studies.trials import TrialJob, rung_steps
 from medim_ray.train.checks import check
 
@@ -62,6 +62,7 @@ class SweepConfig:
         },
     )
     metric: str = field(default="auroc.mean", metadata={"help": "what is ranked: auroc.LABEL, lesion_lift.kdm, loss"})
+    report: tuple[str, ...] = field(default=(), metadata={"help": "more numbers of each trial, as columns: mae.age"})
     search: Literal["grid", "random", "optuna", "pbt"] = field(
         default="grid", metadata={"help": "how points are chosen"}
     )
@@ -79,6 +80,7 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         check_metric(self.metric, "metric")
+        check_report(self.report, self.metric)
         if self.search == "grid" and self.num_trials is not None:
             raise ValueError("num_trials is set, but search=grid runs every point: use search=random, or leave it out")
         if self.search != "grid" and (self.num_trials is None or self.num_trials < 1):
@@ -161,16 +163,26 @@ class Sweep:
         """The page's words."""
         question = f"{self.config.search} over {' x '.join(self.job.space.keys)}, ranked by {self.config.metric}"
         title = f"Sweep of {Path(self.config.recipe).stem}"
-        return Study(kind="sweep", title=title, question=question, config=to_tree(self.config))
+        return Study(
+            kind="sweep", title=title, question=question, config=to_tree(self.config), report=self.config.report
+        )
 
     def size(self) -> str:
         """`27 trials`."""
         if self.config.search == "optuna":
-            return f"{self.num_optuna} trials by optuna"
+            return f"{self.num_optuna} trials by optuna{self._unchecked()}"
         if self.population is not None:
             return f"{len(self.population.generations[0])} members, {len(self.population.rungs)} generations"
         left_out = f" ({self.left_out} more are left out by max_steps)" if self.left_out else ""
-        return f"{len(self.listed)} trials{left_out}"
+        return f"{len({trial.name for trial in self.listed})} trials{left_out}{self._unchecked()}"
+
+    def _unchecked(self) -> str:
+        num = self.job.space.num_corners
+        if num <= MAX_CHECKED:
+            return ""
+        return (
+            f" ({num:,} combinations in the space, of which {MAX_CHECKED:,} were checked, and every value of each axis)"
+        )
 
 
 def load_sweep(file: str | None, overrides: Sequence[str]) -> SweepConfig:
@@ -190,7 +202,7 @@ def check_sweep(config: SweepConfig) -> Sweep:
     shards = absolute(config.shards) if config.shards else ""
     base = load(RunConfig, config.recipe, [*config.overrides, *([f"data.shards={shards}"] if shards else [])])
     space = SearchSpace.parse(config.space)
-    probe = config.probe if needs_probe([config.metric]) else None
+    probe = config.probe if needs_probe([config.metric, *config.report]) else None
     job = TrialJob(
         base=to_tree(base),
         space=space,
@@ -231,20 +243,22 @@ def data_hash(base: RunConfig) -> str:
 
 
 def _points(config: SweepConfig, job: TrialJob) -> list[Trial]:
-    """The trials in their order, each once; [] for Optuna and populations."""
+    """The trials in their order; [] for Optuna and populations. Two points may be one run: it is run once and stands in
+    both cells."""
     if config.search in ("optuna", "pbt"):
         return []
     num = config.num_trials or 0
     points = job.space.grid() if config.search == "grid" else job.space.random(num, config.seed)
-    return list({trial.name: trial for trial in map(job.trial, points)}.values())
+    return [job.trial(point) for point in points]
 
 
 def _within_budget(config: SweepConfig, trials: Sequence[Trial]) -> tuple[list[Trial], int]:
     """The first trials whose steps fit into `max_steps` together, and how many do not."""
     kept: list[Trial] = []
-    spent = 0
+    spent, counted = 0, set()
     for trial in trials:
-        spent += trial.config.train.steps
+        spent += trial.config.train.steps * (trial.name not in counted)
+        counted.add(trial.name)
         if config.max_steps is not None and spent > config.max_steps:
             break
         kept.append(trial)

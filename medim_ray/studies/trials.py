@@ -33,16 +33,28 @@ State = Literal["running", "finished", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class Report:
-    """What a trial reported at a rung."""
+    """What a trial reported at a rung: an Outcome."""
 
     step: int
     numbers: Mapping[str, Number]
     gains: Mapping[str, Number]
+    baselines: Mapping[str, Mapping[str, Number]] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Report:
+        """The report of its JSON."""
+        return cls(
+            tree["step"],
+            numbers_of(tree["numbers"]),
+            numbers_of(tree["gains"]),
+            {name: numbers_of(found) for name, found in tree.get("baselines", {}).items()},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """RUNS/HASH/trial.json. state: stopped = by the scheduler; seconds: pretraining and probes, over all lives."""
+    """RUNS/HASH/trial.json. state: stopped = by the scheduler; seconds: pretraining and probes, over all lives;
+    attempts: lives since these shards and this probe were asked for."""
 
     state: State = "running"
     data_hash: str = ""
@@ -65,6 +77,20 @@ class Record:
         """What was reported at a rung."""
         return next((report for report in self.reports if report.step == step), None)
 
+    def asked(self, run_dir: str, data_hash: str, probe: Mapping[str, Any]) -> Record:
+        """The record as far as it answers for these shards and this probe (or none): reports by another probe are
+        forgotten and the run is to do; what it trained and spent stays. ValueError where it was trained on others."""
+        if self.data_hash not in ("", data_hash):
+            raise ValueError(
+                f"{run_dir} was trained on other shards (content {self.data_hash}, now {data_hash}): give another "
+                "`runs`, or the same shards"
+            )
+        # an option that was not there when the record was written had its default
+        before = {**to_tree(ProbeConfig()), **self.probe} if self.probe else {}
+        if (self.is_done and not probe) or json.loads(json.dumps([before])) == json.loads(json.dumps([probe])):
+            return replace(self, data_hash=data_hash)
+        return Record(data_hash=data_hash, probe=probe, seconds=self.seconds)
+
 
 def read_record(run_dir: str) -> Record:
     """The record of a trial's run folder; an empty one where it was never started."""
@@ -74,11 +100,12 @@ def read_record(run_dir: str) -> Record:
     if not fs.exists(path):
         return Record()
     tree = json.loads(fs.cat_file(path))
-    reports = tuple(
-        Report(report["step"], *({k: Number(**v) for k, v in report[key].items()} for key in ("numbers", "gains")))
-        for report in tree.pop("reports")
-    )
-    return Record(**tree, reports=reports)
+    return Record(**{**tree, "reports": tuple(map(Report.from_json, tree["reports"]))})
+
+
+def numbers_of(tree: Mapping[str, Any]) -> dict[str, Number]:
+    """Numbers by name, of their JSON."""
+    return {name: Number(**number) for name, number in tree.items()}
 
 
 def write_record(run_dir: str, record: Record) -> None:
@@ -105,6 +132,10 @@ class TrialJob:
     probe: ProbeConfig | None
     metric: str
 
+    def record(self, run_dir: str) -> Record:
+        """What the record of a run folder says of what this job asks (`Record.asked`)."""
+        return read_record(run_dir).asked(run_dir, self.data_hash, _tree_of(self.probe))
+
     def trial(self, point: Point) -> Trial:
         """The run of a point of the space."""
         with tempfile.TemporaryDirectory(prefix="medim-ray-") as folder:
@@ -129,7 +160,9 @@ def life(config: RunConfig, rungs: Sequence[int], probe: ProbeConfig | None, dat
     The record is written before a report is yielded. ValueError where the folder holds a trial on other shards.
     """
     run_dir = config.run.dir
-    record = _begun(run_dir, probe, data_hash)
+    record = read_record(run_dir).asked(run_dir, data_hash, _tree_of(probe))
+    record = replace(record, state=record.state if record.is_done else "running", attempts=record.attempts + 1)
+    write_record(run_dir, record)
     for step in rungs:
         report = record.at(step)
         if report is None:
@@ -142,23 +175,8 @@ def life(config: RunConfig, rungs: Sequence[int], probe: ProbeConfig | None, dat
         yield report
 
 
-def _begun(run_dir: str, probe: ProbeConfig | None, data_hash: str) -> Record:
-    """The record of a new life: what was reported by other probes is forgotten, the run itself is kept."""
-    record = read_record(run_dir)
-    if record.data_hash not in ("", data_hash):
-        raise ValueError(
-            f"{run_dir} was trained on other shards (content {record.data_hash}, now {data_hash}): give another "
-            "`runs`, or the same shards"
-        )
-    asked = to_tree(probe) if probe is not None else {}
-    # an option that was not there when the record was written had its default
-    before = {**to_tree(ProbeConfig()), **record.probe} if record.probe else {}
-    reports = record.reports if json.loads(json.dumps([before])) == json.loads(json.dumps([asked])) else ()
-    record = replace(record, data_hash=data_hash, probe=asked, reports=reports, attempts=record.attempts + 1)
-    if not record.is_done or not reports:
-        record = replace(record, state="running")
-    write_record(run_dir, record)
-    return record
+def _tree_of(probe: ProbeConfig | None) -> Mapping[str, Any]:
+    return to_tree(probe) if probe is not None else {}
 
 
 def _advance(config: RunConfig, step: int, probe: ProbeConfig | None) -> Report:
@@ -183,7 +201,7 @@ def _advance(config: RunConfig, step: int, probe: ProbeConfig | None) -> Report:
             raise
         raise RuntimeError("\n".join([str(error), *lines])) from error
     outcome = outcome_of(config.run.dir, probed=probe is not None)
-    return Report(step, outcome.numbers, outcome.gains)
+    return Report(step, outcome.numbers, outcome.gains, outcome.baselines)
 
 
 def _export_parent(init: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from medim_ray.studies.fit import fit_law
+from medim_ray.studies.fit import fit_line
 from medim_ray.studies.outcome import Number
 from medim_ray.studies.page import Study, write_study
 from medim_ray.studies.results import Run, Table, make_table
@@ -43,17 +44,40 @@ def _sweep(three_axes: bool) -> Table:
 
 
 def _scaling(out: str) -> str:
+    """A power law over five arms, a reference, and the encoders beside them."""
     points = [
         (float(n), Number(0.2 + 1.5 * n**-0.5, 0.19 + 1.4 * n**-0.5, 0.21 + 1.6 * n**-0.5))
         for n in (5, 10, 30, 100, 300)
     ]
-    runs = [_run({"arm": f"{x:g} images", "seed": 0}, 1 - float(n.value or 0), True) for x, n in points]
+    baselines = {"untrained": {"auroc.mean": Number(0.4, 0.3, 0.5)}, "pixels": {"auroc.mean": Number(0.5, 0.4, 0.6)}}
+    runs = [
+        replace(_run({"arm": f"{x:g} images", "seed": seed}, 1 - float(n.value or 0), True), baselines=baselines)
+        for x, n in points
+        for seed in range(3)
+    ]
     study = Study(
         kind="study", title="Data quantity", question="how fast does the error fall?", config={"out": "x"},
-        reference="arm=5 images", differences={f"arm={x:g} images": Number(0.1, 0.05, 0.15) for x, _ in points[1:]},
-        fit=fit_law("power", points, hold_out=True), fit_points=points, fit_names=("images", "1 - auroc.mean"),
+        reference="arm=5 images", report=("auprc.mean", "lesion_lift.kdm", "loss", "samples_per_s"),
+        lines=(fit_line("", points, "power", hold_out=True),), law="power", line_names=("images", "1 - auroc.mean"),
     )  # fmt: skip
     return write_study(study, make_table(runs, "auroc.mean"), out)
+
+
+def _speed_up(out: str) -> str:
+    """Eight lines of one and two workers, as workers_zero-phantoms has them: no interval, a law of its own each."""
+    lines = [
+        fit_line(f"{kind}, ZeRO {zero}", [(1.0, Number(20.0)), (2.0, Number(30.0 + zero + 5 * k))], "amdahl", False)
+        for k, kind in enumerate(("strong", "weak"))
+        for zero in range(4)
+    ]
+    runs = [
+        _run({"arm": f"{int(x)} workers, {line.name}", "seed": 0}, 0.5, True) for line in lines for x, _ in line.points
+    ]
+    study = Study(
+        kind="study", title="Workers x ZeRO", question="what do they cost?", config={"out": "x"},
+        reference="arm=1 workers, weak, ZeRO 0", lines=lines, law="amdahl", line_names=("workers", "samples_per_s"),
+    )  # fmt: skip
+    return write_study(study, make_table(runs, "samples_per_s"), out)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +85,8 @@ def _scaling(out: str) -> str:
     [
         (1280, False, ("heat map and curves", "scaling")),
         (1280, True, ("parallel coordinates",)),
-        (520, False, ("heat map and curves", "nothing yet")),
+        (1280, False, ("speed-up",)),
+        (520, False, ("heat map and curves", "scaling", "nothing yet")),
     ],
 )
 def test_every_figure_is_drawn_apart_from_the_others(
@@ -72,6 +97,7 @@ def test_every_figure_is_drawn_apart_from_the_others(
         "heat map and curves": lambda out: write_study(sweep, _sweep(three_axes=False), out),
         "parallel coordinates": lambda out: write_study(sweep, _sweep(three_axes=True), out),
         "scaling": _scaling,
+        "speed-up": _speed_up,
         "nothing yet": lambda out: write_study(sweep, make_table([], "auroc.mean"), out),
     }
     for name in shown:

@@ -198,4 +198,4 @@ def test_an_arm_begins_from_the_run_of_another(ray_session: None, phantom_shards
     assert losses["second"] is not None and losses["first"] is not None and losses["second"] != losses["first"]
     stored = read_study(str(tmp_path / "out"))
     assert stored is not None
-    assert stored[0].differences["arm=second"].value == pytest.approx(losses["second"] - losses["first"])
+    assert stored[0].differences(table)["loss"]["arm=second"].value == pytest.approx(losses["second"] - losses["first"])

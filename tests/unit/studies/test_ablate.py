@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from medim_ray.config.loader import from_tree, load
-from medim_ray.studies.ablate import StudyConfig, _arm, _waves, _with_fit, differences
+from medim_ray.studies.ablate import StudyConfig, _arm, _waves, study_of
 from medim_ray.studies.outcome import Number
-from medim_ray.studies.page import Study
+from medim_ray.studies.page import figures, write_study
 from medim_ray.studies.results import Run, make_table
 from medim_ray.studies.space import Point, SearchSpace, make_trial
 from medim_ray.studies.sweep import load_sweep
@@ -50,29 +52,54 @@ def test_what_begins_from_nothing_is_refused(arms: dict[str, Any], message: str)
         _waves(_config(arms=arms))
 
 
-def test_differences_are_paired_by_seed_and_leave_out_what_failed() -> None:
-    values = {"a": (0.70, 0.80, 0.60), "b": (0.72, 0.82, None)}
-    table = make_table([_run(arm, s, v) for arm, row in values.items() for s, v in enumerate(row)], "auroc.mean")
-    (number,) = differences(table, "a").values()
-    assert number.value == pytest.approx(0.02)
-    assert number.low is not None and number.low == pytest.approx(0.02), "both pairs differ by the same: no spread"
-
-
 def test_the_error_falls_and_its_law_is_fitted() -> None:
     sizes = {"10": 10.0, "30": 30.0, "100": 100.0, "300": 300.0}
     config = _config(arms={name: [] for name in sizes}, fit={"law": "power", "x": sizes, "x_name": "images"})
-    table = make_table([_run(arm, 0, 0.9 - 0.5 * x**-0.5) for arm, x in sizes.items()], "auroc.mean")
-    study = _with_fit(Study(kind="study", title="", question="", config={}), table, config)
-    assert study.fit is not None and study.fit.predicted is not None
-    assert study.fit.predicted.value == pytest.approx(0.1 + 0.5 * 300**-0.5, abs=1e-3)
-    assert study.fit_names == ("images", "1 - auroc.mean")
+    study = study_of(config, make_table([_run(arm, 0, 0.9 - 0.5 * x**-0.5) for arm, x in sizes.items()], "auroc.mean"))
+    (line,) = study.lines
+    assert line.fit is not None and line.fit.predicted is not None
+    assert line.fit.predicted.value == pytest.approx(0.1 + 0.5 * 300**-0.5, abs=1e-3)
+    assert study.line_names == ("images", "1 - auroc.mean")
 
 
 def test_a_law_without_enough_points_is_a_note_and_no_error() -> None:
     config = _config(fit={"law": "power", "x": {"a": 1, "b": 2}})
-    table = make_table([_run("a", 0, 0.7), _run("b", 0, 0.8)], "auroc.mean")
-    study = _with_fit(Study(kind="study", title="", question="", config={}), table, config)
-    assert study.fit is None and "No law was fitted" in study.note
+    study = study_of(config, make_table([_run("a", 0, 0.7), _run("b", 0, 0.8)], "auroc.mean"))
+    assert study.lines[0].fit is None and "has 3 parameters" in study.lines[0].note
+
+
+def test_an_arm_may_lie_on_several_lines_each_with_its_own_law() -> None:
+    rates = {"1": 10.0, "2 weak": 19.0, "2 strong": 15.0}
+    x = {"1": 1, "2 weak": 2, "2 strong": 2}
+    fit = {"law": "amdahl", "x": x, "hold_out": False, "lines": {"weak": ["1", "2 weak"], "strong": ["1", "2 strong"]}}
+    config = _config(arms={name: [] for name in rates}, fit=fit)
+    study = study_of(config, make_table([_run(arm, 0, rate) for arm, rate in rates.items()], "auroc.mean"))
+    serial = [line.fit and line.fit.parameters["serial"].value for line in study.lines]
+    assert serial == pytest.approx([2 * 10 / 19 - 1, 2 * 10 / 15 - 1], abs=1e-5)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs/studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_study_has_a_figure_and_its_table_compares_every_number(file: Path, tmp_path: Path) -> None:
+    config = load(StudyConfig, file, [])
+    rng = np.random.default_rng(0)
+    metrics = (config.metric, *config.report)
+    runs = [
+        replace(
+            _run(arm, seed, 1.0),
+            numbers={metric: Number(float(rng.uniform(0.6, 0.9))) for metric in metrics},
+            baselines={"untrained": {metric: Number(0.5) for metric in metrics}},
+        )
+        for arm in config.arms
+        for seed in config.seeds
+    ]
+    table = make_table(runs, config.metric)
+    study = study_of(config, table)
+    assert figures(study, table)
+    compared = study.differences(table)
+    assert list(compared) == list(metrics), "each number is compared with the reference"
+    assert all(len(found) == len(config.arms) for found in compared.values()), "the other arms, and untrained"
+    page = Path(write_study(study, table, str(tmp_path))).read_text()
+    assert "Compared with" in page and all(metric in page for metric in metrics)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +114,9 @@ def test_a_law_without_enough_points_is_a_note_and_no_error() -> None:
         ({"metric": "aurok.mean"}, "did you mean 'auroc.mean'"),
         ({"fit": {"law": "power"}}, "needs x"),
         ({"fit": {"law": "power", "x": {"z": 1}}}, "no such arm"),
+        ({"fit": {"law": "amdahl", "x": {"a": 1}, "lines": {"weak": ["a", "b"]}}}, r"lines\.weak: 'b' has no place"),
+        ({"report": ["dices.lung"]}, "report='dices.lung' is no number"),
+        ({"report": ["auroc.mean"]}, "each number once"),
     ],
 )
 def test_what_is_no_study_is_refused(more: dict[str, Any], message: str) -> None:

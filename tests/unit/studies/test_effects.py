@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from medim_ray.studies.effects import axes_of, effects
+from medim_ray.studies.effects import axes_of, differences, effects
 from medim_ray.studies.outcome import Number
 from medim_ray.studies.results import Run, Table, make_table
+from medim_ray.studies.space import SearchSpace
 
 SPACE = {
     "masking.ratio": [0.5, 0.25],
@@ -44,6 +45,10 @@ def test_axes_are_those_of_a_grid_in_its_order() -> None:
     }
     assert axes_of({"search": "optuna", "space": {"train.lr": {"loguniform": [1e-4, 1e-2]}}}) == {}
     assert axes_of({"arms": {}}) == {}, "a study has its own reference"
+    odd = {"train.clip": [None, 1.0], "rate": {"choices": {"1e-4": ["train.lr=1e-4"], "high": ["train.lr=1e-3"]}}}
+    (point, *_) = SearchSpace.parse(odd).grid()
+    levels = axes_of({"search": "grid", "space": odd})
+    assert [str(value) for value in point.values.values()] == [values[0] for values in levels.values()], "as tables say"
 
 
 def test_differences_are_paired_within_seeds() -> None:
@@ -64,3 +69,30 @@ def test_a_failed_run_takes_its_pair_out_and_nothing_is_told_of_nothing() -> Non
     assert single.num_pairs == 2 and single.difference.value == pytest.approx(-0.05)
     assert single.difference.high is not None and single.difference.high > 0
     assert effects(make_table([], "auroc.mean"), axes) == []
+
+
+def test_differences_from_a_reference_are_paired_by_seed_and_leave_out_what_failed() -> None:
+    values = {"a": (0.70, 0.80, 0.60), "b": (0.72, 0.82, None)}
+    runs = [
+        Run(
+            name=f"{arm}{seed}",
+            values={"arm": arm, "seed": seed},
+            state="failed" if value is None else "finished",
+            error="",
+            seconds=1.0,
+            step=1,
+            numbers={} if value is None else {"auroc.mean": Number(value)},
+            gains={},
+            baselines={}
+            if value is None
+            else {"untrained": {"auroc.mean": Number(value - (0.1 if arm == "a" else 0.3))}},
+        )
+        for arm, row in values.items()
+        for seed, value in enumerate(row)
+    ]
+    found = differences(make_table(runs, "auroc.mean"), "arm=a", "auroc.mean")
+    assert set(found) == {"arm=b", "untrained"}
+    ends = (found["arm=b"].value, found["arm=b"].low)
+    assert ends == pytest.approx((0.02, 0.02)), "both pairs differ by the same: no spread"
+    assert found["untrained"].value == pytest.approx(-0.1), "the untrained encoder of the reference's own runs"
+    assert differences(make_table(runs, "auroc.mean"), "arm=a", "loss") == {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
-from medim_ray.studies.fit import fit_law
+from medim_ray.studies.fit import efficiencies, fit_law
 from medim_ray.studies.outcome import Number
 
 
@@ -50,6 +52,31 @@ def test_the_largest_point_is_not_seen_by_the_fit_that_predicts_it() -> None:
     one = fit_law("power", _points(xs, ys, 0.01), hold_out=True)
     other = fit_law("power", _points(xs, [*ys[:-1], 0.9], 0.01), hold_out=True)
     assert one.parameters == other.parameters and one.measured != other.measured
+
+
+def test_points_without_intervals_take_the_scatter_around_the_law_and_two_of_them_none() -> None:
+    rng = np.random.default_rng(1)
+    rates = [
+        (float(n), Number(100 * n / (1 + 0.05 * (n - 1)) * (1 + 0.03 * rng.standard_normal()))) for n in (1, 2, 4, 8)
+    ]
+    serial = fit_law("amdahl", rates, hold_out=False).parameters["serial"]
+    assert serial.low is not None and serial.high is not None and serial.low < serial.high, "one seed is no certainty"
+    exact = fit_law("amdahl", rates[:2], hold_out=False)
+    assert exact.parameters["serial"].low is None and exact.band(np.array([2.0]))[1][0] == pytest.approx(
+        rates[1][1].value
+    )
+    assert json.dumps(exact.to_json()), "unknown ends are null"
+
+
+def test_an_error_that_rises_with_the_data_has_no_exponent() -> None:
+    with pytest.raises(ValueError, match="does not fall with x"):
+        fit_law("power", _points([1.0, 3.0, 10.0, 30.0], [0.2, 0.25, 0.3, 0.35], 0.01), hold_out=False)
+
+
+def test_the_efficiency_is_the_rate_for_each_worker_as_a_share_of_the_first() -> None:
+    shares = efficiencies([(2.0, Number(20.0, 19.0, 21.0)), (8.0, Number(40.0, 36.0, 44.0))])
+    assert shares == [(2.0, Number(1.0, 0.95, 1.05)), (8.0, Number(0.5, 0.45, 0.55))]
+    assert efficiencies([]) == []
 
 
 @pytest.mark.parametrize(

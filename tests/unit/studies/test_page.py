@@ -7,8 +7,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from medim_ray.studies.outcome import Number
-from medim_ray.studies.page import Study, figures, read_study, told, write_study
+from medim_ray.studies.outcome import Number, told
+from medim_ray.studies.page import Study, figures, read_study, write_study
 from medim_ray.studies.results import Run, Table, make_table
 
 STUDY = Study(kind="sweep", title="Sweep of x", question="which?", config={"out": "x"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy import stats
 
 from medim_ray.studies.outcome import Number
 from medim_ray.studies.results import Run, make_table, mean_number, to_csv
+from medim_ray.studies.trials import Report
 
 
 def _run(ratio: float, seed: int, value: float | None, gain: float = 0.1, state: str = "finished") -> Run:
@@ -81,3 +83,39 @@ def test_an_error_that_falls_is_learned() -> None:
             numbers={"mae.age": Number(9.0)}, gains={"mae.age": gain})
     ]  # fmt: skip
     assert make_table(runs, "mae.age").cells[0].learned is True
+
+
+def test_a_trial_that_was_stopped_early_is_no_rival_of_one_that_ran_to_its_end() -> None:
+    def run(lr: float, seed: int, *values: float) -> Run:
+        reports = [Report(100 * 3**i, {"auroc.mean": Number(value)}, {}) for i, value in enumerate(values)]
+        last = reports[-1]
+        state = "finished" if last.step == 900 else "stopped"
+        return Run(
+            name=f"{lr}-{seed}", values={"train.lr": lr, "seed": seed}, state=state, error="", seconds=1.0,
+            step=last.step, numbers=last.numbers, gains={}, earlier=tuple(reports[:-1]),
+        )  # fmt: skip
+
+    runs = [run(1, 0, 0.9), run(2, 0, 0.5, 0.6, 0.7), run(3, 0, 0.6, 0.8), run(4, 0, 0.6, 0.7, 0.95), run(4, 1, 0.5)]
+    cells = make_table(runs, "auroc.mean").cells
+    assert [cell.values["train.lr"] for cell in cells] == [2, 3, 1, 4], "the furthest first, then the best"
+    assert [cell.verdict for cell in cells] == ["", "stopped at step 300", *["stopped at step 100"] * 2]
+    number = cells[-1].numbers["auroc.mean"].value
+    assert number == pytest.approx((0.6 + 0.5) / 2), "seeds are averaged at the step that all of them reached"
+
+
+def test_encoders_beside_the_runs_are_rows_without_a_rank() -> None:
+    def run(arm: str, seed: int) -> Run:
+        untrained = Number(0.5 + seed / 100 + (arm == "b") / 10)
+        beside = {"untrained": {"auroc.mean": untrained}, "pixels": {"auroc.mean": Number(0.6, 0.55, 0.65)}}
+        return replace(_run(0.5, seed, 0.7), name=f"{arm}{seed}", values={"arm": arm, "seed": seed}, baselines=beside)
+
+    table = make_table([run(arm, seed) for arm in "ab" for seed in range(2)], "auroc.mean")
+    untrained, pixels = table.baselines
+    assert untrained.numbers["auroc.mean"].value == pytest.approx((0.5 + 0.6 + 0.51 + 0.61) / 4)
+    assert pixels.numbers["auroc.mean"] == Number(0.6, 0.55, 0.65), "the same in all runs: its own interval"
+    rows = list(csv.DictReader(io.StringIO(to_csv(table, {"auroc.mean": {"untrained": Number(-0.15)}}))))
+    assert [(row["arm"], row["rank"], row["verdict"]) for row in rows[-2:]] == [
+        ("untrained", "", "baseline"),
+        ("pixels", "", "baseline"),
+    ]
+    assert rows[-2]["auroc.mean_minus_reference"] == "-0.15"

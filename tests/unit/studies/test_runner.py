@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medim_ray.studies.runner import Group, concurrency
+from medim_ray.config.loader import to_tree
+from medim_ray.config.probe import ProbeConfig
+from medim_ray.studies.runner import Group, Search, _what, concurrency
+from medim_ray.studies.space import Point, SearchSpace, make_trial
+from medim_ray.studies.trials import Record, Report, TrialJob, write_record
+
+RECIPE = Path(__file__).parents[3] / "configs/debug/medim-vit_tiny-2w-z1.yaml"
 
 
 def _group(workers: int, cpus: float = 1.0, gpus: float = 0.0) -> Group:
@@ -44,3 +54,19 @@ def test_all_groups_that_are_let_in_fit_at_once(workers: int, cpus: float, sizes
 def test_a_ray_that_is_started_here_holds_at_least_one_group(workers: int, cpus: float) -> None:
     group = _group(workers, cpus)
     assert concurrency(group, [{"CPU": float(group.logical_cpus)}]) >= 1
+
+
+def test_a_finished_trial_is_done_for_the_probe_and_shards_that_it_was_asked_with(tmp_path: Path) -> None:
+    trial = make_trial(RECIPE, (), Point({}, ()), str(tmp_path))
+    probe = ProbeConfig(labels=("view",))
+    reports = (Report(300, {}, {}),)
+    record = Record(state="finished", data_hash="abc", probe=to_tree(probe), reports=reports, attempts=1)
+    write_record(trial.config.run.dir, record)
+    job = TrialJob(
+        base={}, space=SearchSpace(()), runs=str(tmp_path), data_hash="abc", rungs=(), probe=probe, metric="auroc.mean"
+    )
+    search = Search(kind="list", trials=[trial])
+    assert _what(job, search)[2] == 0
+    assert _what(replace(job, probe=replace(probe, tasks=("labels", "retrieve"))), search)[2] == 1
+    with pytest.raises(ValueError, match="trained on other shards"):
+        _what(replace(job, data_hash="def"), search)

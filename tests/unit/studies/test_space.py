@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medim_ray.studies.space import Choices, Point, Range, SearchSpace, make_trial
+from medim_ray.studies.space import MAX_CHECKED, Choices, Point, Range, SearchSpace, make_trial
 
 RECIPE = Path(__file__).parents[3] / "configs/debug/medim-vit_tiny-2w-z1.yaml"
 SPACE: dict[str, Any] = {
@@ -64,6 +64,25 @@ def test_the_ends_of_ranges_are_among_what_is_checked() -> None:
     with pytest.raises(ValueError, match=r"masking\.ratio"):
         for point in space.corners():
             make_trial(RECIPE, [], point, "/runs")
+
+
+def test_whole_numbers_are_checked_at_both_ends_as_whole_numbers() -> None:
+    space = SearchSpace.parse({"train.global_batch": {"randint": [8, 64]}})
+    trials = [make_trial(RECIPE, [], point, "/runs") for point in space.corners()]
+    assert [trial.config.train.global_batch for trial in trials] == [8, 64]
+    with pytest.raises(ValueError, match=r"randint=\[8\.5, 64\]: needs whole numbers"):
+        SearchSpace.parse({"train.global_batch": {"randint": [8.5, 64]}})
+
+
+def test_of_a_space_too_large_to_check_every_value_of_every_axis_is_checked() -> None:
+    space = SearchSpace.parse({f"axis{i}": list(range(6)) for i in range(6)})
+    corners = space.corners()
+    assert space.num_corners == 6**6 and MAX_CHECKED <= len(corners) <= MAX_CHECKED + 36
+    assert len({point.cell for point in corners}) == len(corners)
+    for key in space.keys:
+        assert {point.values[key] for point in corners} == set(range(6))
+    pairs = {(point.values["axis0"], point.values["axis5"]) for point in corners}
+    assert len(pairs) == 36, "spread over the whole space, not its beginning"
 
 
 def test_an_unknown_key_names_the_nearest() -> None:

@@ -11,7 +11,7 @@ from medim_ray.config.loader import load, to_tree
 from medim_ray.config.probe import ProbeConfig
 from medim_ray.config.schema import RunConfig
 from medim_ray.studies.outcome import Number
-from medim_ray.studies.trials import Record, Report, _begun, life, read_record, rung_steps, write_record
+from medim_ray.studies.trials import Record, Report, life, read_record, rung_steps, write_record
 
 REPORTS = tuple(
     Report(
@@ -54,14 +54,14 @@ def test_other_shards_are_refused(tmp_path: Path) -> None:
         next(life(config, (50, 150), None, "def"))
 
 
-def test_other_probes_forget_the_reports_and_not_the_time(tmp_path: Path) -> None:
-    asked = ProbeConfig(labels=("view",))
-    write_record(
-        str(tmp_path), Record(data_hash="abc", probe=to_tree(asked), reports=REPORTS, seconds=9.0, state="finished")
-    )
-    assert _begun(str(tmp_path), asked, "abc").reports == REPORTS
-    older = {key: value for key, value in to_tree(asked).items() if key != "finetune"}
-    write_record(str(tmp_path), replace(read_record(str(tmp_path)), probe=older))
-    assert _begun(str(tmp_path), asked, "abc").reports == REPORTS, "options that came later had their defaults"
-    again = _begun(str(tmp_path), replace(asked, labels=("sex",)), "abc")
-    assert (again.reports, again.state, again.seconds) == ((), "running", 9.0)
+def test_other_probes_forget_the_reports_and_not_the_time() -> None:
+    probe = to_tree(ProbeConfig(labels=("view",)))
+    record = Record(data_hash="abc", probe=probe, reports=REPORTS, seconds=9.0, state="finished", attempts=1)
+    assert record.asked("run", "abc", probe) == record
+    older = {key: value for key, value in probe.items() if key != "finetune"}
+    assert replace(record, probe=older).asked("run", "abc", probe).reports == REPORTS, "later options had defaults"
+    again = record.asked("run", "abc", to_tree(ProbeConfig(labels=("sex",))))
+    assert (again.reports, again.is_done, again.attempts, again.seconds) == ((), False, 0, 9.0)
+    assert record.asked("run", "abc", {}) == record, "who asks no probe takes a run that has one"
+    with pytest.raises(ValueError, match="trained on other shards"):
+        record.asked("run", "def", probe)
