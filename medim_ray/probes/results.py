@@ -24,10 +24,11 @@ from medim_ray.probes.finetune import TUNED, Tuned, mean_over_seeds
 from medim_ray.probes.regress import NumberScores
 from medim_ray.probes.rows import RowList
 from medim_ray.probes.scoring import AnyScores, AnyTask
-from medim_ray.probes.tasks import Task
+from medim_ray.probes.tasks import AGE_GROUP, Task
 
 RESULT = "result.json"
 SCHEMA_VERSION = 3
+NO_FINDINGS = ("view", "sex", AGE_GROUP)  # labels of the person and of the picture
 _NUM_BINS = 10
 SCORES, SPLITS = "probe_scores.parquet", "probe_splits.parquet"
 _SCORES_SCHEMA = pa.schema(
@@ -43,7 +44,8 @@ _SCORES_SCHEMA = pa.schema(
 
 
 def label_results(tasks: Sequence[AnyTask], scores: Mapping[str, Mapping[str, AnyScores]]) -> dict[str, Any]:
-    """`labels`, `mean` and `regression` of result.json."""
+    """`labels`, `mean` (over all labels of classes), `findings` (over those that tell of the chest, not of who is on the
+    image or how it was taken) and `regression` of result.json."""
     labels, numbers = {}, {}
     classified = {}
     for task in tasks:
@@ -53,7 +55,13 @@ def label_results(tasks: Sequence[AnyTask], scores: Mapping[str, Mapping[str, An
             labels[task.label] = _classification(task, classified[task.label])
         else:
             numbers[task.label] = _regression({n: s for n, s in of_task.items() if isinstance(s, NumberScores)})
-    return {"labels": labels, "mean": _mean_over_labels(list(classified.values())), "regression": numbers}
+    findings = [of_label for label, of_label in classified.items() if label not in NO_FINDINGS]
+    return {
+        "labels": labels,
+        "mean": _mean_over_labels(list(classified.values())),
+        "findings": _mean_over_labels(findings),
+        "regression": numbers,
+    }
 
 
 def finetune_results(tasks: Sequence[AnyTask], tuned: Tuned) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a run came to, as named numbers with intervals: probes and maps of result.json, speed and loss of metrics.jsonl.
 
-auroc.LABEL  auprc.LABEL  accuracy.LABEL  f1.LABEL  knn_auroc.LABEL   LABEL: a label, or mean over all of them
+auroc.LABEL  auprc.LABEL  accuracy.LABEL  f1.LABEL  knn_auroc.LABEL   LABEL: a label, mean: over all of them,
+                                                                      findings: over all but view, sex, age_group
 auroc@0.01.LABEL  auroc@tuned.LABEL                  learned from that share (probe.fractions); encoder fine-tuned
 mae.age  r2.age                                                       labels of numbers
 dice.pneumothorax  dice@upernet.pneumothorax  dice@setr_tuned.lung    probe.segment; tuned: the encoder too
@@ -134,7 +135,8 @@ def _add_probes(
             if f"{prefix}{family}" in FAMILIES:
                 gains[f"{prefix}{family}{at}.{name}"] = Number(**gained[family])
 
-    for label, facts in {**result["labels"], "mean": result.get("mean")}.items():
+    means = {name: result.get(name) for name in ("mean", "findings")}
+    for label, facts in {**result["labels"], **means}.items():
         add(facts, label)
         add(facts and facts.get("knn"), label, "knn_")
         for share in (facts or {}).get("fractions", ()):
