@@ -35,7 +35,7 @@ from medim_ray.probes.rows import RowList, list_rows
 from medim_ray.probes.scoring import AnyScores, AnyTask, groups_of, patients_of, score_all
 from medim_ray.probes.segment import segment
 from medim_ray.probes.tables import print_result
-from medim_ray.probes.tasks import Task, default_labels, make_task
+from medim_ray.probes.tasks import Task, default_labels, make_task, policy_of
 from medim_ray.session import ray_session
 from medim_ray.train.runs import LoadedRun, find_checkpoint, load_run
 
@@ -125,7 +125,7 @@ def _beyond_labels(
     if "localise" in config.tasks:
         found["localisation"] = localise({"trained": run, "untrained": untrained}, *draws).to_json()
     if "retrieve" in config.tasks:
-        found |= retrieve(run, untrained, *draws)
+        found |= retrieve(run, untrained, config.uncertain, *draws)
     if "segment" in config.tasks:
         found["segmentation"] = segment(run.shards, encoders.sources, config.segment, *draws, run.config.train.use_gpu)
     if "generate" in config.tasks:
@@ -143,8 +143,7 @@ def _tasks(run: LoadedRun, rows: RowList, config: ProbeConfig) -> tuple[list[Any
         return tasks, notes
     for label in config.labels or default_labels(run.shards.manifest.labels):
         try:
-            policy = config.uncertain.get(label, config.uncertain.get("all", "ignore"))
-            task = make_task(label, rows.labels, run.shards.url, policy)
+            task = make_task(label, rows.labels, run.shards.url, policy_of(label, config.uncertain))
             check_protocol(task, *groups_of(task, rows), config.num_folds)
             if isinstance(task, Task) or "labels" in config.tasks:  # a number is not fine-tuned
                 tasks.append(task)

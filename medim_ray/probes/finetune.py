@@ -128,6 +128,8 @@ class Tuner:
             return np.full((len(fold.test_K), num_classes + 2), np.nan)
         pairs = choosing_folds(self._protocol, fold, self._seed)
         train, val = pairs[0] if pairs else (fold.train_K, fold.train_K)
+        if len(np.unique(y_K[train])) < 2:  # of a few labels the inner folds may leave one image, or one class
+            train = val = fold.train_K
         with seeded(self._seed):
             encoder = self._source.make(self._device).trainable().to(self._device)
             head = self._fit(encoder, train, val)

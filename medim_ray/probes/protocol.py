@@ -18,7 +18,7 @@ from medim_ray.probes.tasks import NumberTask, Task
 
 SMALL = 1000
 _INNER_FOLDS = 3
-_NUM_STRATA = 5  # of a number: fifths
+_NUM_STRATA = 5  # of a number: fifths, or as few parts as have an image for every fold
 Rows = NDArray[np.int64]
 
 
@@ -80,7 +80,7 @@ def make_protocol(
     """
     check_protocol(task, patient_ids, splits, num_folds)
     patients_K, splits_K = np.asarray(patient_ids, dtype=str), np.asarray(splits, dtype=str)
-    strata_K = strata(task)
+    strata_K = strata(task, num_folds)
     none = np.zeros(0, dtype=np.int64)
     if len(strata_K) < SMALL:
         folds = tuple(
@@ -98,11 +98,12 @@ def make_protocol(
     return Protocol(folds=folds, parts=tuple(map(str, parts)), strata_K=strata_K, patients_K=patients_K, words=words)
 
 
-def strata(task: Task | NumberTask) -> Rows:
-    """[K] the class of each image; of a number the fifth that it lies in."""
+def strata(task: Task | NumberTask, num_folds: int) -> Rows:
+    """[K] the class of each image; of a number the fifth that it lies in, or the half or third of few images."""
     if isinstance(task, Task):
         return task.y_K
-    edges = np.quantile(task.values_K, np.arange(1, _NUM_STRATA) / _NUM_STRATA)
+    num = max(1, min(_NUM_STRATA, len(task.values_K) // num_folds))
+    edges = np.quantile(task.values_K, np.arange(1, num) / num)
     return np.searchsorted(np.unique(edges), task.values_K, side="right").astype(np.int64)
 
 

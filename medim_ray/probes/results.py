@@ -24,7 +24,7 @@ from medim_ray.probes.finetune import TUNED, Tuned, mean_over_seeds
 from medim_ray.probes.regress import NumberScores
 from medim_ray.probes.rows import RowList
 from medim_ray.probes.scoring import AnyScores, AnyTask
-from medim_ray.probes.tasks import AGE_GROUP, Task
+from medim_ray.probes.tasks import AGE_GROUP, NumberTask, Task
 
 RESULT = "result.json"
 SCHEMA_VERSION = 3
@@ -44,8 +44,8 @@ _SCORES_SCHEMA = pa.schema(
 
 
 def label_results(tasks: Sequence[AnyTask], scores: Mapping[str, Mapping[str, AnyScores]]) -> dict[str, Any]:
-    """`labels`, `mean` (over all labels of classes), `findings` (over those that tell of the chest, not of who is on the
-    image or how it was taken) and `regression` of result.json."""
+    """`labels`, `mean` (over all labels of classes), `findings` (the mean without NO_FINDINGS) and `regression` of
+    result.json."""
     labels, numbers = {}, {}
     classified = {}
     for task in tasks:
@@ -54,7 +54,7 @@ def label_results(tasks: Sequence[AnyTask], scores: Mapping[str, Mapping[str, An
             classified[task.label] = {name: s for name, s in of_task.items() if isinstance(s, ProbeScores)}
             labels[task.label] = _classification(task, classified[task.label])
         else:
-            numbers[task.label] = _regression({n: s for n, s in of_task.items() if isinstance(s, NumberScores)})
+            numbers[task.label] = _regression(task, {n: s for n, s in of_task.items() if isinstance(s, NumberScores)})
     findings = [of_label for label, of_label in classified.items() if label not in NO_FINDINGS]
     return {
         "labels": labels,
@@ -160,11 +160,12 @@ def _fraction(fraction: float, scores: Mapping[str, ProbeScores]) -> dict[str, A
     }
 
 
-def _regression(scores: Mapping[str, NumberScores]) -> dict[str, Any]:
+def _regression(task: NumberTask, scores: Mapping[str, NumberScores]) -> dict[str, Any]:
     trained = scores["trained"]
     return {
         "num_images": trained.num_images,
         "num_patients": trained.num_patients,
+        "num_unreadable": task.num_unreadable,
         "protocol": trained.protocol,
         **compared({name: s.metrics for name, s in scores.items()}),
         "baseline": _json(trained.baseline),

@@ -1,7 +1,8 @@
 """Image-report retrieval both ways and zero-shot classification, for runs that train a text encoder on whole reports.
 
-Held-out images (val and test). A report of the same words counts as right, wherever it comes from; ties count half, so
-that a collapsed model is at chance. Zero-shot: cosine with sentences that tell a finding, less that with its denial.
+Held-out images (val and test). A report of the same words counts as right, wherever it comes from; what scores alike
+stands in random order, in expectation, so that a collapsed model is at chance in every number.
+Zero-shot: cosine with sentences that tell a finding, less that with its denial.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from medim_ray.probes.models import StoredModels
 from medim_ray.probes.results import compared
 from medim_ray.probes.rows import Columns, RowList, RowReader, centre_columns, list_rows, work_items
 from medim_ray.probes.stream import item_of, pooled
-from medim_ray.probes.tasks import Task, default_labels, make_task
+from medim_ray.probes.tasks import Task, default_labels, make_task, policy_of
 from medim_ray.train.build import report_encoder
 from medim_ray.train.runs import LoadedRun
 
@@ -49,22 +50,26 @@ class Embedded:
     prompts_L2E: Floats
 
 
-def retrieve(run: LoadedRun, untrained: LoadedRun, num_bootstrap: int, seed: int) -> dict[str, Any]:
-    """`retrieval` and `zero_shot` of result.json. Needs a running Ray.
+def retrieve(
+    run: LoadedRun, untrained: LoadedRun, uncertain: Mapping[str, str], num_bootstrap: int, seed: int
+) -> dict[str, Any]:
+    """`retrieval` and `zero_shot` of result.json. Needs a running Ray. uncertain: probe.uncertain.
 
     Where there is nothing to judge, `note` says why and `directions` and `labels` are empty.
     """
     note, rows, reports = _judged_rows(run)
-    labels = _findings(run, rows)
+    labels, left_out = _findings(run, rows, uncertain)
     if note:
         nothing: dict[str, Any] = {"note": note, "num_images": 0, "num_patients": 0}
-        return {"retrieval": {**nothing, "directions": {}}, "zero_shot": {**nothing, "labels": {}, "mean": None}}
+        zero_shot = {**nothing, "labels": {}, "mean": None, "left_out": {}}
+        return {"retrieval": {**nothing, "directions": {}}, "zero_shot": zero_shot}
     embedded = _embed({"trained": run, "untrained": untrained}, rows, [task.label for task in labels])
     facts = {"note": _NO_REPORTS, "num_images": len(rows), "num_patients": len(set(rows.patient_ids))}
     return {
         "retrieval": {**facts, "directions": _directions(embedded, rows, reports, num_bootstrap, seed)},
         "zero_shot": {
             **facts,
+            "left_out": left_out,
             "prompts": {"present": list(PRESENT), "absent": list(ABSENT)},
             **_zero_shot(embedded, labels, rows, num_bootstrap, seed),
         },
@@ -84,16 +89,21 @@ def _judged_rows(run: LoadedRun) -> tuple[str, RowList, list[str]]:
     return "", every.take(at), [reports[i] for i in at]
 
 
-def _findings(run: LoadedRun, rows: RowList) -> list[Task]:
-    """Every 0/1 label that has both values among the held-out images."""
-    tasks = []
+def _findings(run: LoadedRun, rows: RowList, uncertain: Mapping[str, str]) -> tuple[list[Task], dict[str, str]]:
+    """Every 0/1 label that has both values among the held-out images, uncertain ones counted as asked; label -> why it
+    was left out, of the other 0/1 labels."""
+    tasks, left_out = [], {}
     for label in default_labels(run.shards.manifest.labels):
-        values = {row.get(label, "") for row in rows.labels} - {""}
-        if values == {"0", "1"}:
-            task = make_task(label, rows.labels, run.shards.url)
+        if not set(run.shards.manifest.labels[label]) <= {"-1", "0", "1"}:
+            continue
+        try:
+            task = make_task(label, rows.labels, run.shards.url, policy_of(label, uncertain))
+        except ValueError:
+            left_out[label] = "the held-out images do not have both of its values"
+        else:
             assert isinstance(task, Task)
             tasks.append(task)
-    return tasks
+    return tasks, left_out
 
 
 # --- Embeddings ----------------------------------------------------------------------------------------------------
@@ -179,31 +189,54 @@ def _directions(
         metrics = {}
         for name, vectors in embedded.items():
             pair = (vectors.images_KE, vectors.reports_KE)
-            ranks_K = best_ranks(*(pair if direction == "image_to_report" else pair[::-1]), text_K)
-            metrics[name] = _rank_metrics(ranks_K, rows.patient_ids, num_bootstrap, seed)
+            ranks = best_ranks(*(pair if direction == "image_to_report" else pair[::-1]), text_K)
+            metrics[name] = _rank_metrics(ranks, rows.patient_ids, num_bootstrap, seed)
         out[direction] = {**compared(metrics), "chance": chance(right_K, len(rows))}
     return out
 
 
-def best_ranks(queries_KE: Floats, targets_KE: Floats, text_K: NDArray[np.int64]) -> Floats:
-    """[K] rank, from 1, of the best target with the query's own text; wrong targets that score alike count half."""
-    ranks = np.empty(len(queries_KE))
+@dataclass(frozen=True)
+class Ranks:
+    """[K] each. above: wrong targets that score above the best right one; alike: wrong ones that score as it does;
+    right: right ones that score as it does, itself among them. Those that score alike stand in random order."""
+
+    above_K: NDArray[np.int64]
+    alike_K: NDArray[np.int64]
+    right_K: NDArray[np.int64]
+
+    @property
+    def expected(self) -> Floats:
+        """The rank of the first right target, from 1, in expectation."""
+        return self.above_K + (self.alike_K + self.right_K + 1) / (self.right_K + 1)
+
+    def within(self, k: int) -> Floats:
+        """[K] the probability that a right target is among the first k."""
+        places = np.maximum(k - self.above_K, 0).astype(np.float64)
+        alike, tied = self.alike_K.astype(np.float64), (self.alike_K + self.right_K).astype(np.float64)
+        # 1 - C(alike, places) / C(tied, places); nothing is missed where fewer than `places` are wrong
+        can_miss = places <= alike
+        m = np.where(can_miss, places, 0.0)
+        missed = gammaln(alike + 1) - gammaln(alike - m + 1) - gammaln(tied + 1) + gammaln(tied - m + 1)
+        return np.where(can_miss, 1 - np.exp(missed), 1.0)
+
+
+def best_ranks(queries_KE: Floats, targets_KE: Floats, text_K: NDArray[np.int64]) -> Ranks:
+    """Where the best target with the query's own text stands."""
+    counts_3K = np.empty((3, len(queries_KE)), dtype=np.int64)
     for first in range(0, len(queries_KE), _CHUNK):
         scores_QK = np.round(queries_KE[first : first + _CHUNK] @ targets_KE.T, 6)
         is_right_QK = text_K[first : first + _CHUNK, None] == text_K[None]
         best_Q1 = np.where(is_right_QK, scores_QK, -np.inf).max(axis=1, keepdims=True)
-        above_Q = ((scores_QK > best_Q1) & ~is_right_QK).sum(axis=1)
-        alike_Q = ((scores_QK == best_Q1) & ~is_right_QK).sum(axis=1)
-        ranks[first : first + _CHUNK] = 1 + above_Q + 0.5 * alike_Q
-    return ranks
+        is_best_QK = scores_QK == best_Q1
+        found = (scores_QK > best_Q1, is_best_QK & ~is_right_QK, is_best_QK & is_right_QK)
+        counts_3K[:, first : first + _CHUNK] = [mask_QK.sum(axis=1) for mask_QK in found]
+    return Ranks(*counts_3K)
 
 
-def _rank_metrics(ranks_K: Floats, patients: Sequence[str], num_bootstrap: int, seed: int) -> dict[str, Estimate]:
-    found = {
-        f"recall_at_{k}": bootstrap(partial(mean, (ranks_K <= k).astype(np.float64)), patients, num_bootstrap, seed)
-        for k in KS
-    }
-    return {**found, "median_rank": bootstrap(partial(weighted_median, ranks_K), patients, num_bootstrap, seed)}
+def _rank_metrics(ranks: Ranks, patients: Sequence[str], num_bootstrap: int, seed: int) -> dict[str, Estimate]:
+    found = {f"recall_at_{k}": bootstrap(partial(mean, ranks.within(k)), patients, num_bootstrap, seed) for k in KS}
+    middle = bootstrap(partial(weighted_median, ranks.expected), patients, num_bootstrap, seed)
+    return {**found, "median_rank": middle}
 
 
 def weighted_median(values_K: Floats, weights_RK: Floats) -> Floats:
@@ -217,13 +250,9 @@ def weighted_median(values_K: Floats, weights_RK: Floats) -> Floats:
 
 def chance(right_K: NDArray[np.int64], num: int) -> dict[str, float]:
     """What a random order of `num` targets gives queries of which each has `right_K` right ones."""
-    found = {}
-    for k in KS:
-        # 1 - C(num - right, k) / C(num, k); nothing is missed where fewer than k are wrong
-        wrong = (num - right_K).astype(np.float64)
-        missed = gammaln(wrong + 1) - gammaln(np.maximum(wrong - k, 0) + 1) - gammaln(num + 1) + gammaln(num - k + 1)
-        found[f"recall_at_{k}"] = float(np.where(wrong >= k, 1 - np.exp(missed), 1.0).mean()) if num > k else 1.0
-    return {**found, "median_rank": float(np.median((num + 1) / (right_K + 1)))}
+    ranks = Ranks(np.zeros_like(right_K), num - right_K, right_K)  # as if all scored alike
+    found = {f"recall_at_{k}": float(ranks.within(k).mean()) for k in KS}
+    return {**found, "median_rank": float(np.median(ranks.expected))}
 
 
 def _zero_shot(

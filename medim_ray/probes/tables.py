@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Numbers = Mapping[str, float | None]
@@ -49,7 +50,7 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
     if result["regression"]:
         _print_regression(result["regression"], console)
     for name, reason in result["not_available"].items():
-        console.print(f"[yellow]{name}: not available here: {reason}", highlight=False)
+        console.print(f"[yellow]{escape(f'{name}: not available here: {reason}')}", highlight=False)
     localisation = result["localisation"]
     if localisation["strategies"]:
         console.print(_localisation_table(localisation))
@@ -60,7 +61,7 @@ def print_result(result: Mapping[str, Any], console: Console) -> None:
     _print_segmentation(result["segmentation"], console)
     _print_generation(result["generation"], console)
     for line in localisation["warnings"]:
-        console.print(f"[yellow]warning: {line}", highlight=False)
+        console.print(f"[yellow]{escape(f'warning: {line}')}", highlight=False)
     for note in result["notes"]:
         _say(console, note)
 
@@ -171,7 +172,9 @@ def _print_regression(regression: Mapping[str, Any], console: Console) -> None:
         _add_section(table, label, rows)
     console.print(table)
     for label, facts in regression.items():
-        _say(console, f"{label}: {facts['num_images']} images of {facts['num_patients']} patients; {facts['protocol']}")
+        unreadable = f", {num} left out whose value is no number" if (num := facts["num_unreadable"]) else ""
+        about = f"{facts['num_images']} images of {facts['num_patients']} patients{unreadable}"
+        _say(console, f"{label}: {about}; {facts['protocol']}")
 
 
 def _localisation_table(localisation: Mapping[str, Any]) -> Table:
@@ -225,6 +228,8 @@ def _print_zero_shot(zero_shot: Mapping[str, Any], console: Console) -> None:
         ("label", "encoder", "AUROC", "AUPRC"),
         zero_shot["note"],
     )
+    for label, why in zero_shot["left_out"].items():
+        _say(console, f"zero-shot {label}: left out, {why}")
     sections = dict(zero_shot["labels"])
     if len(sections) > 1:
         sections[f"mean of {len(sections)} labels"] = zero_shot["mean"]

@@ -14,6 +14,7 @@ from medim_ray.probes.bootstrap import Floats
 AGE_GROUP = "age_group"  # made of the label `age` where the shards have no label of this name
 _AGES = (("under 40", 40.0), ("40 to 64", 65.0), ("65 and over", float("inf")))
 _MAX_CLASSES = 10
+_MAX_UNREADABLE = 0.1  # of the values of a label of numbers
 _VIEW = {"PA": "PA", "AP": "AP", "AP Supine": "AP"}  # projection; lateral and others are not part of the task
 _VIEW_CLASSES = ("PA", "AP")
 
@@ -37,11 +38,15 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class NumberTask:
-    """One label as a number: values_K of the labelled images rows_K (positions as in Task)."""
+    """One label as a number: values_K of the labelled images rows_K (positions as in Task).
+
+    num_unreadable: images left out because their value is no number.
+    """
 
     label: str
     rows_K: NDArray[np.int64]
     values_K: Floats
+    num_unreadable: int = 0
 
 
 _UNCERTAIN = {"ignore": "", "ones": "1", "zeros": "0"}
@@ -52,8 +57,9 @@ def make_task(
 ) -> Task | NumberTask:
     """The classes of `label` over the images of a shard set named `where`, whose known labels are `labels`.
 
-    `view` is PA against AP (AP and AP Supine together), `age_group` comes from `age`; a label of numbers with more than
-    ten values is a number. uncertain: what -1 of a 0/1 label counts as: ignore (unlabelled), ones or zeros (CheXpert).
+    `view` is PA against AP (AP and AP Supine together), `age_group` comes from `age`; a label with more than ten
+    numbers, and few values that are none, is a number. uncertain: what -1 of a 0/1 label counts as: ignore
+    (unlabelled), ones or zeros (CheXpert).
     ValueError: no image has the label, or it has one value only.
     """
     found = [row.get(label, "") for row in labels]
@@ -70,7 +76,9 @@ def make_task(
     rows = np.array([i for i, value in enumerate(known) if value], dtype=np.int64)
     names = sorted({value for value in known if value})
     if _is_measure(names):
-        return NumberTask(label=label, rows_K=rows, values_K=np.array([float(known[i]) for i in rows]))
+        rows_K = np.array([i for i in rows if _is_number(known[i])], dtype=np.int64)
+        values_K = np.array([float(known[i]) for i in rows_K])
+        return NumberTask(label=label, rows_K=rows_K, values_K=values_K, num_unreadable=len(rows) - len(rows_K))
     if len(names) < 2:
         read = " (PA, AP and AP Supine are read)" if label == "view" else ""
         raise ValueError(
@@ -95,8 +103,15 @@ def default_labels(counts: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:
     )
 
 
+def policy_of(label: str, uncertain: Mapping[str, str]) -> str:
+    """What -1 of a label counts as, by probe.uncertain."""
+    return uncertain.get(label, uncertain.get("all", "ignore"))
+
+
 def _is_measure(names: Sequence[str]) -> bool:
-    return len(names) > _MAX_CLASSES and all(_is_number(name) for name in names)
+    """More than ten numbers; at most one value in ten may be none, such as an age of `unknown` or `045Y`."""
+    num = sum(_is_number(name) for name in names)
+    return num > _MAX_CLASSES and len(names) - num <= _MAX_UNREADABLE * len(names)
 
 
 def _age_group(age: str) -> str:

@@ -6,6 +6,7 @@ CheXpert's names. RadGraph-F1 and CheXbert need weights that are not public: `NO
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -38,10 +39,11 @@ NO_FINDING = "No Finding"
 
 
 def found_in(tagger: Tagger, report: str) -> NDArray[np.bool_]:
-    """[14] which of FINDINGS a report tells of as there, and last whether it tells of none."""
+    """[14] which of FINDINGS a report tells of as there, and last whether it tells of none; a text without a word tells
+    nothing, not even that."""
     headings = set(indexed_headings(tagger.tag(report)))
     found = [bool(headings & set(names)) for names in FINDINGS.values()]
-    return np.array([*found, not any(found)])
+    return np.array([*found, not any(found) and bool(re.search(r"\w", report))])
 
 
 def score_reports(

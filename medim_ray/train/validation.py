@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import fsspec
 import ray
 from rich.console import Console
+from rich.markup import escape
 
 from medim_ray.config.schema import RunConfig, ValidateConfig
 from medim_ray.data.storage import committed
@@ -107,7 +108,8 @@ class _Watcher:
             row["error"] = (
                 "it was pruned before: raise train.keep_last or train.checkpoint_every" if pruned else str(cause)
             ).splitlines()[0]
-            self._console.print(f"[yellow]{name} was not validated: {row['error']}", highlight=False)
+            told = escape(f"{name} was not validated: {row['error']}")
+            self._console.print(f"[yellow]{told}", highlight=False)
         row["seconds"] = round(time.monotonic() - began, 2)
         self._rows.append(row)
         self._write()

@@ -55,8 +55,11 @@ def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
     cache, source = FeatureCache(str(tmp_path), "data"), _source("a")
     cache.keep({"x": source}, _rows([1, 2]), {"x": _values([1, 2])})
     (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:100])
-    assert cache.find({"x": source}, _rows([1])) == {}
+    whole = file.read_bytes()
+    flipped = bytes(byte ^ 255 if 60 < i < 400 else byte for i, byte in enumerate(whole))
+    for damaged in (b"", whole[:100], b"PK\x03\x04" + whole[4:60], flipped):
+        file.write_bytes(damaged)
+        assert cache.find({"x": source}, _rows([1])) == {}
     assert cache.keep({"x": source}, _rows([1]), {"x": _values([1])}) == []
     np.testing.assert_array_equal(cache.find({"x": source}, _rows([1]))["x"], _values([1]))
 

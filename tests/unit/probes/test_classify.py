@@ -172,3 +172,13 @@ def test_a_probe_is_a_function_of_its_seed() -> None:
     assert first.auroc.to_json() == again.auroc.to_json()
     other = probe(_task(y), features, patients, ["train"] * 120, **{**OPTIONS, "seed": 5})
     assert other.auroc.to_json() != first.auroc.to_json()
+
+
+def test_one_unreadable_age_is_left_out_and_told_and_a_column_of_words_stays_one_of_words() -> None:
+    values = [*(str(18 + i) for i in range(30)), "unknown"]
+    task = make_task("age", _labels("age", values), "shards")
+    assert isinstance(task, NumberTask)
+    assert (len(task.rows_K), task.num_unreadable, task.values_K.max()) == (30, 1, 47.0)
+    assert default_labels({"age": dict.fromkeys(values, 1)}) == ("age",)
+    words = [*values[:12], *(f"ward {i}" for i in range(6))]
+    assert isinstance(make_task("place", _labels("place", words), "shards"), Task)

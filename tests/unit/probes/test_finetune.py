@@ -124,3 +124,17 @@ def test_a_fold_of_one_class_has_no_value_and_options_are_checked() -> None:
     assert np.isnan(Tuner(source, pixels, task, protocol, TuneConfig(), 0, "cpu")(fold)).all()
     with pytest.raises(ValueError, match=r"'tune' is none of labels, .*finetune"):
         ProbeConfig(tasks=("tune",))
+
+
+@pytest.mark.parametrize("num", [4, 5, 6])
+def test_a_handful_of_labels_is_learned_from_though_the_inner_folds_leave_one_image(num: int) -> None:
+    """1 % of a small corpus: four images, of which inner folds may keep one, or one class."""
+    pixels, _ = _striped()
+    y = np.arange(NUM) % 2
+    task = Task(label="stripes", classes=("across", "down"), rows_K=np.arange(NUM), y_K=y)
+    patients = ["same"] * (num - 1) + [f"p{i}" for i in range(NUM - num + 1)]
+    protocol = make_protocol(task, patients, ["train"] * NUM, 2, 0)
+    source = Source(make=_Tiny, crop=CROPS["pad_crop"](PadCrop.Config(), SIZE), crop_key="", key="")  # type: ignore[arg-type]
+    few = Fold(train_K=np.arange(num), val_K=np.zeros(0, dtype=np.int64), test_K=np.arange(num, num + 8))
+    scores = Tuner(source, pixels, task, protocol, TuneConfig(steps=2, batch=8), 0, "cpu")(few)
+    assert scores.shape == (8, 4) and np.isfinite(scores).all()

@@ -102,6 +102,13 @@ def test_a_number_is_balanced_by_fifths() -> None:
     assert np.ptp(means) < 2.5
 
 
+@pytest.mark.parametrize("num", [11, 17, 24])
+def test_a_dozen_numbers_are_enough_for_five_folds(num: int) -> None:
+    task = NumberTask(label="bmi", rows_K=np.arange(num), values_K=np.linspace(18.0, 40.0, num))
+    protocol = make_protocol(task, [f"p{i}" for i in range(num)], ["train"] * num, 5, 0)
+    assert sorted(protocol.judged()) == list(range(num)), "each judged once"
+
+
 def test_knn_is_dinov2s_vote() -> None:
     """Against the formula written out, image by image."""
     rng = np.random.default_rng(3)

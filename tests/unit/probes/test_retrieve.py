@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medim_ray.probes.retrieve import best_ranks, chance, said, weighted_median
+from medim_ray.probes.retrieve import KS, Ranks, best_ranks, chance, said, weighted_median
 
 
 @settings(max_examples=40, deadline=None)
@@ -21,7 +23,7 @@ def test_rank_is_that_of_the_best_report_of_the_same_words(seed: int, num: int, 
     for i in range(num):
         best = max(scores[i, j] for j in range(num) if text[j] == text[i])
         expected.append(1 + sum(scores[i, j] > best for j in range(num) if text[j] != text[i]))
-    np.testing.assert_allclose(best_ranks(queries, targets, text), expected, atol=0.5)
+    np.testing.assert_allclose(best_ranks(queries, targets, text).expected, expected, atol=0.5)
 
 
 def test_perfect_pairs_come_first_and_a_collapsed_model_is_at_chance() -> None:
@@ -29,10 +31,24 @@ def test_perfect_pairs_come_first_and_a_collapsed_model_is_at_chance() -> None:
     vectors = rng.normal(size=(300, 64))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     text = np.arange(300)
-    assert (best_ranks(vectors, vectors, text) == 1).all()
+    assert (best_ranks(vectors, vectors, text).expected == 1).all()
     constant = np.tile(vectors[:1], (300, 1))
-    ranks = best_ranks(constant, constant, text)
-    assert (ranks == 150.5).all() and np.median(ranks) == chance(np.ones(300, dtype=np.int64), 300)["median_rank"]
+    for texts in (text, text // 3, np.sort(rng.integers(0, 12, 300))):
+        ranks, at_chance = best_ranks(constant, constant, texts), chance(np.bincount(texts)[texts], 300)
+        assert np.median(ranks.expected) == at_chance["median_rank"]
+        for k in KS:
+            assert ranks.within(k).mean() == pytest.approx(at_chance[f"recall_at_{k}"]), "recall too, not 0"
+
+
+def test_what_scores_alike_stands_in_random_order() -> None:
+    """Against counting over all orders of the tied targets."""
+    ranks = best_ranks(np.ones((6, 1)), np.array([[0.9, 0.5, 0.5, 0.5, 0.5, 0.1]]).T, np.array([1, 0, 0, 1, 1, 0]))
+    ranks = Ranks(ranks.above_K[1:2], ranks.alike_K[1:2], ranks.right_K[1:2])  # a query with the text 0
+    # 0 and 1 are right, 2 and 3 wrong, one wrong target stands above
+    firsts = np.array([2 + min(order.index(0), order.index(1)) for order in itertools.permutations(range(4))])
+    assert ranks.expected[0] == pytest.approx(firsts.mean())
+    for k in range(1, 6):
+        assert ranks.within(k)[0] == pytest.approx((firsts <= k).mean())
 
 
 @pytest.mark.parametrize(("num", "num_texts"), [(50, 50), (60, 12), (8, 8)])
@@ -40,7 +56,7 @@ def test_chance_is_what_random_orders_give(num: int, num_texts: int) -> None:
     rng = np.random.default_rng(1)
     text = rng.integers(0, num_texts, num)
     pairs = rng.normal(size=(400, 2, num, 40))
-    ranks = np.concatenate([best_ranks(queries, targets, text) for queries, targets in pairs])
+    ranks = np.concatenate([best_ranks(queries, targets, text).expected for queries, targets in pairs])
     expected = chance(np.bincount(text)[text], num)
     for k in (1, 5, 10):
         assert (ranks <= k).mean() == pytest.approx(expected[f"recall_at_{k}"], abs=0.02)
