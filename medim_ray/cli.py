@@ -201,7 +201,7 @@ def _pretrain(args: argparse.Namespace) -> int:
 
     startup = Startup(began=psutil.Process().create_time())
     config = load(RunConfig, args.config, args.overrides)
-    validate = _validation() if config.validate.labels else None
+    validate = _validation() if config.validate.is_asked else None
     startup.mark("imports of the command")
     result = launch(config, validate=validate, watch=MapWatch.of_run, startup=startup)
     print(summary(result))

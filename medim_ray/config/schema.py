@@ -254,9 +254,17 @@ class TrackConfig:
 class ValidateConfig:
     """Probes of each committed checkpoint while the run goes on, as Ray tasks of their own."""
 
-    labels: tuple[str, ...] = option((), "label columns that are probed; empty: no validation")
+    labels: tuple[str, ...] = option(
+        (), "label columns that are probed: AUROC of classes by linear and k-NN probes, R2 of numbers"
+    )
+    retrieve: bool = option(False, "recall at 10 between held-out images and their reports, both ways; needs MedIM")
+    segment: tuple[str, ...] = option((), "Dice of targets (probe.segment.targets) by a linear head on patch tokens")
     num_images: int = option(2000, "images that are probed, the first of the shards by a hash of their ids")
-    best_by: str = option("mean", "label (or mean: over all of them) whose AUROC chooses the checkpoint that is kept")
+    best_by: str = option(
+        "mean",
+        "which number chooses the checkpoint that is kept: mean (AUROC over the labels of classes), knn_mean, LABEL, "
+        "knn_LABEL, r2_LABEL, recall_at_10, dice_TARGET",
+    )
     num_cpus: float = option(1.0, "logical CPUs of a validation task; it waits until they are free")
 
     def __post_init__(self) -> None:
@@ -264,10 +272,16 @@ class ValidateConfig:
             raise ValueError(f"validate.num_images={self.num_images}: at least 20, to learn from and to judge by")
         if not self.num_cpus > 0:
             raise ValueError(f"validate.num_cpus={self.num_cpus}: must be above 0")
-        if self.labels and self.best_by not in ("mean", *self.labels):
-            raise ValueError(
-                f"validate.best_by={self.best_by!r}: must be mean or one of validate.labels={list(self.labels)}"
-            )
+        known = [name for label in ("mean", *self.labels) for name in (label, f"knn_{label}") if self.labels]
+        known += [f"r2_{label}" for label in self.labels]
+        known += ["recall_at_10"] * self.retrieve + [f"dice_{target}" for target in self.segment]
+        if self.is_asked and self.best_by not in known:
+            raise ValueError(f"validate.best_by={self.best_by!r}: what is validated has {', '.join(known)}")
+
+    @property
+    def is_asked(self) -> bool:
+        """Something is validated."""
+        return bool(self.labels or self.retrieve or self.segment)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,10 +113,33 @@ def encoded_blocks(
     return pooled(work_items(rows), actor, arguments, use_gpu, before=decode)
 
 
+def encoded_here(
+    shards: ShardSet,
+    rows: RowList,
+    sources: Mapping[str, Source],
+    actor: type,
+    more: tuple[Any, ...],
+    columns: Sequence[str] = (),
+    annotate: Annotate | None = None,
+) -> Iterator[Block]:
+    """As `encoded_blocks`, in this process and in the order of the shards: for a probe that is one Ray task itself."""
+    crops = {source.crop_key: source.crop for source in sources.values()}
+    reader = RowReader.of(shards, "image_id", "image", *columns)
+    made = actor(dict(sources), "cpu", *more)
+    for item in work_items(rows):
+        yield made(decode_item(item, reader, crops, annotate))
+
+
 def decode_crops(batch: Block, reader: RowReader, crops: Mapping[str, Crop], annotate: Annotate | None) -> Block:
     """Ray task: one work item to the centre crops of its images, each with what `annotate` makes of it."""
     cv2.setNumThreads(1)
-    item = item_of(batch)
+    return decode_item(item_of(batch), reader, crops, annotate)
+
+
+def decode_item(
+    item: Mapping[str, Any], reader: RowReader, crops: Mapping[str, Crop], annotate: Annotate | None
+) -> Block:
+    """The centre crops of a work item's images by crop, each with what `annotate` makes of it."""
     rows = reader(item)
     images = [decode_gray(row["image"], row["image_id"]) for row in rows]
     out: Block = {

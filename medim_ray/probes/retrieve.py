@@ -25,12 +25,12 @@ from medim_ray.data.texts import TextRows, text_rows
 from medim_ray.objectives.pixels import whole_images
 from medim_ray.probes.bootstrap import Estimate, Floats, average, bootstrap, mean
 from medim_ray.probes.classify import METRICS, estimates
-from medim_ray.probes.models import StoredModels
+from medim_ray.probes.models import Models, StoredModels
 from medim_ray.probes.results import compared
 from medim_ray.probes.rows import Columns, RowList, RowReader, centre_columns, list_rows, work_items
 from medim_ray.probes.stream import item_of, pooled
 from medim_ray.probes.tasks import Task, default_labels, make_task, policy_of
-from medim_ray.train.build import report_encoder
+from medim_ray.train.build import build_crop, report_encoder
 from medim_ray.train.runs import LoadedRun
 
 KS = (1, 5, 10)
@@ -57,7 +57,7 @@ def retrieve(
 
     Where there is nothing to judge, `note` says why and `directions` and `labels` are empty.
     """
-    note, rows, reports = _judged_rows(run)
+    note, rows, reports = _judged_rows(run, list_rows(run.shards))
     labels, left_out = _findings(run, rows, uncertain)
     if note:
         nothing: dict[str, Any] = {"note": note, "num_images": 0, "num_patients": 0}
@@ -76,13 +76,47 @@ def retrieve(
     }
 
 
-def _judged_rows(run: LoadedRun) -> tuple[str, RowList, list[str]]:
-    """Why there is nothing to judge or '', the held-out images with a report, and their reports."""
-    every = list_rows(run.shards)
+def recall_here(run: LoadedRun, rows: RowList) -> float:
+    """Recall at 10 of a run's held-out images among `rows` and their reports, mean of both ways: the probe in this
+    process. ValueError where the objective embeds no reports, or there are none.
+    """
+    note, judged, reports = _judged_rows(run, rows)
+    if note:
+        raise ValueError(f"validate.retrieve: {note}")
+    config = run.config
+    models = Models(
+        config=config,
+        crop=build_crop(config),
+        reports=report_encoder(config, run.shards),
+        device=torch.device("cpu"),
+        objectives={"trained": run.objective},
+    )
+    reader = RowReader.of(run.shards, "image_id", "image", "report")
+    blocks = [_embedded(item, models, reader) for item in work_items(judged)]
+    order = np.argsort(np.concatenate([block["position"] for block in blocks]))
+    images_KE, reports_KE = (
+        np.concatenate([block[f"{kind} trained"] for block in blocks])[order].astype(np.float64)
+        for kind in ("images", "reports")
+    )
+    text_K = _texts(reports)
+    ways = (best_ranks(images_KE, reports_KE, text_K), best_ranks(reports_KE, images_KE, text_K))
+    return float(np.mean([ranks.within(10).mean() for ranks in ways]))
+
+
+def _texts(reports: Sequence[str]) -> NDArray[np.int64]:
+    """[K] a number for each different text."""
+    found: NDArray[np.int64] = np.unique([" ".join(report.split()) for report in reports], return_inverse=True)[1]
+    return found
+
+
+def _judged_rows(run: LoadedRun, every: RowList) -> tuple[str, RowList, list[str]]:
+    """Why there is nothing to judge or '', the held-out images of `every` with a report, and their reports."""
     none = every.take([])
     if not hasattr(run.objective, "report_projection"):
         return f"this run's objective ({type(run.objective).__name__}) embeds no reports: nothing to retrieve", none, []
-    reports = run.shards.read_rows(columns=["report"])["report"].to_pylist()
+    table = run.shards.read_rows(columns=["image_id", "report"])
+    of_image = dict(zip(table["image_id"].to_pylist(), table["report"].to_pylist(), strict=True))
+    reports = [of_image[image_id] for image_id in every.image_ids]
     at = [i for i, split in enumerate(every.splits) if split in HELD_OUT and (reports[i] or "").strip()]
     if len(at) < 2:
         return "these shards have fewer than two held-out images (split val or test) with a report", none, []
@@ -135,18 +169,21 @@ class _Embedder:
     def __init__(self, stored: StoredModels, reader: RowReader) -> None:
         self._models, self._reader = stored.open(), reader
 
-    @torch.no_grad()
     def __call__(self, block: Columns) -> Columns:
-        item = item_of(block)
-        models = self._models
-        columns, _ = centre_columns(self._reader(item), models.crop, models.reports)
-        batch = to_batch(columns, models.crop.views, models.device)
-        out: Columns = {"position": np.asarray(item["positions"], dtype=np.int64)}
-        for name, model in models.objectives.items():
-            images_BE = model.image_projection(model.encoder(whole_images(batch)).global_BD)
-            out[f"images {name}"] = images_BE.float().cpu().numpy()
-            out[f"reports {name}"] = report_embeddings(model, batch.columns).float().cpu().numpy()
-        return out
+        return _embedded(item_of(block), self._models, self._reader)
+
+
+@torch.no_grad()
+def _embedded(item: Mapping[str, Any], models: Models, reader: RowReader) -> Columns:
+    """Images and reports of a work item under each of the weights."""
+    columns, _ = centre_columns(reader(item), models.crop, models.reports)
+    batch = to_batch(columns, models.crop.views, models.device)
+    out: Columns = {"position": np.asarray(item["positions"], dtype=np.int64)}
+    for name, model in models.objectives.items():
+        images_BE = model.image_projection(model.encoder(whole_images(batch)).global_BD)
+        out[f"images {name}"] = images_BE.float().cpu().numpy()
+        out[f"reports {name}"] = report_embeddings(model, batch.columns).float().cpu().numpy()
+    return out
 
 
 def report_embeddings(objective: Any, columns: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -182,7 +219,7 @@ def said(label: str) -> str:
 def _directions(
     embedded: Mapping[str, Embedded], rows: RowList, reports: Sequence[str], num_bootstrap: int, seed: int
 ) -> dict[str, Any]:
-    text_K = np.unique([" ".join(report.split()) for report in reports], return_inverse=True)[1]
+    text_K = _texts(reports)
     right_K = np.bincount(text_K)[text_K]
     out = {}
     for direction in ("image_to_report", "report_to_image"):

@@ -7,8 +7,8 @@ held-out images (val and test). Heads that are trained by gradients: segment_tra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,11 @@ from medim_ray.config.probe import SegmentConfig
 from medim_ray.data.shards import ShardSet
 from medim_ray.draws import Draws
 from medim_ray.probes.bootstrap import Estimate, Floats, bootstrap, mean
-from medim_ray.probes.features import Annotate, Source, annotations_of, encoded_blocks, pixels_of
+from medim_ray.probes.features import Annotate, Source, annotations_of, encoded_blocks, encoded_here, pixels_of
 from medim_ray.probes.results import compared
 from medim_ray.probes.rows import RowList, has_truth, list_rows
 from medim_ray.probes.segment_linear import Head, Learn, fit_head
+from medim_ray.probes.stream import Block
 from medim_ray.probes.truth import dice, enlarged, patch_shares, target_masks
 
 HELD_OUT = ("val", "test")
@@ -33,6 +34,7 @@ MAX_CHOOSING = 64  # images that penalty and threshold are chosen on
 _NUM_PATCHES = 20_000  # that the head is fitted on
 _BATCH = 32
 WHOLE_IMAGE = "whole image"
+TOKENS = "tokens"  # the one encoder of `dice_here`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,19 +114,42 @@ def _told(
     return told
 
 
+def dice_here(shards: ShardSet, source: Source, rows: RowList, targets: Sequence[str], seed: int) -> dict[str, float]:
+    """Target -> mean Dice of held-out images that show it, of those in `rows`, by the linear head: the probe in this
+    process. ValueError where there is nothing to learn from or to judge.
+    """
+    asked = set(rows.image_ids)
+    found = segment_rows(shards, seed)
+    found = replace(found, learned=_among(found.learned, asked), judged=_among(found.judged, asked))
+    chosen = sum(image_id in found.chosen for image_id in found.learned.image_ids)
+    if not len(found.judged) or not chosen or chosen == len(found.learned):
+        why = found.note or "raise validate.num_images: few of its images carry masks"
+        raise ValueError(f"validate.segment={list(targets)}: nothing to judge; {why}")
+    of = _linear(shards, {TOKENS: source}, found, targets, seed, None)
+    for target in targets:
+        problem = of.problems.get(target) or ("no held-out image shows it" if of.empty_K[target].all() else "")
+        if problem:
+            raise ValueError(f"validate.segment: {target!r} among {len(rows)} images: {problem}")
+    return {target: float(of.dice_K[TOKENS, target][~of.empty_K[target]].mean()) for target in targets}
+
+
+def _among(rows: RowList, image_ids: set[str]) -> RowList:
+    return rows.take([i for i, image_id in enumerate(rows.image_ids) if image_id in image_ids])
+
+
 def _linear(
     shards: ShardSet,
     sources: Mapping[str, Source],
     rows: SegmentRows,
     targets: Sequence[str],
     seed: int,
-    use_gpu: bool,
+    use_gpu: bool | None,
 ) -> Segmented:
-    """The linear head on frozen tokens."""
+    """The linear head on frozen tokens. use_gpu: of the actors that encode; None: no actors, all in this process."""
     truth = (("truth",), partial(target_masks, targets=tuple(targets)))
     heads, problems = _fit_heads(shards, sources, rows, targets, truth, seed, use_gpu)
     found: dict[str, NDArray[Any]] = {}
-    for block in encoded_blocks(shards, rows.judged, sources, _JudgeActor, (tuple(targets), heads), use_gpu, *truth):
+    for block in _blocks(shards, rows.judged, sources, _JudgeActor, (tuple(targets), heads), use_gpu, truth):
         for key, values in block.items():
             found.setdefault(key, np.zeros(len(rows.judged), dtype=values.dtype))[block["position"]] = values
     pairs = [(name, target) for name in (*sources, WHOLE_IMAGE) for target in targets]
@@ -134,6 +159,20 @@ def _linear(
         thresholds={(name, target): head.threshold for name in heads for target, head in heads[name].items()},
         problems=problems,
     )
+
+
+def _blocks(
+    shards: ShardSet,
+    rows: RowList,
+    sources: Mapping[str, Source],
+    actor: type,
+    more: tuple[Any, ...],
+    use_gpu: bool | None,
+    truth: Truth,
+) -> Iterator[Block]:
+    if use_gpu is None:
+        return encoded_here(shards, rows, sources, actor, more, *truth)
+    return encoded_blocks(shards, rows, sources, actor, more, use_gpu, *truth)
 
 
 def _judged(
@@ -201,7 +240,7 @@ def _fit_heads(
     targets: Sequence[str],
     truth: Truth,
     seed: int,
-    use_gpu: bool,
+    use_gpu: bool | None,
 ) -> tuple[dict[str, dict[str, Head]], dict[str, str]]:
     """encoder -> target -> head, and target -> why it has none."""
     learned = _learned(shards, sources, rows, truth, seed, use_gpu)
@@ -209,28 +248,29 @@ def _fit_heads(
     pending = {}
     problems: dict[str, str] = {}
     for name, learn in learned.items():
-        ref = ray.put(learn)
+        ref = None if use_gpu is None else ray.put(learn)
         for t, target in enumerate(targets):
             if not learn.shares_PT[:, t].any():
                 problems[target] = "no training image shows it"
             elif not any(masks[t].any() for _, masks in learn.chosen):
                 problems[target] = "no training image that the threshold is chosen on shows it"
             else:
-                pending[name, target] = remote.remote(ref, t)
+                pending[name, target] = fit_head(learn, t) if use_gpu is None else remote.remote(ref, t)
     heads: dict[str, dict[str, Head]] = {name: {} for name in sources}
-    for (name, target), head in zip(pending, ray.get(list(pending.values())), strict=True):
+    fitted = list(pending.values()) if use_gpu is None else ray.get(list(pending.values()))
+    for (name, target), head in zip(pending, fitted, strict=True):
         heads[name][target] = head
     return heads, problems
 
 
 def _learned(
-    shards: ShardSet, sources: Mapping[str, Source], rows: SegmentRows, truth: Truth, seed: int, use_gpu: bool
+    shards: ShardSet, sources: Mapping[str, Source], rows: SegmentRows, truth: Truth, seed: int, use_gpu: bool | None
 ) -> dict[str, Learn]:
     """By encoder, in the order of the shards, so that a fit is a function of the images."""
     chosen = rows.chosen
     num_a_row = max(4, _NUM_PATCHES // (len(rows.learned) - len(chosen)))
     arguments = (num_a_row, seed, chosen)
-    blocks = list(encoded_blocks(shards, rows.learned, sources, _LearnActor, arguments, use_gpu, *truth))
+    blocks = list(_blocks(shards, rows.learned, sources, _LearnActor, arguments, use_gpu, truth))
     images = [
         {key: values[i] for key, values in block.items()} for block in blocks for i in range(len(block["position"]))
     ]

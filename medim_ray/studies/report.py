@@ -204,14 +204,21 @@ def _maps(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Ch
 
 
 def _validation(rows: Sequence[Mapping[str, Any]]) -> list[ChartGroup]:
-    """AUROC of the checkpoints that were validated during the run, where there are any."""
+    """What the checkpoints came to that were validated during the run, where there are any."""
     names = list(
         dict.fromkeys(name for row in rows for name in row if isinstance(row[name], float) and name != "seconds")
     )
-    charts = [_chart(rows, name, f"AUROC, {name}", None, "last {:.3f}") for name in names]
+    charts = [_chart(rows, name, _validated(name), None, "last {:.3f}") for name in names]
     failed = sum("error" in row for row in rows)
     note = f"{failed} checkpoints were not validated: validation.jsonl says why." if failed else ""
     return [ChartGroup(title="Validation during the run", note=note, charts=_drawn(charts))] if rows else []
+
+
+def _validated(name: str) -> str:
+    """The heading of a number of validation.jsonl; of a label it is the AUROC."""
+    of = name.partition("_")[2]
+    beyond = {"recall_at_10": "Recall at 10, images and reports", f"dice_{of}": f"Dice, {of}", f"r2_{of}": f"R², {of}"}
+    return beyond.get(name, f"AUROC, {name}")
 
 
 def _waiting(records: Sequence[Mapping[str, Any]], config: RunConfig) -> list[ChartGroup]:

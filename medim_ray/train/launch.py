@@ -83,7 +83,7 @@ def launch(
 ) -> RunResult:
     """Trains to the end of the run or to `train.stop_after`, from wherever its newest checkpoint is; SIGTERM, SIGINT
     and SIGUSR1 make it commit a checkpoint and return. validate: probes a committed checkpoint, where
-    `validate.labels` names what (train/validation.py); watch: makes the look at a run's maps
+    `validate` names what (train/validation.py); watch: makes the look at a run's maps
     (`maps.every`). startup: of the command, where its time counts.
 
     ValueError for what the user can mend; RuntimeError, with the workers' error, where training failed.
@@ -286,7 +286,7 @@ def _fit(trainer: TorchTrainer, tracker: Any, received: list[int], growth: Growt
 
 def _cpus(config: RunConfig) -> int:
     """Logical CPUs for a Ray that is started here: the workers, the decoding actors, a validation."""
-    beside = 1 + (math.ceil(config.validate.num_cpus) if config.validate.labels else 0)
+    beside = 1 + (math.ceil(config.validate.num_cpus) if config.validate.is_asked else 0)
     return max(os.cpu_count() or 1, math.ceil(config.train.max_workers * config.train.cpus_per_worker) + beside)
 
 

@@ -40,7 +40,7 @@ def validation(
 ) -> Iterator[None]:
     """Validates the checkpoints that are committed inside; at the end it waits for the last ones, unless the run ends
     with an error or `stopped` (the signals received) is not empty."""
-    if validate is None or not config.validate.labels:
+    if validate is None or not config.validate.is_asked:
         yield
         return
     watcher = _Watcher(config, validate, tracker, console)

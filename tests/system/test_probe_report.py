@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from medim_ray.cli import main
 from medim_ray.config.loader import load
 from medim_ray.config.probe import ProbeConfig, SegmentConfig, TuneConfig
-from medim_ray.config.schema import RunConfig
+from medim_ray.config.schema import RunConfig, ValidateConfig
 from medim_ray.data.ingest import PrepareConfig, prepare
 from medim_ray.data.shards import ShardSet
 from medim_ray.probes.command import run_probe
@@ -29,6 +29,7 @@ from medim_ray.probes.encoders import open_encoders
 from medim_ray.probes.features import extract
 from medim_ray.probes.results import read_scores
 from medim_ray.probes.rows import RowReader, centre_columns, list_rows, work_items
+from medim_ray.probes.validate import validate
 from medim_ray.studies.gallery import write_gallery
 from medim_ray.studies.report import write_report
 from medim_ray.train.build import build_crop
@@ -84,6 +85,23 @@ def probed(run_dir: str) -> tuple[dict[str, Any], str]:
         segment=SegmentConfig(heads=("linear", "setr"), targets=("any lesion", "lung"), tune=TuneConfig(steps=20)),
     )
     return run_probe(run_dir, config, console=Console(file=out, width=140)), out.getvalue()
+
+
+def test_a_validation_during_the_run_has_the_numbers_of_the_probe(
+    run_dir: str, probed: tuple[dict[str, Any], str]
+) -> None:
+    result, _ = probed
+    asked = ValidateConfig(
+        labels=("view", "age"), retrieve=True, segment=("any lesion",), best_by="recall_at_10", num_images=NUM_IMAGES
+    )
+    found = validate(run_dir, result["checkpoint"], asked)
+    assert set(found) == {"view", "knn_view", "mean", "knn_mean", "r2_age", "recall_at_10", "dice_any lesion"}
+    ways = [way["encoders"]["trained"]["recall_at_10"]["value"] for way in result["retrieval"]["directions"].values()]
+    assert found["recall_at_10"] == pytest.approx(np.mean(ways))
+    dice = result["segmentation"]["targets"]["any lesion"]["encoders"]["trained"]["dice"]["value"]
+    assert found["dice_any lesion"] == pytest.approx(dice, abs=1e-3)
+    with pytest.raises(ValueError, match="best_by='auroc'"):
+        ValidateConfig(labels=("view",), best_by="auroc")
 
 
 def test_probe_stands_beside_untrained_and_pixels_with_intervals(
