@@ -127,7 +127,7 @@ def study_of(config: StudyConfig, table: Table) -> Study:
     """What a study's page says beside the table: what it asks, its reference, and the lines of a scaling law."""
     study = Study(
         kind="study",
-        title=f"Study of {Path(config.recipe).stem}",
+        title=f"Study {config.out.rstrip('/').rpartition('/')[2]}",
         question=config.question or f"{', '.join(config.arms)}: {config.metric}",
         config=to_tree(config),
         reference=f"{ARM}={config.reference}" if config.reference else "",

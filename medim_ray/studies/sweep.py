@@ -162,7 +162,7 @@ class Sweep:
     def study(self, table: Table) -> Study:
         """The page's words."""
         question = f"{self.config.search} over {' x '.join(self.job.space.keys)}, ranked by {self.config.metric}"
-        title = f"Sweep of {Path(self.config.recipe).stem}"
+        title = f"Sweep {self.config.out.rstrip('/').rpartition('/')[2]}"
         return Study(
             kind="sweep", title=title, question=question, config=to_tree(self.config), report=self.config.report
         )
