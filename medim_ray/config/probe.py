@@ -125,7 +125,7 @@ class ProbeConfig:
         hashed=False,
     )
     fractions: tuple[float, ...] = option(
-        (1.0,), "shares of the labels to learn from beside all, by patient, stratified, nested", hashed=False
+        (0.01, 0.1, 1.0), "shares of the labels to learn from beside all, by patient, stratified, nested", hashed=False
     )
     num_draws: int = option(3, "draws of each share below 1", hashed=False)
     cache: str = option("", "folder of cached features, any fsspec URL; empty: RUN/features, off: none", hashed=False)
