@@ -40,15 +40,19 @@ test-chaos: .venv/installed
 STUDIES := mask_ratio resolution initialisation data_quantity terms workers_zero compare
 studies: .venv/installed
 	$(BIN)/medim-ray prepare --config configs/sources/phantom.yaml source.num_images=480 out=shards/phantoms
+	$(BIN)/medim-ray prepare --config configs/sources/phantom.yaml source.num_images=4000 out=shards/phantoms4k
 	@for name in $(STUDIES); do \
 		if [ $$name = mask_ratio ]; then words="sweep --config configs/sweeps"; else words="ablate --config configs/studies"; fi; \
-		$(BIN)/medim-ray $$words/$$name-phantoms.yaml shards=shards/phantoms runs=studies/runs || exit 1; \
+		if [ $$name = data_quantity ]; then of=4k; else of=; fi; \
+		$(BIN)/medim-ray $$words/$$name-phantoms.yaml shards=shards/phantoms$$of runs=studies/runs$$of || exit 1; \
 		mkdir -p jobs/results/$$name-phantoms; \
 		(cd studies/$$name-phantoms && cp *.json *.csv report.html ../../jobs/results/$$name-phantoms/); \
 	done
 	$(BIN)/python benchmarks/learning.py shards/phantoms studies/learning
 	$(BIN)/python -m benchmarks.dino_learning shards/phantoms studies/dino_learning
-	mkdir -p jobs/results/learning && cp studies/learning/learning.md studies/dino_learning/dino_learning.md jobs/results/learning/
+	mkdir -p jobs/results/learning
+	cp studies/learning/learning.md jobs/results/learning/learning-tables.md  # learning.md is these tables with what they say
+	cp studies/dino_learning/dino_learning.md jobs/results/learning/dino_learning-tables.md
 
 lint: .venv/installed
 	$(BIN)/ruff check .
