@@ -197,9 +197,10 @@ def _baselines(runs: Sequence[Run]) -> list[Baseline]:
 
 
 def _mean_of_seeds(rows: Sequence[tuple[Any, Number]]) -> Number:
-    """Equal in all runs: the number itself, with its interval over patients; else the mean over seeds of cell means."""
+    """Of one value in all runs the number itself, with its interval over patients; else the mean over seeds of those
+    over cells."""
     numbers = [number for _, number in rows if number.value is not None]
-    if all(number == numbers[0] for number in numbers[1:]):
+    if all(number.value == numbers[0].value for number in numbers[1:]):
         return numbers[0] if numbers else Number(None)
     of_seed: dict[Any, list[float]] = {}
     for seed, number in rows:

@@ -106,7 +106,8 @@ def test_a_trial_that_was_stopped_early_is_no_rival_of_one_that_ran_to_its_end()
 def test_encoders_beside_the_runs_are_rows_without_a_rank() -> None:
     def run(arm: str, seed: int) -> Run:
         untrained = Number(0.5 + seed / 100 + (arm == "b") / 10)
-        beside = {"untrained": {"auroc.mean": untrained}, "pixels": {"auroc.mean": Number(0.6, 0.55, 0.65)}}
+        pixels = Number(0.6, 0.55, 0.65 + seed / 1000)
+        beside = {"untrained": {"auroc.mean": untrained}, "pixels": {"auroc.mean": pixels}}
         return replace(_run(0.5, seed, 0.7), name=f"{arm}{seed}", values={"arm": arm, "seed": seed}, baselines=beside)
 
     table = make_table([run(arm, seed) for arm in "ab" for seed in range(2)], "auroc.mean")
