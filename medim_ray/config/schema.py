@@ -272,9 +272,10 @@ class ValidateConfig:
             raise ValueError(f"validate.num_images={self.num_images}: at least 20, to learn from and to judge by")
         if not self.num_cpus > 0:
             raise ValueError(f"validate.num_cpus={self.num_cpus}: must be above 0")
-        known = [name for label in ("mean", *self.labels) for name in (label, f"knn_{label}") if self.labels]
-        known += [f"r2_{label}" for label in self.labels]
-        known += ["recall_at_10"] * self.retrieve + [f"dice_{target}" for target in self.segment]
+        known = ["mean", "knn_mean"] if self.labels else []
+        known += [name for label in self.labels for name in (label, f"knn_{label}", f"r2_{label}")]
+        known += ["recall_at_10"] if self.retrieve else []
+        known += [f"dice_{target}" for target in self.segment]
         if self.is_asked and self.best_by not in known:
             raise ValueError(f"validate.best_by={self.best_by!r}: what is validated has {', '.join(known)}")
 

@@ -74,13 +74,8 @@ class FeatureCache:
 
     def _read(self, source: Source) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
         """Places in ascending order and their features; None where there is no file or none that can be read."""
-        fs, path = self._path(source)
-        try:
-            with np.load(io.BytesIO(fs.cat_file(path))) as arrays:
-                places, features = arrays["places"], arrays["features"]
-        except Exception:  # no file, or one cut or flipped: zip, zlib and numpy have many words for it
-            return None
-        return places, features
+        arrays = _load(*self._path(source))
+        return (arrays["places"], arrays["features"]) if {"places", "features"} <= arrays.keys() else None
 
     def _write(self, source: Source, places_K: NDArray[np.int64], values_KD: NDArray[np.float32]) -> None:
         stored = self._read(source)
@@ -90,6 +85,15 @@ class FeatureCache:
             values_KD = np.concatenate([values_KD, stored[1][others]])
         order = np.argsort(places_K)
         _save(*self._path(source), {"places": places_K[order], "features": values_KD[order]})
+
+
+def _load(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, NDArray[Any]]:
+    """The arrays of a file by name; {} where there is none that can be read."""
+    try:
+        with np.load(io.BytesIO(fs.cat_file(path))) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception:  # no file, or one cut or flipped: zip, zlib and numpy have many words for it
+        return {}
 
 
 def _save(fs: fsspec.AbstractFileSystem, path: str, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -125,11 +129,7 @@ class ScoreFile:
         """The scores by name; {} where there are none that can be read."""
         if self.url == OFF:
             return {}
-        try:
-            with np.load(io.BytesIO(self._at()[0].cat_file(self._at()[1]))) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        except Exception:  # as in FeatureCache
-            return {}
+        return _load(*self._at())
 
     def write(self, scores: Mapping[str, NDArray[np.float64]]) -> None:
         """Keeps the scores, or does not where the folder can't be written."""

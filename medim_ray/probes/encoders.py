@@ -96,7 +96,7 @@ def frozen_encoder(encoder: ImageEncoder) -> Any:
     Features: the global vector and the mean of the patches, side by side.
     """
     weights = ray.put({name: tensor.detach().cpu() for name, tensor in encoder.state_dict().items()})
-    return partial(_Frozen, encoder.config, weights)
+    return partial(_from_store, encoder.config, weights)
 
 
 def frozen_features(out: Any) -> NDArray[np.float32]:
@@ -105,10 +105,14 @@ def frozen_features(out: Any) -> NDArray[np.float32]:
     return found
 
 
+def _from_store(config: ImageEncoder.Config, weights: Any, device: str) -> _Frozen:
+    encoder = ImageEncoder(replace(config, init="random"))  # the weights come from the object store
+    encoder.load_state_dict(ray.get(weights))
+    return _Frozen(encoder, device)
+
+
 class _Frozen:
-    def __init__(self, config: ImageEncoder.Config, weights: Any, device: str) -> None:
-        encoder = ImageEncoder(replace(config, init="random"))  # the weights come from the object store
-        encoder.load_state_dict(ray.get(weights))
+    def __init__(self, encoder: ImageEncoder, device: str) -> None:
         self._encoder, self._device = encoder.float().eval().to(device), device
 
     @torch.no_grad()
@@ -132,6 +136,12 @@ def encoder_source(encoder: ImageEncoder, config: RunConfig, crop: Crop) -> Sour
     size = encoder.config.image_size
     key = f"{replace(encoder.config, init='')} {weights_hash(encoder)}"
     return _source(frozen_encoder(encoder), config, size, key, crop)
+
+
+def source_here(run: LoadedRun) -> Source:
+    """The encoder of a run for this process alone: its weights are neither copied nor hashed, so nothing is cached."""
+    size = run.config.encoder.image_size
+    return _source(partial(_Frozen, run.objective.encoder), run.config, size, "", build_crop(run.config))
 
 
 def _of_run(path: str, config: RunConfig) -> Source:

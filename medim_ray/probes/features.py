@@ -7,7 +7,7 @@ its own, so features do not depend on the number of actors. What the encoders ar
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -75,16 +75,30 @@ class Features:
     images_per_s: float
 
 
+Blocks = Callable[..., Iterator[Block]]
+"""`encoded_here`, or `encoded_blocks` with its `use_gpu`: (shards, rows, sources, actor, more, columns, annotate)."""
+
+
 def extract(shards: ShardSet, rows: RowList, sources: Mapping[str, Source], use_gpu: bool = False) -> Features:
     """Features of `rows` by each encoder, float32, in the order of `rows`. Needs a running Ray.
 
     The centre crop of the first view is encoded; an image is decoded once. use_gpu: one GPU an actor.
     """
+    return _gathered(encoded_blocks(shards, rows, sources, _EncodeActor, (), use_gpu=use_gpu), rows, sources)
+
+
+def extract_here(shards: ShardSet, rows: RowList, source: Source) -> NDArray[np.float32]:
+    """[K, d] features of `rows` by one encoder, as `extract`, in this process."""
+    blocks = encoded_here(shards, rows, {"": source}, _EncodeActor, ())
+    return _gathered(blocks, rows, {"": source}).features[""]
+
+
+def _gathered(blocks: Iterator[Block], rows: RowList, names: Iterable[str]) -> Features:
     found: dict[str, NDArray[np.float32]] = {}
     started = 0.0
-    for block in encoded_blocks(shards, rows, sources, _EncodeActor, (), use_gpu):
+    for block in blocks:
         started = started or float(block["started"].min())
-        for name in sources:
+        for name in names:
             values = block[name]
             target = found.setdefault(name, np.empty((len(rows), values.shape[1]), dtype=np.float32))
             target[block["position"]] = values
@@ -97,9 +111,10 @@ def encoded_blocks(
     sources: Mapping[str, Source],
     actor: type,
     more: tuple[Any, ...],
-    use_gpu: bool,
     columns: Sequence[str] = (),
     annotate: Annotate | None = None,
+    *,
+    use_gpu: bool,
 ) -> Iterator[Block]:
     """What `actor(sources, device, *more)` makes of the blocks of `decode_crops`, in any order.
 

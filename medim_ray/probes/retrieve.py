@@ -92,12 +92,8 @@ def recall_here(run: LoadedRun, rows: RowList) -> float:
         objectives={"trained": run.objective},
     )
     reader = RowReader.of(run.shards, "image_id", "image", "report")
-    blocks = [_embedded(item, models, reader) for item in work_items(judged)]
-    order = np.argsort(np.concatenate([block["position"] for block in blocks]))
-    images_KE, reports_KE = (
-        np.concatenate([block[f"{kind} trained"] for block in blocks])[order].astype(np.float64)
-        for kind in ("images", "reports")
-    )
+    found = _in_order([_embedded(item, models, reader) for item in work_items(judged)])
+    images_KE, reports_KE = found["images trained"], found["reports trained"]
     text_K = _texts(reports)
     ways = (best_ranks(images_KE, reports_KE, text_K), best_ranks(reports_KE, images_KE, text_K))
     return float(np.mean([ranks.within(10).mean() for ranks in ways]))
@@ -147,20 +143,22 @@ def _embed(runs: Mapping[str, LoadedRun], rows: RowList, labels: Sequence[str]) 
     """By the name of the weights; images are decoded and reports encoded once."""
     run = runs["trained"]
     arguments = (StoredModels.of(runs), RowReader.of(run.shards, "image_id", "image", "report"))
-    blocks = list(pooled(work_items(rows), _Embedder, arguments, run.config.train.use_gpu))
-    order = np.argsort(np.concatenate([block["position"] for block in blocks]))
-
-    def in_order(key: str) -> Floats:
-        return np.concatenate([block[key] for block in blocks])[order].astype(np.float64)
-
+    found = _in_order(list(pooled(work_items(rows), _Embedder, arguments, run.config.train.use_gpu)))
     return {
         name: Embedded(
-            images_KE=in_order(f"images {name}"),
-            reports_KE=in_order(f"reports {name}"),
+            images_KE=found[f"images {name}"],
+            reports_KE=found[f"reports {name}"],
             prompts_L2E=embed_prompts(loaded.objective, run.config, run.shards, labels),
         )
         for name, loaded in runs.items()
     }
+
+
+def _in_order(blocks: Sequence[Columns]) -> dict[str, Floats]:
+    """The columns of all blocks, in the order of the rows."""
+    joined = {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
+    order = np.argsort(joined.pop("position"))
+    return {key: values[order].astype(np.float64) for key, values in joined.items()}
 
 
 class _Embedder:

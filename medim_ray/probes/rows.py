@@ -77,6 +77,12 @@ def list_rows(shards: ShardSet) -> RowList:
     )
 
 
+def sources_with_truth(shards: ShardSet) -> set[str]:
+    """The sources of which some image carries lesion masks."""
+    sources = shards.read_rows(columns=["source"])["source"].to_pylist()
+    return {sources[i] for i in np.flatnonzero(has_truth(shards))}
+
+
 def has_truth(shards: ShardSet) -> NDArray[np.bool_]:
     """Which images of `list_rows(shards)` carry lesion masks; reads the names of the lesions only."""
     found = [np.zeros(0, dtype=np.bool_)]

@@ -7,8 +7,8 @@ held-out images (val and test). Heads that are trained by gradients: segment_tra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,11 +20,18 @@ from medim_ray.config.probe import SegmentConfig
 from medim_ray.data.shards import ShardSet
 from medim_ray.draws import Draws
 from medim_ray.probes.bootstrap import Estimate, Floats, bootstrap, mean
-from medim_ray.probes.features import Annotate, Source, annotations_of, encoded_blocks, encoded_here, pixels_of
+from medim_ray.probes.features import (
+    Annotate,
+    Blocks,
+    Source,
+    annotations_of,
+    encoded_blocks,
+    encoded_here,
+    pixels_of,
+)
 from medim_ray.probes.results import compared
-from medim_ray.probes.rows import RowList, has_truth, list_rows
+from medim_ray.probes.rows import RowList, list_rows, sources_with_truth
 from medim_ray.probes.segment_linear import Head, Learn, fit_head
-from medim_ray.probes.stream import Block
 from medim_ray.probes.truth import dice, enlarged, patch_shares, target_masks
 
 HELD_OUT = ("val", "test")
@@ -62,14 +69,14 @@ def segment(
 
     Where there is nothing to judge, `note` says why and `targets` is empty.
     """
-    rows = segment_rows(shards, seed)
+    rows = segment_rows(shards, list_rows(shards), seed)
     out: dict[str, Any] = {"note": rows.note, "num_images": 0, "num_patients": 0, "targets": {}, "heads": {}}
     if not len(rows.judged):
         return out
     out |= {"num_images": len(rows.judged), "num_patients": len(set(rows.judged.patient_ids))}
     tell = partial(_told, config.targets, list(sources), rows.judged.patient_ids, num_bootstrap, seed)
     if "linear" in config.heads and not config.tune_encoder:
-        out["targets"] = tell(_linear(shards, sources, rows, config.targets, seed, use_gpu))
+        out["targets"] = tell(_linear(shards, sources, rows, config.targets, seed, _on_ray(use_gpu)))
     trained = [head for head in config.heads if head != "linear" or config.tune_encoder]
     if trained:
         from medim_ray.probes.segment_trained import segment_trained
@@ -118,14 +125,10 @@ def dice_here(shards: ShardSet, source: Source, rows: RowList, targets: Sequence
     """Target -> mean Dice of held-out images that show it, of those in `rows`, by the linear head: the probe in this
     process. ValueError where there is nothing to learn from or to judge.
     """
-    asked = set(rows.image_ids)
-    found = segment_rows(shards, seed)
-    found = replace(found, learned=_among(found.learned, asked), judged=_among(found.judged, asked))
-    chosen = sum(image_id in found.chosen for image_id in found.learned.image_ids)
-    if not len(found.judged) or not chosen or chosen == len(found.learned):
-        why = found.note or "raise validate.num_images: few of its images carry masks"
-        raise ValueError(f"validate.segment={list(targets)}: nothing to judge; {why}")
-    of = _linear(shards, {TOKENS: source}, found, targets, seed, None)
+    found = segment_rows(shards, rows, seed)
+    if not len(found.judged):
+        raise ValueError(f"validate.segment={list(targets)}, among {len(rows)} images: {found.note}")
+    of = _linear(shards, {TOKENS: source}, found, targets, seed, _HERE)
     for target in targets:
         problem = of.problems.get(target) or ("no held-out image shows it" if of.empty_K[target].all() else "")
         if problem:
@@ -133,8 +136,28 @@ def dice_here(shards: ShardSet, source: Source, rows: RowList, targets: Sequence
     return {target: float(of.dice_K[TOKENS, target][~of.empty_K[target]].mean()) for target in targets}
 
 
-def _among(rows: RowList, image_ids: set[str]) -> RowList:
-    return rows.take([i for i, image_id in enumerate(rows.image_ids) if image_id in image_ids])
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How the linear head's work is done. blocks: encodes images; fit: a head for each (what it learns from, target)
+    pair."""
+
+    blocks: Blocks
+    fit: Callable[[Sequence[tuple[Learn, int]]], list[Head]]
+
+
+def _on_ray(use_gpu: bool) -> Work:
+    """By a pool of actors, then a task a head."""
+    return Work(blocks=partial(encoded_blocks, use_gpu=use_gpu), fit=_fit_on_ray)
+
+
+def _fit_on_ray(asked: Sequence[tuple[Learn, int]]) -> list[Head]:
+    remote = ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")(fit_head)  # as in scoring.py
+    refs = {key: ray.put(learn) for key, learn in {id(learn): learn for learn, _ in asked}.items()}
+    heads: list[Head] = ray.get([remote.remote(refs[id(learn)], target) for learn, target in asked])
+    return heads
+
+
+_HERE = Work(blocks=encoded_here, fit=lambda asked: [fit_head(*one) for one in asked])
 
 
 def _linear(
@@ -143,13 +166,13 @@ def _linear(
     rows: SegmentRows,
     targets: Sequence[str],
     seed: int,
-    use_gpu: bool | None,
+    work: Work,
 ) -> Segmented:
-    """The linear head on frozen tokens. use_gpu: of the actors that encode; None: no actors, all in this process."""
+    """The linear head on frozen tokens."""
     truth = (("truth",), partial(target_masks, targets=tuple(targets)))
-    heads, problems = _fit_heads(shards, sources, rows, targets, truth, seed, use_gpu)
+    heads, problems = _fit_heads(shards, sources, rows, targets, truth, seed, work)
     found: dict[str, NDArray[Any]] = {}
-    for block in _blocks(shards, rows.judged, sources, _JudgeActor, (tuple(targets), heads), use_gpu, truth):
+    for block in work.blocks(shards, rows.judged, sources, _JudgeActor, (tuple(targets), heads), *truth):
         for key, values in block.items():
             found.setdefault(key, np.zeros(len(rows.judged), dtype=values.dtype))[block["position"]] = values
     pairs = [(name, target) for name in (*sources, WHOLE_IMAGE) for target in targets]
@@ -159,20 +182,6 @@ def _linear(
         thresholds={(name, target): head.threshold for name in heads for target, head in heads[name].items()},
         problems=problems,
     )
-
-
-def _blocks(
-    shards: ShardSet,
-    rows: RowList,
-    sources: Mapping[str, Source],
-    actor: type,
-    more: tuple[Any, ...],
-    use_gpu: bool | None,
-    truth: Truth,
-) -> Iterator[Block]:
-    if use_gpu is None:
-        return encoded_here(shards, rows, sources, actor, more, *truth)
-    return encoded_blocks(shards, rows, sources, actor, more, use_gpu, *truth)
 
 
 def _judged(
@@ -191,14 +200,12 @@ def _judged(
 # --- Rows ------------------------------------------------------------------------------------------------
 
 
-def segment_rows(shards: ShardSet, seed: int) -> SegmentRows:
-    """Images of the sources that have pixel truth; there, an image without lesions is one that has none.
+def segment_rows(shards: ShardSet, every: RowList, seed: int) -> SegmentRows:
+    """Those of `every` whose sources have pixel truth; there, an image without lesions is one that has none.
 
     A fifth of the patients of train, at most MAX_CHOOSING images, is chosen on.
     """
-    every = list_rows(shards)
-    known = has_truth(shards)
-    sources = {every.sources[i] for i in np.flatnonzero(known)}
+    sources = sources_with_truth(shards)
     at = [i for i, source in enumerate(every.sources) if source in sources]
     train = [i for i in at if every.splits[i] == "train"]
     order = Draws.of(seed, np.zeros(len(train), dtype=np.int64), [every.patient_ids[i] for i in train])
@@ -240,37 +247,34 @@ def _fit_heads(
     targets: Sequence[str],
     truth: Truth,
     seed: int,
-    use_gpu: bool | None,
+    work: Work,
 ) -> tuple[dict[str, dict[str, Head]], dict[str, str]]:
     """encoder -> target -> head, and target -> why it has none."""
-    learned = _learned(shards, sources, rows, truth, seed, use_gpu)
-    remote = ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")(fit_head)  # as in scoring.py
-    pending = {}
+    learned = _learned(shards, sources, rows, truth, seed, work.blocks)
+    asked = {}
     problems: dict[str, str] = {}
     for name, learn in learned.items():
-        ref = None if use_gpu is None else ray.put(learn)
         for t, target in enumerate(targets):
             if not learn.shares_PT[:, t].any():
                 problems[target] = "no training image shows it"
             elif not any(masks[t].any() for _, masks in learn.chosen):
                 problems[target] = "no training image that the threshold is chosen on shows it"
             else:
-                pending[name, target] = fit_head(learn, t) if use_gpu is None else remote.remote(ref, t)
+                asked[name, target] = (learn, t)
     heads: dict[str, dict[str, Head]] = {name: {} for name in sources}
-    fitted = list(pending.values()) if use_gpu is None else ray.get(list(pending.values()))
-    for (name, target), head in zip(pending, fitted, strict=True):
+    for (name, target), head in zip(asked, work.fit(list(asked.values())), strict=True):
         heads[name][target] = head
     return heads, problems
 
 
 def _learned(
-    shards: ShardSet, sources: Mapping[str, Source], rows: SegmentRows, truth: Truth, seed: int, use_gpu: bool | None
+    shards: ShardSet, sources: Mapping[str, Source], rows: SegmentRows, truth: Truth, seed: int, encoded: Blocks
 ) -> dict[str, Learn]:
     """By encoder, in the order of the shards, so that a fit is a function of the images."""
     chosen = rows.chosen
     num_a_row = max(4, _NUM_PATCHES // (len(rows.learned) - len(chosen)))
     arguments = (num_a_row, seed, chosen)
-    blocks = list(_blocks(shards, rows.learned, sources, _LearnActor, arguments, use_gpu, truth))
+    blocks = list(encoded(shards, rows.learned, sources, _LearnActor, arguments, *truth))
     images = [
         {key: values[i] for key, values in block.items()} for block in blocks for i in range(len(block["position"]))
     ]

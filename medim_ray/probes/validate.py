@@ -12,25 +12,22 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from medim_ray.config.schema import ValidateConfig
-from medim_ray.data.reader import VIEW
 from medim_ray.draws import name_key
 from medim_ray.probes.classify import probe
-from medim_ray.probes.encoders import encoder_source, frozen_features
+from medim_ray.probes.encoders import source_here
+from medim_ray.probes.features import Source, extract_here
 from medim_ray.probes.protocol import check_protocol
 from medim_ray.probes.regress import regress
 from medim_ray.probes.retrieve import recall_here
-from medim_ray.probes.rows import RowList, RowReader, centre_columns, list_rows, work_items
+from medim_ray.probes.rows import RowList, list_rows
 from medim_ray.probes.scoring import groups_of
 from medim_ray.probes.segment import dice_here
 from medim_ray.probes.tasks import Task, make_task
-from medim_ray.train.build import build_crop
 from medim_ray.train.runs import LoadedRun, load_run
 
 _NUM_FOLDS = 3
-_BATCH = 32
 
 
 def validate(run_dir: str, checkpoint: str, config: ValidateConfig) -> dict[str, float]:
@@ -45,18 +42,18 @@ def validate(run_dir: str, checkpoint: str, config: ValidateConfig) -> dict[str,
     every = list_rows(run.shards)
     order = sorted(range(len(every)), key=lambda i: name_key(every.image_ids[i]))
     rows = every.take(sorted(order[: config.num_images]))
-    found = _labels(run, rows, config.labels) if config.labels else {}
+    source = source_here(run)
+    found = _labels(run, source, rows, config.labels) if config.labels else {}
     if config.retrieve:
         found["recall_at_10"] = recall_here(run, rows)
     if config.segment:
-        source = encoder_source(run.objective.encoder, run.config, build_crop(run.config))
         dice = dice_here(run.shards, source, rows, config.segment, seed=0)
         found |= {f"dice_{target}": value for target, value in dice.items()}
     return found
 
 
-def _labels(run: LoadedRun, rows: RowList, labels: Sequence[str]) -> dict[str, float]:
-    features_KD = _features(run, rows)
+def _labels(run: LoadedRun, source: Source, rows: RowList, labels: Sequence[str]) -> dict[str, float]:
+    features_KD = extract_here(run.shards, rows, source)
     found: dict[str, float] = {}
     nearest: dict[str, float] = {}
     numbers: dict[str, float] = {}
@@ -77,24 +74,3 @@ def _labels(run: LoadedRun, rows: RowList, labels: Sequence[str]) -> dict[str, f
 
 def _mean(numbers: dict[str, float]) -> float:
     return float(np.mean(list(numbers.values())))
-
-
-@torch.no_grad()
-def _features(run: LoadedRun, rows: RowList) -> NDArray[np.float32]:
-    """[K, 2 D]: global vector and mean of the patches, of centre crops, as `medim-ray probe` takes them."""
-    crop, encoder = build_crop(run.config), run.objective.encoder
-    read = RowReader.of(run.shards, "image_id", "image")
-    found: NDArray[np.float32] | None = None
-    for item in work_items(rows):
-        columns, _ = centre_columns(read(item), crop, None)
-        pixels_BHW = columns[f"{VIEW}{crop.views[0].name}"][:, 0]
-        parts = []
-        for start in range(0, len(pixels_BHW), _BATCH):
-            images_B1HW = torch.from_numpy(pixels_BHW[start : start + _BATCH])[:, None].float() / 255.0
-            parts.append(frozen_features(encoder(images_B1HW)))
-        values = np.concatenate(parts)
-        if found is None:
-            found = np.empty((len(rows), values.shape[1]), dtype=np.float32)
-        found[item["positions"]] = values
-    assert found is not None, "a shard set without rows can't be trained on"
-    return found

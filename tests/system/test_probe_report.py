@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from medim_ray.config.probe import ProbeConfig, SegmentConfig, TuneConfig
 from medim_ray.config.schema import RunConfig, ValidateConfig
 from medim_ray.data.ingest import PrepareConfig, prepare
 from medim_ray.data.shards import ShardSet
+from medim_ray.probes import segment
 from medim_ray.probes.command import run_probe
 from medim_ray.probes.encoders import open_encoders
 from medim_ray.probes.features import extract
@@ -100,8 +102,22 @@ def test_a_validation_during_the_run_has_the_numbers_of_the_probe(
     assert found["recall_at_10"] == pytest.approx(np.mean(ways))
     dice = result["segmentation"]["targets"]["any lesion"]["encoders"]["trained"]["dice"]["value"]
     assert found["dice_any lesion"] == pytest.approx(dice, abs=1e-3)
+    sample = validate(run_dir, result["checkpoint"], replace(asked, num_images=NUM_IMAGES * 2 // 3))
+    assert set(sample) == set(found) and 0.0 <= sample["dice_any lesion"] <= 1.0
     with pytest.raises(ValueError, match="best_by='auroc'"):
         ValidateConfig(labels=("view",), best_by="auroc")
+
+
+def test_a_sample_is_cut_before_the_images_to_learn_from_are(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many more the shards hold: what is chosen on is part of the sample, and it is not thinned twice."""
+    shards = load_run(run_dir).shards
+    every = list_rows(shards)
+    sample = every.take(range(0, len(every), 2))
+    monkeypatch.setattr(segment, "MAX_IMAGES", 12)
+    monkeypatch.setattr(segment, "MAX_CHOOSING", 2)
+    rows = segment.segment_rows(shards, sample, 0)
+    assert rows.chosen <= set(rows.learned.image_ids) <= set(sample.image_ids)
+    assert (len(rows.chosen), len(rows.learned)) == (2, 14)
 
 
 def test_probe_stands_beside_untrained_and_pixels_with_intervals(

@@ -47,6 +47,11 @@ class _Tiny:
         return OwnEncoder(self._encoder)
 
 
+def _source() -> Source:
+    # fine-tuning asks an encoder for nothing but its trainable self, which is all that _Tiny has
+    return Source(make=_Tiny, crop=CROPS["pad_crop"](PadCrop.Config(), SIZE), crop_key="", key="")  # type: ignore[arg-type]
+
+
 def _striped() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Noise with fine stripes of any phase, across in one class and down in the other: their mean is flat."""
     rng = np.random.default_rng(0)
@@ -63,7 +68,7 @@ def _scores(steps: int, num_seeds: int) -> tuple[Task, list[str], list[Any]]:
     patients = [f"p{i // 2}" for i in range(NUM)]
     task = Task(label="stripes", classes=("across", "down"), rows_K=np.arange(NUM), y_K=y)
     protocol = make_protocol(task, patients, ["train"] * NUM, 2, 0)
-    source = Source(make=_Tiny, crop=CROPS["pad_crop"](PadCrop.Config(), SIZE), crop_key="", key="")  # type: ignore[arg-type]
+    source = _source()
     config = TuneConfig(steps=steps, batch=16, lr=2e-3)
     tuner = partial(Tuner, source, pixels, task, protocol, config)
     return task, patients, [judge(task, protocol, tuner(seed, "cpu"), known={}, **JUDGE) for seed in range(num_seeds)]
@@ -134,7 +139,7 @@ def test_a_handful_of_labels_is_learned_from_though_the_inner_folds_leave_one_im
     task = Task(label="stripes", classes=("across", "down"), rows_K=np.arange(NUM), y_K=y)
     patients = ["same"] * (num - 1) + [f"p{i}" for i in range(NUM - num + 1)]
     protocol = make_protocol(task, patients, ["train"] * NUM, 2, 0)
-    source = Source(make=_Tiny, crop=CROPS["pad_crop"](PadCrop.Config(), SIZE), crop_key="", key="")  # type: ignore[arg-type]
+    source = _source()
     few = Fold(train_K=np.arange(num), val_K=np.zeros(0, dtype=np.int64), test_K=np.arange(num, num + 8))
     scores = Tuner(source, pixels, task, protocol, TuneConfig(steps=2, batch=8), 0, "cpu")(few)
     assert scores.shape == (8, 4) and np.isfinite(scores).all()
