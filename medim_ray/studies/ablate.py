@@ -21,7 +21,7 @@ from medim_ray.studies.outcome import Number, better_is_higher, check_metric, ch
 from medim_ray.studies.page import Study
 from medim_ray.studies.results import Table
 from medim_ray.studies.runner import Group, RunnerConfig, Search
-from medim_ray.studies.space import SEED, Point, SearchSpace, Trial, make_trial
+from medim_ray.studies.space import SEED, Point, SearchSpace, Trial, distinct, make_trial
 from medim_ray.studies.sweep import data_hash, find_recipe
 from medim_ray.studies.trials import ENCODER, TrialJob
 from medim_ray.train.checks import check
@@ -116,7 +116,7 @@ class Ablation:
 
     def size(self) -> str:
         """`15 runs of 5 arms`."""
-        return f"{len(self.trials())} runs of {len(self.config.arms)} arms"
+        return f"{len(distinct(self.trials()))} runs of {len(self.config.arms)} arms"
 
     def study(self, table: Table) -> Study:
         """The page."""

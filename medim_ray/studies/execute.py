@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import fsspec
@@ -19,9 +20,9 @@ from medim_ray.data.storage import storage_faults
 from medim_ray.session import ray_session
 from medim_ray.studies.listing import print_table
 from medim_ray.studies.page import REPORT, Study, write_study
-from medim_ray.studies.results import Table, make_run, make_table
+from medim_ray.studies.results import Run, Table, make_run, make_table
 from medim_ray.studies.runner import Group, RunnerConfig, Search, run_trials, trials_at_once
-from medim_ray.studies.space import Trial
+from medim_ray.studies.space import Trial, steps_of
 from medim_ray.studies.trials import Record, TrialJob
 from medim_ray.train.launch import LEASE
 from medim_ray.train.signals import exit_code, stop_signals
@@ -117,8 +118,11 @@ def command(experiment: Experiment, dry_run: bool) -> int:
 
 def table_of(experiment: Experiment) -> Table:
     """What is known by now; ValueError where a run of these trials was trained on other shards."""
-    runs = [make_run(trial, experiment.job.record(trial.config.run.dir)) for trial in experiment.trials()]
-    return make_table(runs, experiment.job.metric)
+    return make_table(map(partial(_run, experiment), experiment.trials()), experiment.job.metric)
+
+
+def _run(experiment: Experiment, trial: Trial) -> Run:
+    return make_run(trial, experiment.job.record(trial.config.run.dir))
 
 
 def _write(experiment: Experiment, out: str) -> Table:
@@ -136,9 +140,9 @@ def dry_lines(experiment: Experiment) -> list[str]:
     """A line a trial: its hash, whether it is done, its values; then what they come to."""
     lines = []
     for trial in experiment.trials():
-        state = make_run(trial, experiment.job.record(trial.config.run.dir)).state
+        state = _run(experiment, trial).state
         lines.append(f"{trial.name}  {state:8}  {', '.join(f'{k}={v}' for k, v in trial.point.values.items())}")
-    steps = sum({trial.name: trial.config.train.steps for trial in experiment.trials()}.values())
+    steps = steps_of(experiment.trials())
     group = experiment.group
     needs = f"{group.workers} workers of {group.cpus:g} CPUs and {group.gpus:g} GPUs a trial"
     return [*lines, f"{experiment.size()}, {steps:,} optimizer steps, {needs}"]

@@ -138,17 +138,24 @@ def _deviations(numbers: Sequence[Number], residuals_K: Floats, num_parameters: 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """Arms of a study that lie on one line, as (x, number), ascending; fit: their law, or `note`: why there is none."""
+    """Arms of a study that lie on one line, as (x, number), ascending; hold_out: whether the largest x was to be
+    predicted; fit: their law, or `note`: why there is none."""
 
     name: str
     points: Sequence[tuple[float, Number]]
+    hold_out: bool
     fit: Fit | None = None
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """name, points, fit, note, and the efficiencies of an Amdahl line."""
-        tree: dict[str, Any] = {"name": self.name, "points": [[x, vars(number)] for x, number in self.points]}
-        return {**tree, "fit": self.fit and self.fit.to_json(), "note": self.note}
+        """name, points, hold_out, fit, note."""
+        return {
+            "name": self.name,
+            "points": [[x, vars(number)] for x, number in self.points],
+            "hold_out": self.hold_out,
+            "fit": self.fit and self.fit.to_json(),
+            "note": self.note,
+        }
 
 
 def fit_line(
@@ -157,9 +164,9 @@ def fit_line(
     """The line through these points; a law that can't be fitted is a note."""
     points = sorted(points, key=lambda point: point[0])
     try:
-        return Line(name=name, points=points, fit=fit_law(law, points, hold_out))
+        return Line(name=name, points=points, hold_out=hold_out, fit=fit_law(law, points, hold_out))
     except ValueError as error:
-        return Line(name=name, points=points, note=str(error))
+        return Line(name=name, points=points, hold_out=hold_out, note=str(error))
 
 
 def efficiencies(points: Sequence[tuple[float, Number]]) -> list[tuple[float, Number]]:

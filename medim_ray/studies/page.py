@@ -34,6 +34,8 @@ REPORT = "report.html"
 KINDS = ("sweep", "study")
 _MAX_FIELDS = 80  # of a heat map
 _SHOWN = 6  # numbers beside the metric in a table on screen
+# metric -> name of a cell or baseline -> its number less the reference's
+Differences = Mapping[str, Mapping[str, Number]]
 _PACKAGES = ("medim-ray", "ray", "torch", "deepspeed", "timm", "transformers")
 
 
@@ -57,7 +59,7 @@ class Study:
     line_names: tuple[str, str] = ("", "")
     origin: Mapping[str, str] = field(default_factory=dict)
 
-    def differences(self, table: Table) -> dict[str, dict[str, Number]]:
+    def differences(self, table: Table) -> Differences:
         """Metric -> cell or baseline -> its number less the reference's; {} without a reference."""
         if not self.reference:
             return {}
@@ -74,11 +76,13 @@ def write_study(study: Study, table: Table, out: str, aim_repo: str | None = Non
         "machine": this_machine(),
         "versions": ", ".join(f"{name} {version(name)}" for name in _PACKAGES),
     }
+    compared = study.differences(table)
+    table_csv = to_csv(table, compared)
     files = {
-        f"{study.kind}.json": json.dumps(_tree(study, table, origin), indent=1, default=vars) + "\n",
-        "table.csv": to_csv(table, study.differences(table)),
+        f"{study.kind}.json": json.dumps(_tree(study, table, compared, origin), indent=1, default=vars) + "\n",
+        "table.csv": table_csv,
         "trials.csv": _trials_csv(table),
-        REPORT: _page(study, table, origin),
+        REPORT: _page(study, table, compared, table_csv, origin),
     }
     fs, root = fsspec.core.url_to_fs(out)
     root = root.rstrip("/")
@@ -91,7 +95,7 @@ def write_study(study: Study, table: Table, out: str, aim_repo: str | None = Non
     return f"{out.rstrip('/')}/{REPORT}"
 
 
-def _tree(study: Study, table: Table, origin: Mapping[str, str]) -> dict[str, Any]:
+def _tree(study: Study, table: Table, compared: Differences, origin: Mapping[str, str]) -> dict[str, Any]:
     return {
         "schema_version": 1,
         **origin,
@@ -117,7 +121,7 @@ def _tree(study: Study, table: Table, origin: Mapping[str, str]) -> dict[str, An
         "title": study.title,
         "reference": study.reference,
         "report": study.report,
-        "differences": study.differences(table),
+        "differences": compared,
         "effects": effects(table, axes_of(study.config)),
         "law": study.law,
         "line_names": study.line_names,
@@ -144,7 +148,7 @@ def _from_tree(tree: Mapping[str, Any]) -> tuple[Study, Table]:
     lines = []
     for line in tree.get("lines", ()):
         points = [(x, Number(**number)) for x, number in line["points"]]
-        lines.append(fit_line(line["name"], points, tree["law"], hold_out="held_out" in (line["fit"] or {})))
+        lines.append(fit_line(line["name"], points, tree["law"], line["hold_out"]))
     x_name, y_name = tree.get("line_names", ("", ""))
     study = Study(
         kind=tree["kind"],
@@ -176,7 +180,7 @@ def _trials_csv(table: Table) -> str:
     return out.getvalue()
 
 
-def _page(study: Study, table: Table, origin: Mapping[str, str]) -> str:
+def _page(study: Study, table: Table, compared: Differences, table_csv: str, origin: Mapping[str, str]) -> str:
     known = [row.numbers[table.metric] for row in table.rows if table.metric in row.numbers]
     edges = [part for n in known for part in (n.value, n.low, n.high) if part is not None] or [0.0, 1.0]
     room = 0.05 * (max(edges) - min(edges)) or 0.5
@@ -194,7 +198,7 @@ def _page(study: Study, table: Table, origin: Mapping[str, str]) -> str:
             seconds=seconds,
             bar=lambda number: interval_bar(vars(number), min(edges) - room, max(edges) + room, None, "trained"),
             shown=study.report or table.metrics[1 : _SHOWN + 1],
-            differences=study.differences(table),
+            differences=compared,
             efficiencies=_efficiencies(study),
             named=named,
             is_clear=_is_clear,
@@ -203,7 +207,7 @@ def _page(study: Study, table: Table, origin: Mapping[str, str]) -> str:
             told=told,
             config=yaml.safe_dump(dict(study.config), sort_keys=False, allow_unicode=True),
             errors=[(run.name, run.error) for cell in table.cells for run in cell.runs if run.error],
-            csv=to_csv(table, study.differences(table)),
+            csv=table_csv,
         )
     )
 
@@ -232,7 +236,7 @@ def figures(study: Study, table: Table) -> list[tuple[str, Drawing]]:
     if study.law == "amdahl" and any(len(line.points) > 1 for line in lines):
         x_name, y_name = study.line_names
         caption = f"Efficiency: {y_name} for each of {x_name}, as a share of that of the fewest"
-        made.append((caption, efficiency(lines, study.line_names[0])))
+        made.append((caption, efficiency(lines, x_name)))
     of_rows = {row.name: named(row) for row in table.rows}
     compared = study.differences(table)
     if compared:

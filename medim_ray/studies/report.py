@@ -51,6 +51,7 @@ _THROUGHPUT = {
 }
 _OPTIMISER = {"lr": "learning rate", "grad_norm": "gradient norm"}
 _MAPS = "maps/"
+_VALIDATED = {"dice": "Dice", "r2": "R²"}  # what a number of validation.jsonl begins with, where it is no AUROC
 _HIDDEN = {*_PLACE, *_THROUGHPUT, *_OPTIMISER, *ADDED, "step_s", LOOK_S, BROKEN_ROWS, *STREAM_SECONDS}
 
 
@@ -216,9 +217,10 @@ def _validation(rows: Sequence[Mapping[str, Any]]) -> list[ChartGroup]:
 
 def _validated(name: str) -> str:
     """The heading of a number of validation.jsonl; of a label it is the AUROC."""
-    of = name.partition("_")[2]
-    beyond = {"recall_at_10": "Recall at 10, images and reports", f"dice_{of}": f"Dice, {of}", f"r2_{of}": f"R², {of}"}
-    return beyond.get(name, f"AUROC, {name}")
+    if name == "recall_at_10":
+        return "Recall at 10, images and reports"
+    kind, _, of = name.partition("_")
+    return f"{_VALIDATED[kind]}, {of}" if of and kind in _VALIDATED else f"AUROC, {name}"
 
 
 def _waiting(records: Sequence[Mapping[str, Any]], config: RunConfig) -> list[ChartGroup]:

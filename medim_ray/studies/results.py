@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -152,10 +151,11 @@ def make_table(runs: Iterable[Run], metric: str) -> Table:
     cells = [_cell(name, members, metric) for name, members in groups.items()]
     sign = -1.0 if better_is_higher(metric) else 1.0
 
-    def order(cell: Cell) -> tuple[bool, int, float]:
+    def order(cell: Cell) -> tuple[bool, bool, int, float]:
         number = cell.numbers.get(metric, Number(None)).value
-        short = -cell.step if cell.state == "stopped" else -sys.maxsize
-        return _unranked(cell, metric), short, sign * number if number is not None else 0.0
+        is_short = cell.state == "stopped"
+        furthest = -cell.step if is_short else 0
+        return _unranked(cell, metric), is_short, furthest, sign * number if number is not None else 0.0
 
     cells.sort(key=order)
     ranked = [cell if _unranked(cell, metric) else replace(cell, rank=place) for place, cell in enumerate(cells, 1)]

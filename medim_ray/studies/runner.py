@@ -27,7 +27,7 @@ from ray.tune.search.optuna import OptunaSearch
 from medim_ray.config.loader import from_tree, to_tree
 from medim_ray.config.schema import RunConfig
 from medim_ray.studies.outcome import better_is_higher
-from medim_ray.studies.space import Choices, Range, Trial
+from medim_ray.studies.space import Choices, Range, Trial, distinct
 from medim_ray.studies.trials import Record, State, TrialJob, read_record, trainable, write_record
 from medim_ray.train.signals import aside
 
@@ -190,8 +190,11 @@ def _what(job: TrialJob, search: Search) -> tuple[dict[str, Any], OptunaSearch |
         return _by_optuna(job, search)
     # With ASHA the finished trials take part again, by replaying what they reported: its rungs are made of them.
     replayed = search.asha is not None
-    once = {trial.name: trial for trial in search.trials}.values()  # two points of a space may be one run
-    todo = [trial for trial in once if replayed or not job.record(trial.config.run.dir).is_done_at(job.rungs[-1:])]
+    todo = [
+        trial
+        for trial in distinct(search.trials)
+        if replayed or not job.record(trial.config.run.dir).is_done_at(job.rungs[-1:])
+    ]
     return {"config": tune.grid_search([to_tree(trial.config) for trial in todo])}, None, len(todo)
 
 

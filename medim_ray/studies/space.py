@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -150,7 +150,7 @@ class SearchSpace:
         ends = self._ends()
         shape = [len(values) for values in ends]
         places = [[at if i == j else 0 for j in range(len(ends))] for i, size in enumerate(shape) for at in range(size)]
-        num = self.num_corners
+        num = math.prod(shape)
         checked = min(num, MAX_CHECKED)
         places += [_unravelled(k * num // checked, shape) for k in range(checked)]
         return [
@@ -239,6 +239,16 @@ class Trial:
     def name(self) -> str:
         """The run's hash, or its lineage: equal for equal results, wherever it ran."""
         return self.lineage or run_hash(self.config)
+
+
+def distinct(trials: Iterable[Trial]) -> list[Trial]:
+    """Each run once: two points of a space, or two arms, may be the same one."""
+    return list({trial.name: trial for trial in trials}.values())
+
+
+def steps_of(trials: Iterable[Trial]) -> int:
+    """Optimizer steps of these runs together."""
+    return sum(trial.config.train.steps for trial in distinct(trials))
 
 
 def make_trial(recipe: str | Path, overrides: Sequence[str], point: Point, runs: str) -> Trial:

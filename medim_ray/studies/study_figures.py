@@ -112,9 +112,7 @@ def _scale(axes: Any, xs: Sequence[float]) -> None:
     if places[0] > 0 and places[-1] / places[0] > 20:
         axes.set_xscale("log")
     if len(places) <= 12:
-        axes.xaxis.set_major_locator(FixedLocator(places))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _at_places(axes, places)
 
 
 def parallel(table: Table) -> Drawing:
@@ -175,11 +173,11 @@ def scaling(lines: Sequence[Line], x_name: str, y_name: str) -> Drawing:
         if all(float(n.value or 0.0) > 0 for line in lines for _, n in line.points):
             axes.set_yscale("log")
         for i, line in enumerate(lines):
-            _law(axes, line, SERIES[(i + (len(lines) == 1)) % len(SERIES)], _DASHES[i // len(SERIES) % len(_DASHES)])
+            colour, dashes = _style(i)
+            _law(axes, line, colour if len(lines) > 1 else SERIES[1], dashes)
+            measured = line.name or "measured"
             for k, (x, n) in enumerate(line.points):
                 held_out = line.fit is not None and x == line.fit.held_out_x
-                colour = SERIES[i % len(SERIES)]
-                measured = line.name or "measured"
                 axes.errorbar(
                     [x], [float(n.value or 0.0)], yerr=_errors(n), fmt="o", markersize=5, color=colour, capsize=2,
                     linewidth=1.1,
@@ -206,6 +204,11 @@ def _law(axes: Any, line: Line, colour: str, dashes: str) -> None:
     axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
+def _style(i: int) -> tuple[str, str]:
+    """Colour and dashes of the i-th line: other dashes where the colours begin again."""
+    return SERIES[i % len(SERIES)], _DASHES[i // len(SERIES) % len(_DASHES)]
+
+
 def _at_places(axes: Any, xs: Sequence[float]) -> None:
     """Ticks at the places that were tried, and nowhere else."""
     axes.xaxis.set_major_locator(FixedLocator(sorted(set(xs))))
@@ -229,8 +232,7 @@ def efficiency(lines: Sequence[Line], x_name: str) -> Drawing:
         for i, line in enumerate(lines):
             known = [(n, share.value) for n, share in efficiencies(line.points)]
             xs, shares = [n for n, _ in known], [float(share or 0.0) for _, share in known]
-            dashes = _DASHES[i // len(SERIES) % len(_DASHES)]
-            colour = SERIES[i % len(SERIES)]
+            colour, dashes = _style(i)
             axes.plot(xs, shares, "o", linestyle=dashes, color=colour, markersize=4, linewidth=1.6, label=line.name)
         _at_places(axes, [x for line in lines for x, _ in line.points])
         axes.set_ylim(0.0, None)

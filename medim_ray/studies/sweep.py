@@ -25,7 +25,7 @@ from medim_ray.studies.page import Study
 from medim_ray.studies.pbt import PbtConfig, Population
 from medim_ray.studies.results import Table
 from medim_ray.studies.runner import Group, RunnerConfig, Search
-from medim_ray.studies.space import MAX_CHECKED, SearchSpace, Trial
+from medim_ray.studies.space import MAX_CHECKED, SearchSpace, Trial, distinct, steps_of
 from medim_ray.studies.trials import TrialJob, rung_steps
 from medim_ray.train.checks import check
 
@@ -143,7 +143,7 @@ class Sweep:
         if self.config.search != "optuna":
             return self.listed
         chosen = [self.job.trial(self.job.space.point(values)) for values in self.begun.values]
-        return list({trial.name: trial for trial in chosen}.values())
+        return distinct(chosen)
 
     def searches(self) -> Iterable[Search]:
         """One search, or one a generation."""
@@ -174,7 +174,7 @@ class Sweep:
         if self.population is not None:
             return f"{len(self.population.generations[0])} members, {len(self.population.rungs)} generations"
         left_out = f" ({self.left_out} more are left out by max_steps)" if self.left_out else ""
-        return f"{len({trial.name for trial in self.listed})} trials{left_out}{self._unchecked()}"
+        return f"{len(distinct(self.listed))} trials{left_out}{self._unchecked()}"
 
     def _unchecked(self) -> str:
         num = self.job.space.num_corners
@@ -255,11 +255,8 @@ def _points(config: SweepConfig, job: TrialJob) -> list[Trial]:
 def _within_budget(config: SweepConfig, trials: Sequence[Trial]) -> tuple[list[Trial], int]:
     """The first trials whose steps fit into `max_steps` together, and how many do not."""
     kept: list[Trial] = []
-    spent, counted = 0, set()
     for trial in trials:
-        spent += trial.config.train.steps * (trial.name not in counted)
-        counted.add(trial.name)
-        if config.max_steps is not None and spent > config.max_steps:
+        if config.max_steps is not None and steps_of([*kept, trial]) > config.max_steps:
             break
         kept.append(trial)
     return kept, len(trials) - len(kept)

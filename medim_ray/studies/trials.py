@@ -45,9 +45,9 @@ class Report:
         """The report of its JSON."""
         return cls(
             tree["step"],
-            numbers_of(tree["numbers"]),
-            numbers_of(tree["gains"]),
-            {name: numbers_of(found) for name, found in tree.get("baselines", {}).items()},
+            _numbers(tree["numbers"]),
+            _numbers(tree["gains"]),
+            {name: _numbers(found) for name, found in tree.get("baselines", {}).items()},
         )
 
 
@@ -103,7 +103,7 @@ def read_record(run_dir: str) -> Record:
     return Record(**{**tree, "reports": tuple(map(Report.from_json, tree["reports"]))})
 
 
-def numbers_of(tree: Mapping[str, Any]) -> dict[str, Number]:
+def _numbers(tree: Mapping[str, Any]) -> dict[str, Number]:
     """Numbers by name, of their JSON."""
     return {name: Number(**number) for name, number in tree.items()}
 
@@ -134,7 +134,7 @@ class TrialJob:
 
     def record(self, run_dir: str) -> Record:
         """What the record of a run folder says of what this job asks (`Record.asked`)."""
-        return read_record(run_dir).asked(run_dir, self.data_hash, _tree_of(self.probe))
+        return _asked(run_dir, self.data_hash, self.probe)
 
     def trial(self, point: Point) -> Trial:
         """The run of a point of the space."""
@@ -160,7 +160,7 @@ def life(config: RunConfig, rungs: Sequence[int], probe: ProbeConfig | None, dat
     The record is written before a report is yielded. ValueError where the folder holds a trial on other shards.
     """
     run_dir = config.run.dir
-    record = read_record(run_dir).asked(run_dir, data_hash, _tree_of(probe))
+    record = _asked(run_dir, data_hash, probe)
     record = replace(record, state=record.state if record.is_done else "running", attempts=record.attempts + 1)
     write_record(run_dir, record)
     for step in rungs:
@@ -175,8 +175,8 @@ def life(config: RunConfig, rungs: Sequence[int], probe: ProbeConfig | None, dat
         yield report
 
 
-def _tree_of(probe: ProbeConfig | None) -> Mapping[str, Any]:
-    return to_tree(probe) if probe is not None else {}
+def _asked(run_dir: str, data_hash: str, probe: ProbeConfig | None) -> Record:
+    return read_record(run_dir).asked(run_dir, data_hash, to_tree(probe) if probe is not None else {})
 
 
 def _advance(config: RunConfig, step: int, probe: ProbeConfig | None) -> Report:

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from medim_ray.studies.fit import fit_line
 from medim_ray.studies.outcome import Number, told
 from medim_ray.studies.page import Study, figures, read_study, write_study
 from medim_ray.studies.results import Run, Table, make_table
@@ -64,6 +65,15 @@ def test_a_page_is_written_again_from_its_json(tmp_path: Path) -> None:
     write_study(replace(STUDY, origin=told_before), table, str(tmp_path))  # says where its runs were made, not the page
     found = read_study(str(tmp_path))
     assert found is not None and found[0].origin == told_before
+
+
+def test_a_law_that_was_refused_is_not_fitted_when_the_page_is_written_again(tmp_path: Path) -> None:
+    points = [(x, Number(1.0 / x)) for x in (1.0, 2.0, 4.0)]
+    line = fit_line("", points, "power", hold_out=True)
+    assert line.fit is None and "beside the one held out" in line.note
+    write_study(replace(STUDY, lines=(line,), law="power", line_names=("x", "y")), _table("strategy"), str(tmp_path))
+    again = read_study(str(tmp_path))
+    assert again is not None and again[0].lines == (line,)
 
 
 def test_a_grid_says_what_each_axis_does(tmp_path: Path) -> None:
