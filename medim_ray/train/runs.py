@@ -74,7 +74,7 @@ def find_checkpoint(run_dir: str, which: str) -> str:
         best = read_best(run_dir)
         if best in names:
             return best
-        why = "it was removed" if best else "no checkpoint was validated during the run (validate.labels=[...])"
+        why = "it was removed" if best else "no checkpoint was validated during the run (options validate.*)"
         raise ValueError(f"checkpoint=best: {run_dir} has none: {why}; there are {', '.join(names) or 'none'}")
     if not which.isdecimal():
         raise ValueError(f"checkpoint={which!r}: latest, best or a step")

@@ -1,6 +1,6 @@
 """Committed checkpoints are validated while the run goes on, one at a time, by Ray tasks; the best one is kept.
 
-    RUN/validation.jsonl   a line a checkpoint: step, AUROC of each label and their mean, seconds; or why there is none
+    RUN/validation.jsonl   a line a checkpoint: step, the numbers `validate` asks for, seconds; or why there is none
     RUN/best.json          the checkpoint with the best `validate.best_by` so far; it is not pruned
 What a validation is comes from outside (probes/validate.py); whatever fails in it is told and ends nothing.
 """
