@@ -210,9 +210,9 @@ def _pretrain(args: argparse.Namespace) -> int:
 
 def _validation() -> Any:
     """What probes a checkpoint during a run; scikit-learn is loaded for it."""
-    from medim_ray.probes.validate import validate
+    from medim_ray.probes.validate import VALIDATE
 
-    return validate
+    return VALIDATE
 
 
 def _fields(root: type[Any]) -> int:

@@ -276,8 +276,9 @@ class ValidateConfig:
         known += [name for label in self.labels for name in (label, f"knn_{label}", f"r2_{label}")]
         known += ["recall_at_10"] if self.retrieve else []
         known += [f"dice_{target}" for target in self.segment]
-        if self.is_asked and self.best_by not in known:
-            raise ValueError(f"validate.best_by={self.best_by!r}: what is validated has {', '.join(known)}")
+        if self.best_by not in known and (self.is_asked or self.best_by != "mean"):
+            has = f"what is validated has {', '.join(known)}" if known else "nothing is validated: name validate.labels"
+            raise ValueError(f"validate.best_by={self.best_by!r}: {has}")
 
     @property
     def is_asked(self) -> bool:

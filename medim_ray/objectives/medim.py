@@ -119,6 +119,11 @@ class MedIM(nn.Module):
             },
         )
 
+        @property
+        def embeds_reports(self) -> bool:
+            """Whole images and reports lie in one space."""
+            return self.ita_weight > 0 or self.proto_weight > 0
+
         def __post_init__(self) -> None:
             weights = ("ita_weight", "local_weight", "proto_weight", "reconstruction_weight", "word_contrast_weight")
             for key in weights:
@@ -155,18 +160,17 @@ class MedIM(nn.Module):
         assert isinstance(parts.text, TextEncoder)
         self.text = parts.text
         has_decoder = config.reconstruction_weight > 0
-        has_global = config.ita_weight > 0 or config.proto_weight > 0
         needs_attention = has_decoder and parts.masking.needs_attention
         trains_local = config.local_weight > 0 or config.word_contrast_weight > 0
         has_local = trains_local or needs_attention
-        if not has_global and not has_local:
+        if not config.embeds_reports and not has_local:
             raise ValueError(
                 "objective: only reconstruction_weight is above 0, and masking.name="
                 f"{'+'.join(parts.masking.names)} needs no attention, so no report is used; use objective.name=mae"
             )
-        self._has_global, self._has_local = has_global, has_local
+        self._has_global, self._has_local = config.embeds_reports, has_local
         sizes = (config.projection_hidden, config.projection_dim, config.norm)
-        if has_global:
+        if self._has_global:
             self.image_projection = Projection(self.encoder.width, *sizes)
             self.report_projection = Projection(self.text.width, *sizes)
         if has_local:

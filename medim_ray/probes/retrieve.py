@@ -57,7 +57,7 @@ def retrieve(
 
     Where there is nothing to judge, `note` says why and `directions` and `labels` are empty.
     """
-    note, rows, reports = _judged_rows(run, list_rows(run.shards))
+    note, rows, reports = _judged_rows(run.config, run.shards, list_rows(run.shards))
     labels, left_out = _findings(run, rows, uncertain)
     if note:
         nothing: dict[str, Any] = {"note": note, "num_images": 0, "num_patients": 0}
@@ -80,10 +80,8 @@ def recall_here(run: LoadedRun, rows: RowList) -> float:
     """Recall at 10 of a run's held-out images among `rows` and their reports, mean of both ways: the probe in this
     process. ValueError where the objective embeds no reports, or there are none.
     """
-    note, judged, reports = _judged_rows(run, rows)
-    if note:
-        raise ValueError(f"validate.retrieve: {note}")
     config = run.config
+    judged, reports = check_retrieval(config, run.shards, rows)
     models = Models(
         config=config,
         crop=build_crop(config),
@@ -99,18 +97,27 @@ def recall_here(run: LoadedRun, rows: RowList) -> float:
     return float(np.mean([ranks.within(10).mean() for ranks in ways]))
 
 
+def check_retrieval(config: RunConfig, shards: ShardSet, rows: RowList) -> tuple[RowList, list[str]]:
+    """The held-out images of `rows` with a report, and their reports; ValueError where this objective embeds no
+    reports, or there are too few."""
+    note, judged, reports = _judged_rows(config, shards, rows)
+    if note:
+        raise ValueError(f"validate.retrieve, among {len(rows)} images: {note}")
+    return judged, reports
+
+
 def _texts(reports: Sequence[str]) -> NDArray[np.int64]:
     """[K] a number for each different text."""
     found: NDArray[np.int64] = np.unique([" ".join(report.split()) for report in reports], return_inverse=True)[1]
     return found
 
 
-def _judged_rows(run: LoadedRun, every: RowList) -> tuple[str, RowList, list[str]]:
+def _judged_rows(config: RunConfig, shards: ShardSet, every: RowList) -> tuple[str, RowList, list[str]]:
     """Why there is nothing to judge or '', the held-out images of `every` with a report, and their reports."""
     none = every.take([])
-    if not hasattr(run.objective, "report_projection"):
-        return f"this run's objective ({type(run.objective).__name__}) embeds no reports: nothing to retrieve", none, []
-    table = run.shards.read_rows(columns=["image_id", "report"])
+    if not getattr(config.objective, "embeds_reports", False):
+        return f"objective.name={config.objective.name} of this run embeds no reports: nothing to retrieve", none, []
+    table = shards.read_rows(columns=["image_id", "report"])
     of_image = dict(zip(table["image_id"].to_pylist(), table["report"].to_pylist(), strict=True))
     reports = [of_image[image_id] for image_id in every.image_ids]
     at = [i for i, split in enumerate(every.splits) if split in HELD_OUT and (reports[i] or "").strip()]
@@ -259,7 +266,8 @@ def best_ranks(queries_KE: Floats, targets_KE: Floats, text_K: NDArray[np.int64]
     """Where the best target with the query's own text stands."""
     counts_3K = np.empty((3, len(queries_KE)), dtype=np.int64)
     for first in range(0, len(queries_KE), _CHUNK):
-        scores_QK = np.round(queries_KE[first : first + _CHUNK] @ targets_KE.T, 6)
+        found_QK = np.round(queries_KE[first : first + _CHUNK] @ targets_KE.T, 6)
+        scores_QK = np.where(np.isfinite(found_QK), found_QK, -2.0)  # of a model that diverged: below every cosine
         is_right_QK = text_K[first : first + _CHUNK, None] == text_K[None]
         best_Q1 = np.where(is_right_QK, scores_QK, -np.inf).max(axis=1, keepdims=True)
         is_best_QK = scores_QK == best_Q1

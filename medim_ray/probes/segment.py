@@ -122,18 +122,25 @@ def _told(
 
 
 def dice_here(shards: ShardSet, source: Source, rows: RowList, targets: Sequence[str], seed: int) -> dict[str, float]:
-    """Target -> mean Dice of held-out images that show it, of those in `rows`, by the linear head: the probe in this
-    process. ValueError where there is nothing to learn from or to judge.
+    """`dice_TARGET` -> mean Dice of held-out images that show it, of those in `rows`, by the linear head: the probe in
+    this process. ValueError where there is nothing to learn from or to judge.
     """
-    found = segment_rows(shards, rows, seed)
-    if not len(found.judged):
-        raise ValueError(f"validate.segment={list(targets)}, among {len(rows)} images: {found.note}")
+    found = check_segmentation(shards, rows, targets, seed)
     of = _linear(shards, {TOKENS: source}, found, targets, seed, _HERE)
     for target in targets:
         problem = of.problems.get(target) or ("no held-out image shows it" if of.empty_K[target].all() else "")
         if problem:
             raise ValueError(f"validate.segment: {target!r} among {len(rows)} images: {problem}")
-    return {target: float(of.dice_K[TOKENS, target][~of.empty_K[target]].mean()) for target in targets}
+    return {f"dice_{target}": float(of.dice_K[TOKENS, target][~of.empty_K[target]].mean()) for target in targets}
+
+
+def check_segmentation(shards: ShardSet, rows: RowList, targets: Sequence[str], seed: int = 0) -> SegmentRows:
+    """The images that are learned from and judged; ValueError where there are none. What their masks show is seen
+    later."""
+    found = segment_rows(shards, rows, seed)
+    if not len(found.judged):
+        raise ValueError(f"validate.segment={list(targets)}, among {len(rows)} images: {found.note}")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,8 @@ def launch(
     console, startup = console or Console(stderr=True), startup or Startup()
     console.soft_wrap = not console.is_terminal  # a message of a log file is one line
     shards = check(config)
+    if validate is not None and config.validate.is_asked:
+        validate.check(config, shards)
     config = absolute_paths(config)
     with storage_faults(f"run.dir={config.run.dir}"):
         fs, root = fsspec.core.url_to_fs(config.run.dir)

@@ -1,6 +1,6 @@
 """Committed checkpoints are validated while the run goes on, one at a time, by Ray tasks; the best one is kept.
 
-    RUN/validation.jsonl   a line a checkpoint: step, the numbers `validate` asks for, seconds; or why there is none
+    RUN/validation.jsonl   a line a checkpoint: step, the numbers `validate` asks for, seconds; why some are missing
     RUN/best.json          the checkpoint with the best `validate.best_by` so far; it is not pruned
 What a validation is comes from outside (probes/validate.py); whatever fails in it is told and ends nothing.
 """
@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import fsspec
 import ray
@@ -20,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from medim_ray.config.schema import RunConfig, ValidateConfig
+from medim_ray.data.shards import ShardSet
 from medim_ray.data.storage import committed
 from medim_ray.train.store import CheckpointStore
 
@@ -28,10 +32,19 @@ BEST = "best.json"
 _LOOK_S = 0.5
 
 
-class Validate(Protocol):
-    """Runs in a Ray task: name -> number, of one committed checkpoint. FileNotFoundError where it was pruned."""
+Run = Callable[[str, str, ValidateConfig], dict[str, Any]]
 
-    def __call__(self, run_dir: str, checkpoint: str, config: ValidateConfig) -> dict[str, float]: ...
+
+@dataclass(frozen=True)
+class Validate:
+    """check: before the run; ValueError where these shards and this objective do not have what `validate` asks for.
+
+    run: of (run folder, checkpoint, config), in a Ray task; name -> number, and `error`: why some are missing.
+    FileNotFoundError where the checkpoint was pruned.
+    """
+
+    check: Callable[[RunConfig, ShardSet], None]
+    run: Run
 
 
 @contextlib.contextmanager
@@ -66,7 +79,8 @@ class _Watcher:
         self._rows = read_validation(config.run.dir)
         # Not in a placement group that this process may be in: a trial of a sweep has room for itself alone.
         options = {"num_cpus": config.validate.num_cpus, "scheduling_strategy": "DEFAULT", "max_retries": 0}
-        self._task = ray.remote(**options)(validate)
+        self._task = ray.remote(**options, max_calls=1)(_behind)  # a process of its own, since it stays behind
+        self._run = validate.run
         self._end = threading.Event()
         self._wait = True
 
@@ -95,7 +109,7 @@ class _Watcher:
     def _validate(self, name: str) -> None:
         began = time.monotonic()
         row: dict[str, Any] = {"checkpoint": name, "step": int(name.split("-")[1])}
-        pending = self._task.remote(self._config.run.dir, name, self._config.validate)
+        pending = self._task.remote(self._run, self._config.run.dir, name, self._config.validate)
         while not ray.wait([pending], timeout=_LOOK_S)[0]:
             if self._end.is_set() and not self._wait:
                 ray.cancel(pending, force=True)
@@ -108,7 +122,8 @@ class _Watcher:
             row["error"] = (
                 "it was pruned before: raise train.keep_last or train.checkpoint_every" if pruned else str(cause)
             ).splitlines()[0]
-            told = escape(f"{name} was not validated: {row['error']}")
+        if "error" in row:
+            told = escape(f"{name} was not{' wholly' * (len(row) > 3)} validated: {row['error']}")
             self._console.print(f"[yellow]{told}", highlight=False)
         row["seconds"] = round(time.monotonic() - began, 2)
         self._rows.append(row)
@@ -120,7 +135,7 @@ class _Watcher:
     def _write(self) -> None:
         key = self._config.validate.best_by
         files = {VALIDATION_FILE: "".join(f"{json.dumps(row)}\n" for row in self._rows)}
-        judged = [row for row in self._rows if key in row]
+        judged = [row for row in self._rows if math.isfinite(row.get(key, math.nan))]
         if judged:
             best = max(judged, key=lambda row: float(row[key]))
             chosen = {"checkpoint": best["checkpoint"], "step": best["step"], "by": key, "value": best[key]}
@@ -129,6 +144,13 @@ class _Watcher:
         for name, text in files.items():
             with committed(fs, f"{root.rstrip('/')}/{name}", scratch=root) as file:
                 file.write(text.encode())
+
+
+def _behind(run: Run, run_dir: str, checkpoint: str, config: ValidateConfig) -> dict[str, Any]:
+    """A validation at the lowest priority: where no core is wholly free, it waits for workers and decoding, not they
+    for it."""
+    os.nice(19)
+    return run(run_dir, checkpoint, config)
 
 
 def read_validation(run_dir: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from medim_ray.probes.validate import validate
+from medim_ray.probes.validate import VALIDATE, validate
 from medim_ray.train.launch import launch
 from medim_ray.train.metrics import read_metrics
 from medim_ray.train.runs import find_checkpoint
@@ -24,7 +24,7 @@ ONE = ["train.num_workers=1", "train.zero=0", "train.keep_last=1", "validate.num
 def test_every_checkpoint_is_validated_and_the_best_is_kept(phantom_shards: str, tmp_path: Path) -> None:
     options = ["train.steps=4", "train.checkpoint_every=4", "validate.labels=[view]", *ONE]
     config = config_of(MAE, phantom_shards, tmp_path / "run", *options, "train.stop_after=2")
-    assert launch(config, Console(file=io.StringIO()), validate).step == 2
+    assert launch(config, Console(file=io.StringIO()), VALIDATE).step == 2
     (first,) = read_validation(config.run.dir)
     assert first["step"] == 2 and 0.0 <= first["view"] == first["mean"] <= 1.0
     assert 0.0 <= first["knn_view"] == first["knn_mean"] <= 1.0
@@ -34,7 +34,7 @@ def test_every_checkpoint_is_validated_and_the_best_is_kept(phantom_shards: str,
     line = {**first, "mean": 2.0, "view": 2.0}
     (tmp_path / "run/validation.jsonl").write_text(json.dumps(line) + "\n")
     again = config_of(MAE, phantom_shards, tmp_path / "run", *options)
-    assert launch(again, Console(file=io.StringIO()), validate).finished
+    assert launch(again, Console(file=io.StringIO()), VALIDATE).finished
     rows = read_validation(again.run.dir)
     assert [row["step"] for row in rows] == [2, 4] and "error" not in rows[1]
     assert read_best(again.run.dir) == first["checkpoint"] == find_checkpoint(again.run.dir, "best")
@@ -42,12 +42,32 @@ def test_every_checkpoint_is_validated_and_the_best_is_kept(phantom_shards: str,
     assert first["checkpoint"] in CheckpointStore(again.run.dir).names(), "train.keep_last=1 has not pruned the best"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["validate.labels=[vieww]"], r"validate\.labels, among .* did you mean 'view'\?"),
+        (["validate.labels=[age]"], r"best_by='mean': what is validated has r2_age$"),
+        (["validate.labels=[age]", "validate.best_by=age"], "what is validated has r2_age$"),
+        (["validate.retrieve=true", "validate.best_by=recall_at_10"], r"name=mae of this run embeds no reports"),
+    ],
+)
+def test_what_can_not_be_validated_is_refused_before_the_run(
+    phantom_shards: str, tmp_path: Path, options: list[str], message: str
+) -> None:
+    config = config_of(MAE, phantom_shards, tmp_path / "run", "train.steps=2", *options, *ONE)
+    with pytest.raises(ValueError, match=message):
+        launch(config, Console(file=io.StringIO()), VALIDATE)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.chaos
-def test_a_validation_that_fails_is_told_and_the_run_goes_on(phantom_shards: str, tmp_path: Path) -> None:
-    options = ["train.steps=2", "validate.labels=[vieww]", *ONE]
-    config = config_of(MAE, phantom_shards, tmp_path / "run", *options)
+def test_a_part_of_a_validation_that_fails_is_told_and_the_others_and_the_run_go_on(
+    phantom_shards: str, tmp_path: Path
+) -> None:
+    parts = ["validate.labels=[view]", "validate.segment=[rib fracture]"]  # no image of the phantoms shows one
+    config = config_of(MAE, phantom_shards, tmp_path / "run", "train.steps=2", *parts, *ONE)
     said = Console(file=io.StringIO(), width=300)
-    assert launch(config, said, validate).finished and len(read_metrics(config.run.dir)) == 2
+    assert launch(config, said, VALIDATE).finished and len(read_metrics(config.run.dir)) == 2
     (row,) = read_validation(config.run.dir)
-    assert "did you mean 'view'?" in row["error"] and row["error"] in said.file.getvalue()  # type: ignore[attr-defined]
-    assert read_best(config.run.dir) == ""
+    assert "'rib fracture'" in row["error"] and row["error"] in said.file.getvalue()  # type: ignore[attr-defined]
+    assert 0.0 <= row["view"] <= 1.0 and read_best(config.run.dir) == row["checkpoint"]

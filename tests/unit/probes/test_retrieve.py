@@ -40,6 +40,19 @@ def test_perfect_pairs_come_first_and_a_collapsed_model_is_at_chance() -> None:
             assert ranks.within(k).mean() == pytest.approx(at_chance[f"recall_at_{k}"]), "recall too, not 0"
 
 
+def test_a_model_that_diverged_is_at_chance_and_one_broken_row_is_the_last() -> None:
+    text = np.arange(50)
+    ranks, at_chance = (
+        best_ranks(np.full((50, 4), np.nan), np.ones((50, 4)), text),
+        chance(np.ones(50, dtype=np.int64), 50),
+    )
+    assert ranks.within(10).mean() == pytest.approx(at_chance["recall_at_10"])
+    vectors = np.eye(50)
+    broken = vectors.copy()
+    broken[7] = np.nan
+    assert best_ranks(vectors, broken, text).expected[[6, 7]] == pytest.approx([1.0, 50.0])
+
+
 def test_what_scores_alike_stands_in_random_order() -> None:
     """Against counting over all orders of the tied targets."""
     ranks = best_ranks(np.ones((6, 1)), np.array([[0.9, 0.5, 0.5, 0.5, 0.5, 0.1]]).T, np.array([1, 0, 0, 1, 1, 0]))
