@@ -5,6 +5,7 @@ An arm may begin from another arm's run (`encoder.init=run:ARM`). A scaling law 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,14 @@ class FitConfig:
     def __post_init__(self) -> None:
         if self.law != "none" and not self.x:
             raise ValueError(f"law={self.law} needs x: a number for each arm, e.g. x: {{10 %: 40, 100 %: 400}}")
+        if self.law == "none" and self.lines:
+            raise ValueError("fit.lines is set, but fit.law=none fits none: use power or amdahl, or leave it out")
+        for arm, x in self.x.items():
+            if not 0 < x < math.inf:
+                raise ValueError(f"fit.x.{arm}={x:g}: must be above 0, such as a number of images or workers")
+        on_lines = {arm for arms in self.lines.values() for arm in arms}
+        if self.lines and (left := [arm for arm in self.x if arm not in on_lines]):
+            raise ValueError(f"fit.x.{left[0]} stands in none of fit.lines: name it there, or leave it out of fit.x")
         for name, arms in self.lines.items():
             if strange := [arm for arm in arms if arm not in self.x]:
                 raise ValueError(f"lines.{name}: {strange[0]!r} has no place in fit.x; there are {', '.join(self.x)}")
@@ -231,10 +240,13 @@ def _resolved(text: str, seed: int, made: Mapping[tuple[str, int], Trial]) -> st
 
 
 def _without_parent(config: RunConfig) -> RunConfig:
-    """For the checks before a start: a run that an arm begins from is not there yet."""
-    init = config.encoder.init
-    parent = Path(init).name == ENCODER and Path(init).parents[1] == Path(config.run.dir).parent
-    return replace(config, encoder=replace(config.encoder, init="random")) if parent else config
+    """For the checks before a start: where the run that an arm begins from is not there yet, neither is the arm's."""
+    init, folder = config.encoder.init, config.run.dir
+    is_parent = Path(init).name == ENCODER and Path(init).parents[1] == Path(folder).parent
+    if not is_parent or Path(init).exists():
+        return config
+    unborn = replace(config.run, dir=f"{folder}.unborn")
+    return replace(config, encoder=replace(config.encoder, init="random"), run=unborn)
 
 
 def ablate(file: str | None, overrides: Sequence[str], dry_run: bool) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medim_ray.studies.outcome import Number
-from medim_ray.studies.results import Table, mean_number
+from medim_ray.studies.results import Run, Table, mean_number, reports_of
 from medim_ray.studies.space import SEED, Choices, SearchSpace
 
 
@@ -49,45 +49,43 @@ def differences(table: Table, reference: str, metric: str) -> dict[str, Number]:
     """Name of a cell or baseline -> its metric less that of the cell `reference`: mean over the seeds that both have,
     with a 95 % t-interval. A baseline is that of the reference's own runs. {} where the reference has no such number.
     """
-    cells = {
-        cell.name: _by_seed({run.values.get(SEED): run.numbers for run in cell.runs if run.is_done}, metric)
-        for cell in table.cells
-    }
+    cells = {cell.name: {run.values.get(SEED): run for run in cell.runs if run.is_done} for cell in table.cells}
     base = cells.pop(reference, {})
-    runs = [run for cell in table.cells if cell.name == reference for run in cell.runs if run.is_done]
-    rows = {
-        **cells,
-        **{
-            baseline.name: _by_seed(
-                {run.values.get(SEED): run.baselines.get(baseline.name, {}) for run in runs}, metric
-            )
-            for baseline in table.baselines
-        },
+    found = {
+        name: [_less(run, base[seed], metric) for seed, run in of_seed.items() if seed in base]
+        for name, of_seed in cells.items()
     }
-    pairs = {
-        name: [Number(value - base[seed]) for seed, value in of_seed.items() if seed in base]
-        for name, of_seed in rows.items()
-    }
-    return {name: mean_number(found) for name, found in pairs.items() if found}
+    for baseline in table.baselines:
+        beside = [(run.baselines.get(baseline.name, {}), run.numbers) for run in base.values()]
+        found[baseline.name] = [_minus(of_baseline, of_run, metric) for of_baseline, of_run in beside]
+    known = {name: [Number(pair) for pair in pairs if pair is not None] for name, pairs in found.items()}
+    return {name: mean_number(pairs) for name, pairs in known.items() if pairs}
 
 
-def _by_seed(numbers: Mapping[Any, Mapping[str, Number]], metric: str) -> dict[Any, float]:
-    found = {seed: of_run.get(metric) for seed, of_run in numbers.items()}
-    return {seed: number.value for seed, number in found.items() if number is not None and number.value is not None}
+def _less(run: Run, other: Run, metric: str) -> float | None:
+    """The metric of a run less that of another, at the same step where one of them was stopped early (`reports_of`);
+    None where one of them has none."""
+    reports = reports_of([run, other])
+    return _minus(reports[0].numbers, reports[1].numbers, metric) if reports else None
+
+
+def _minus(numbers: Mapping[str, Number], others: Mapping[str, Number], metric: str) -> float | None:
+    value, other = (of_run.get(metric, Number(None)).value for of_run in (numbers, others))
+    return None if value is None or other is None else value - other
 
 
 def _effect(table: Table, axis: str, value: str, reference: str) -> Effect | None:
-    sides: dict[str, dict[tuple[str, str], float]] = {value: {}, reference: {}}
+    sides: dict[str, dict[tuple[str, str], Run]] = {value: {}, reference: {}}
     for cell in table.cells:
-        rest = ", ".join(f"{key}={cell.values[key]}" for key in cell.values if key != axis)
-        for run in cell.runs:
-            number = run.numbers.get(table.metric)
-            side = sides.get(str(cell.values.get(axis)))
-            if side is not None and run.is_done and number is not None and number.value is not None:
-                side[str(run.values.get(SEED)), rest] = number.value
+        shown = str(cell.values.get(axis))
+        if shown in sides:
+            rest = ", ".join(f"{key}={cell.values[key]}" for key in cell.values if key != axis)
+            sides[shown] |= {(str(run.values.get(SEED)), rest): run for run in cell.runs if run.is_done}
     by_seed: dict[str, list[float]] = {}
     for seed, rest in sides[value].keys() & sides[reference].keys():
-        by_seed.setdefault(seed, []).append(sides[value][seed, rest] - sides[reference][seed, rest])
+        pair = _less(sides[value][seed, rest], sides[reference][seed, rest], table.metric)
+        if pair is not None:
+            by_seed.setdefault(seed, []).append(pair)
     pairs = [difference for differences in by_seed.values() for difference in differences]
     if not pairs:
         return None

@@ -18,8 +18,8 @@ def print_table(study: Study, table: Table, console: Console) -> None:
     """The ranked table on a terminal, and below it what each axis does."""
     shown = RichTable(title=f"ranked by {table.metric}: mean [95 % interval]")
     shown.add_column("rank", justify="right")
-    for axis in table.axes:
-        shown.add_column(axis, no_wrap=True)
+    for column in table.columns:
+        shown.add_column(escape(column), no_wrap=True)
     gains = any(table.metric in cell.gains for cell in table.cells)
     shown.add_column(table.metric, no_wrap=True)
     if gains:
@@ -29,10 +29,8 @@ def print_table(study: Study, table: Table, console: Console) -> None:
         shown.add_column(f"minus {study.reference}", no_wrap=True)
     shown.add_column("runs", justify="right")
     shown.add_column("", no_wrap=True)
-    for cell in table.cells:
-        shown.add_row(*map(escape, _row(study, table, cell, gains, compared)))
-    for baseline in table.baselines:
-        shown.add_row(*map(escape, _baseline_row(table, baseline, gains, compared)))
+    for row in table.rows:
+        shown.add_row(*map(escape, _row(study, table, row, gains, compared)))
     console.print(shown)
     for metric in study.report:
         console.print(_beside(study, table, metric, compared.get(metric, {})))
@@ -58,25 +56,14 @@ def _beside(study: Study, table: Table, metric: str, compared: Mapping[str, Numb
     return shown
 
 
-def _baseline_row(
-    table: Table, baseline: Baseline, gains: bool, compared: Mapping[str, Mapping[str, Number]]
-) -> list[str]:
-    row = ["", *[named(baseline), *[""] * len(table.axes)][: max(1, len(table.axes))]]
-    row.append(told(baseline.numbers.get(table.metric)))
-    row += [""] * gains
-    if compared:
-        row.append(told(compared.get(table.metric, {}).get(baseline.name)))
-    return [*row, "", "baseline"]
-
-
 def _row(
-    study: Study, table: Table, cell: Cell, gains: bool, compared: Mapping[str, Mapping[str, Number]]
+    study: Study, table: Table, row: Cell | Baseline, gains: bool, compared: Mapping[str, Mapping[str, Number]]
 ) -> list[str]:
-    row = ["" if cell.rank is None else str(cell.rank), *(str(cell.values.get(axis, "")) for axis in table.axes)]
-    row.append(told(cell.numbers.get(table.metric)))
+    cell = row if isinstance(row, Cell) else None
+    out = [str(cell.rank or "") if cell else "", *map(str, table.place(row)), told(row.numbers.get(table.metric))]
     if gains:
-        row.append(told(cell.gains.get(table.metric)))
+        out.append(told(cell.gains.get(table.metric)) if cell else "")
     if compared:
-        difference = compared.get(table.metric, {}).get(cell.name)
-        row.append("reference" if cell.name == study.reference else told(difference))
-    return [*row, str(len(cell.runs)), cell.verdict]
+        difference = compared.get(table.metric, {}).get(row.name)
+        out.append("reference" if row.name == study.reference else told(difference))
+    return [*out, str(len(cell.runs)) if cell else "", cell.verdict if cell else "baseline"]

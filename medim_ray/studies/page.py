@@ -185,7 +185,7 @@ def _page(study: Study, table: Table, compared: Differences, table_csv: str, ori
     edges = [part for n in known for part in (n.value, n.low, n.high) if part is not None] or [0.0, 1.0]
     room = 0.05 * (max(edges) - min(edges)) or 0.5
     counts = [(str(table.count(state)), state) for state in STATES if table.count(state)]
-    seconds = sum(run.seconds for cell in table.cells for run in cell.runs)
+    seconds = sum(run.seconds for run in table.runs)
     return (
         templates()
         .get_template("study.html.j2")
@@ -206,7 +206,7 @@ def _page(study: Study, table: Table, compared: Differences, table_csv: str, ori
             effects=effects(table, axes_of(study.config)),
             told=told,
             config=yaml.safe_dump(dict(study.config), sort_keys=False, allow_unicode=True),
-            errors=[(run.name, run.error) for cell in table.cells for run in cell.runs if run.error],
+            errors=[(run.name, run.error) for run in table.runs if run.error],
             csv=table_csv,
         )
     )
@@ -237,12 +237,11 @@ def figures(study: Study, table: Table) -> list[tuple[str, Drawing]]:
         x_name, y_name = study.line_names
         caption = f"Efficiency: {y_name} for each of {x_name}, as a share of that of the fewest"
         made.append((caption, efficiency(lines, x_name)))
-    of_rows = {row.name: named(row) for row in table.rows}
+    names = {row.name: named(row) for row in table.rows}
     compared = study.differences(table)
     if compared:
-        caption = f"Each less {of_rows[study.reference]}, paired by seed, with 95 % intervals"
-        panels = [(m, {of_rows[name]: number for name, number in found.items()}) for m, found in compared.items()]
-        made.append((caption, forest(panels, zero=True)))
+        caption = f"Each less {names[study.reference]}, paired by seed, with 95 % intervals"
+        made.append((caption, forest(list(compared.items()), names, zero=True)))
     axes = columns_of(table)
     numeric = [axis for axis, is_number in axes.items() if is_number]
     if len(axes) == 2:
@@ -258,11 +257,11 @@ def figures(study: Study, table: Table) -> list[tuple[str, Drawing]]:
         made.append(("Each line is a cell; gray ones are not ranked", parallel(table)))
     if not made or compared:
         found = [
-            (metric, {named(row): row.numbers[metric] for row in table.rows if metric in row.numbers})
+            (metric, {row.name: row.numbers[metric] for row in table.rows if metric in row.numbers})
             for metric in (table.metric, *study.report)
         ]
         caption = "Means over seeds with 95 % intervals; of a single run its own interval over patients"
-        made.append((caption, forest([(metric, panel) for metric, panel in found if panel], zero=False)))
+        made.append((caption, forest([(metric, panel) for metric, panel in found if panel], names, zero=False)))
     return made
 
 

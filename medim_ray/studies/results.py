@@ -42,9 +42,23 @@ class Run:
         """It has numbers that count."""
         return self.state in DONE
 
+    @property
+    def steps(self) -> set[int]:
+        """The steps at which the run reported."""
+        return {self.step, *(report.step for report in self.earlier)}
+
     def at(self, step: int) -> Run | Report:
-        """What the run reported at a step; its last report where it has none of that step."""
+        """What the run reported at one of its steps."""
         return next((report for report in self.earlier if report.step == step), self)
+
+
+def reports_of(runs: Sequence[Run]) -> list[Run | Report]:
+    """What is compared of these runs: their last reports, or where a scheduler stopped one of them early, those of the
+    last step that all have reported; [] where there is none."""
+    if not any(run.state == "stopped" for run in runs):
+        return list(runs)
+    shared = set.intersection(*(run.steps for run in runs))
+    return [run.at(max(shared)) for run in runs] if shared else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +91,9 @@ class Cell:
             return self.state
         if self.learned is False:
             return "not learned"
-        return f"stopped at step {self.step}" if self.state == "stopped" else ""
+        if self.state != "stopped":
+            return ""
+        return f"stopped at step {self.step}" if self.step else "stopped, with no step in common"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +121,25 @@ class Table:
         """The cells, then the baselines."""
         return [*self.cells, *self.baselines]
 
+    @property
+    def runs(self) -> list[Run]:
+        """All runs; one that stands in several cells once."""
+        return list({run.name: run for cell in self.cells for run in cell.runs}.values())
+
     def count(self, state: str) -> int:
-        """Runs in a state; one that stands in several cells counts once."""
-        return len({run.name for cell in self.cells for run in cell.runs if run.state == state})
+        """Runs in a state."""
+        return sum(run.state == state for run in self.runs)
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Headers of what tells the rows apart: the axes, or one column where there are none."""
+        return self.axes or ["encoder"]
+
+    def place(self, row: Cell | Baseline) -> list[Any]:
+        """What stands below `columns`: the values of a cell; the name of a baseline, in the first one."""
+        if isinstance(row, Cell) and self.axes:
+            return [row.values.get(axis, "") for axis in self.axes]
+        return [named(row), *[""] * (len(self.columns) - 1)]
 
     @property
     def metrics(self) -> list[str]:
@@ -160,16 +192,16 @@ def make_table(runs: Iterable[Run], metric: str) -> Table:
     cells.sort(key=order)
     ranked = [cell if _unranked(cell, metric) else replace(cell, rank=place) for place, cell in enumerate(cells, 1)]
     axes = list(dict.fromkeys(key for cell in cells for key in cell.values))
-    return Table(metric=metric, axes=axes, cells=ranked, baselines=_baselines(runs))
+    table = Table(metric=metric, axes=axes, cells=ranked)
+    return replace(table, baselines=_baselines(table.runs))
 
 
 def _unranked(cell: Cell, metric: str) -> bool:
-    return cell.state not in DONE or cell.learned is False or metric not in cell.numbers
+    return cell.state not in DONE or cell.learned is False or cell.numbers.get(metric, Number(None)).value is None
 
 
 def _cell(name: str, runs: Sequence[Run], metric: str) -> Cell:
-    step = min((run.step for run in runs if run.is_done), default=0)
-    done = [run.at(step) for run in runs if run.is_done]
+    done = reports_of([run for run in runs if run.is_done])
     gains = _means([report.gains for report in done])
     gain = gains.get(metric)
     return Cell(
@@ -178,7 +210,7 @@ def _cell(name: str, runs: Sequence[Run], metric: str) -> Cell:
         runs=runs,
         numbers=_means([report.numbers for report in done]),
         gains=gains,
-        step=step,
+        step=min((report.step for report in done), default=0),
         learned=None if gain is None or gain.value is None else _is_gain(gain, metric),
         rank=None,
     )
@@ -243,15 +275,14 @@ def to_csv(table: Table, differences: Mapping[str, Mapping[str, Number]] | None 
     writer = csv.writer(out, lineterminator="\n")
     names = [*metrics, *(f"{name}_gain" for name in gains), *(f"{name}_minus_reference" for name in differences)]
     columns = [f"{name}{part}" for name in names for part in ("", "_low", "_high")]
-    writer.writerow(["rank", *table.axes, "verdict", "runs", *columns])
+    writer.writerow(["rank", *table.columns, "verdict", "runs", *columns])
     for row in table.rows:
         numbers = [row.numbers.get(name, Number(None)) for name in metrics]
         if isinstance(row, Cell):
-            axes = [row.values.get(axis, "") for axis in table.axes]
-            head = [row.rank or "", *axes, row.verdict, sum(run.is_done for run in row.runs)]
+            head = [row.rank or "", *table.place(row), row.verdict, sum(run.is_done for run in row.runs)]
             numbers += [row.gains.get(name, Number(None)) for name in gains]
         else:
-            head = ["", *[row.name, *[""] * len(table.axes)][: len(table.axes)], "baseline", ""]
+            head = ["", *table.place(row), "baseline", ""]
             numbers += [Number(None)] * len(gains)
         numbers += [of_metric.get(row.name, Number(None)) for of_metric in differences.values()]
         told = ("" if part is None else f"{part:.6g}" for n in numbers for part in (n.value, n.low, n.high))

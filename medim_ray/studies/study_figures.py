@@ -243,10 +243,11 @@ def efficiency(lines: Sequence[Line], x_name: str) -> Drawing:
         return to_svg(figure, f"efficiency over {x_name}")
 
 
-def forest(panels: Sequence[tuple[str, Mapping[str, Number]]], zero: bool) -> Drawing:
+def forest(panels: Sequence[tuple[str, Mapping[str, Number]]], names: Mapping[str, str], zero: bool) -> Drawing:
     """A dot with its interval for each row, a panel for each metric. zero: numbers are differences, with a line at 0.
 
-    panels: (metric, row -> number), at least one with a number; rows are those of all panels, in the first one's order.
+    panels: (metric, row -> number), at least one with a number; rows are those of all panels, in the first one's order,
+    and stand under their `names`.
     """
     rows = list(dict.fromkeys(name for _, numbers in panels for name in numbers))
     across = min(len(panels), _PANELS_ACROSS)
@@ -267,7 +268,7 @@ def forest(panels: Sequence[tuple[str, Mapping[str, Number]]], zero: bool) -> Dr
         for axes in list(grid.flat)[len(panels) :]:
             axes.set_visible(False)
         for axes in grid[:, 0]:
-            axes.set_yticks(range(len(rows)), [_short(name) for name in rows])
+            axes.set_yticks(range(len(rows)), [_short(names[name]) for name in rows])
         return to_svg(figure, ("differences of " if zero else "") + ", ".join(metric for metric, _ in panels))
 
 

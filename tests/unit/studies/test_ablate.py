@@ -78,6 +78,20 @@ def test_an_arm_may_lie_on_several_lines_each_with_its_own_law() -> None:
     assert serial == pytest.approx([2 * 10 / 19 - 1, 2 * 10 / 15 - 1], abs=1e-5)
 
 
+def test_an_arm_called_untrained_does_not_hide_the_baseline(tmp_path: Path) -> None:
+    runs = [
+        replace(_run(arm, seed, value), baselines={"untrained": {"auroc.mean": Number(0.25)}})
+        for arm, value in (("untrained", 0.5), ("b", 0.75)) for seed in range(2)
+    ]  # fmt: skip
+    config = _config(arms={"untrained": [], "b": ["seed=1"]}, reference="b")
+    table = make_table(runs, "auroc.mean")
+    study = study_of(config, table)
+    found = study.differences(table)["auroc.mean"]
+    assert (found["arm=untrained"].value, found["untrained"].value) == (-0.25, -0.5)
+    (_, differences), (_, values) = figures(study, table)
+    assert differences.count(">untrained<") == values.count(">untrained<") == 2
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs/studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_study_has_a_figure_and_its_table_compares_every_number(file: Path, tmp_path: Path) -> None:
     config = load(StudyConfig, file, [])
@@ -94,12 +108,18 @@ def test_every_shipped_study_has_a_figure_and_its_table_compares_every_number(fi
     ]
     table = make_table(runs, config.metric)
     study = study_of(config, table)
-    assert figures(study, table)
+    drawn = figures(study, table)
+    assert any("paired by seed" in caption for caption, _ in drawn), "what differs from the reference is seen"
+    if config.fit.law != "none":
+        assert any(config.fit.x_name in svg for _, svg in drawn), "so is the law"
     compared = study.differences(table)
     assert list(compared) == list(metrics), "each number is compared with the reference"
     assert all(len(found) == len(config.arms) for found in compared.values()), "the other arms, and untrained"
     page = Path(write_study(study, table, str(tmp_path))).read_text()
-    assert "Compared with" in page and all(metric in page for metric in metrics)
+    below = page.partition("<h2>Compared with")[2].partition("</table>")[0]
+    others = len(config.arms) - 1
+    for metric in metrics:
+        assert below.count(f'data-name="{metric}"') == others + 1, "a row an arm, and untrained"
 
 
 @pytest.mark.parametrize(
@@ -114,6 +134,9 @@ def test_every_shipped_study_has_a_figure_and_its_table_compares_every_number(fi
         ({"metric": "aurok.mean"}, "did you mean 'auroc.mean'"),
         ({"fit": {"law": "power"}}, "needs x"),
         ({"fit": {"law": "power", "x": {"z": 1}}}, "no such arm"),
+        ({"fit": {"law": "amdahl", "x": {"a": 0}}}, "fit.x.a=0: must be above 0"),
+        ({"fit": {"x": {"a": 1}, "lines": {"weak": ["a"]}}}, "fit.law=none fits none"),
+        ({"fit": {"law": "amdahl", "x": {"a": 1, "b": 2}, "lines": {"weak": ["a"]}}}, "fit.x.b stands in none"),
         ({"fit": {"law": "amdahl", "x": {"a": 1}, "lines": {"weak": ["a", "b"]}}}, r"lines\.weak: 'b' has no place"),
         ({"report": ["dices.lung"]}, "report='dices.lung' is no number"),
         ({"report": ["auroc.mean"]}, "each number once"),

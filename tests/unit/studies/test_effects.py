@@ -8,6 +8,7 @@ from medim_ray.studies.effects import axes_of, differences, effects
 from medim_ray.studies.outcome import Number
 from medim_ray.studies.results import Run, Table, make_table
 from medim_ray.studies.space import SearchSpace
+from medim_ray.studies.trials import Report
 
 SPACE = {
     "masking.ratio": [0.5, 0.25],
@@ -69,6 +70,35 @@ def test_a_failed_run_takes_its_pair_out_and_nothing_is_told_of_nothing() -> Non
     assert single.num_pairs == 2 and single.difference.value == pytest.approx(-0.05)
     assert single.difference.high is not None and single.difference.high > 0
     assert effects(make_table([], "auroc.mean"), axes) == []
+
+
+def test_a_run_that_was_stopped_early_is_compared_at_the_step_that_both_reached() -> None:
+    def run(ratio: float, seed: int, *values: float, state: str = "finished") -> Run:
+        reports = [Report(50 * 3**i, {"auroc.mean": Number(value)}, {}) for i, value in enumerate(values)]
+        last = reports[-1]
+        return Run(
+            name=f"{ratio}{seed}", values={"masking.ratio": ratio, "seed": seed}, state=state, error="", seconds=1.0,
+            step=last.step, numbers=last.numbers, gains={}, earlier=tuple(reports[:-1]),
+        )  # fmt: skip
+
+    runs = [run(0.5, 0, 0.60, 0.70), run(0.5, 1, 0.61, 0.71)]
+    runs += [run(0.25, 0, 0.58, state="stopped"), run(0.25, 1, 0.60, 0.75)]
+    table = make_table(runs, "auroc.mean")
+    axes = {"masking.ratio": ["0.5", "0.25"]}
+    (effect,) = effects(table, axes)
+    assert effect.difference.value == pytest.approx((-0.02 + 0.04) / 2)
+    found = differences(table, "masking.ratio=0.5", "auroc.mean")
+    assert found["masking.ratio=0.25"].value == pytest.approx((-0.02 + 0.04) / 2)
+
+
+def test_runs_of_different_lengths_that_ended_are_compared_at_their_ends() -> None:
+    runs = [
+        Run(name=str(steps), values={"train.steps": steps, "seed": 0}, state="finished", error="", seconds=1.0,
+            step=steps, numbers={"auroc.mean": Number(value)}, gains={})
+        for steps, value in ((100, 0.6), (300, 0.7))
+    ]  # fmt: skip
+    (effect,) = effects(make_table(runs, "auroc.mean"), {"train.steps": ["100", "300"]})
+    assert effect.difference.value == pytest.approx(0.1)
 
 
 def test_differences_from_a_reference_are_paired_by_seed_and_leave_out_what_failed() -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
+from medim_ray.studies.listing import print_table
 from medim_ray.studies.outcome import Number
+from medim_ray.studies.page import Study, write_study
 from medim_ray.studies.results import Run, make_table, mean_number, to_csv
 from medim_ray.studies.trials import Report
 
@@ -103,6 +107,52 @@ def test_a_trial_that_was_stopped_early_is_no_rival_of_one_that_ran_to_its_end()
     assert number == pytest.approx((0.6 + 0.5) / 2), "seeds are averaged at the step that all of them reached"
 
 
+def test_a_cell_without_the_number_is_not_ranked() -> None:
+    """Nor first where less is better: the mean over seeds of which one has none is none."""
+    runs = [
+        Run(name=f"{lr}{seed}", values={"lr": lr, "seed": seed}, state="finished", error="", seconds=1, step=1,
+            numbers={"loss": Number(value)}, gains={})
+        for lr, values in ((1, (3.0, 2.0)), (2, (1.0, None))) for seed, value in enumerate(values)
+    ]  # fmt: skip
+    assert [(cell.values["lr"], cell.rank) for cell in make_table(runs, "loss").cells] == [(1, 1), (2, None)]
+
+
+def test_seeds_of_which_one_was_stopped_and_that_share_no_step_have_no_mean() -> None:
+    runs = [replace(_run(0.5, 0, 0.7), state="stopped", step=50), _run(0.5, 1, 0.8)]
+    (cell,) = make_table(runs, "auroc.mean").cells
+    assert (cell.numbers, cell.rank, cell.verdict) == ({}, None, "stopped, with no step in common")
+
+
+def test_a_table_of_seeds_alone_has_a_column_for_the_encoder(tmp_path: Path) -> None:
+    beside = {"pixels": {"auroc.mean": Number(0.6)}}
+    runs = [replace(_run(0.5, seed, 0.7), values={"seed": seed}, baselines=beside) for seed in range(2)]
+    table = make_table(runs, "auroc.mean")
+    rows = list(csv.DictReader(io.StringIO(to_csv(table))))
+    assert [(row["encoder"], row["verdict"], row["auroc.mean"]) for row in rows] == [
+        ("recipe", "", "0.7"),
+        ("raw pixels", "baseline", "0.6"),
+    ]
+    study = Study(kind="sweep", title="t", question="q", config={})
+    console = Console(file=io.StringIO(), width=120)
+    print_table(study, table, console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    (pixels,) = [line for line in lines if "raw pixels" in line]
+    assert [part.strip() for part in pixels.split("│")[1:5]] == ["", "raw pixels", "0.6", ""]
+    page = Path(write_study(study, table, str(tmp_path))).read_text()
+    assert "<td>raw pixels</td>" in page and "<th>encoder</th>" in page
+
+
+def test_a_run_in_two_cells_is_counted_once() -> None:
+    beside = {"untrained": {"auroc.mean": Number(0.5)}}
+    runs = [replace(_run(0.5, 0, 0.7), name="same", values={"arm": arm, "seed": 0}, baselines=beside) for arm in "ab"]
+    other = {"untrained": {"auroc.mean": Number(0.8)}}
+    third = replace(_run(0.5, 0, 0.7), values={"arm": "c", "seed": 1}, baselines=other)
+    table = make_table([*runs, third], "auroc.mean")
+    assert len(table.runs) == table.count("finished") == 2
+    number = table.baselines[0].numbers["auroc.mean"]
+    assert number.value == pytest.approx(0.65)
+
+
 def test_encoders_beside_the_runs_are_rows_without_a_rank() -> None:
     def run(arm: str, seed: int) -> Run:
         untrained = Number(0.5 + seed / 100 + (arm == "b") / 10)
@@ -117,6 +167,6 @@ def test_encoders_beside_the_runs_are_rows_without_a_rank() -> None:
     rows = list(csv.DictReader(io.StringIO(to_csv(table, {"auroc.mean": {"untrained": Number(-0.15)}}))))
     assert [(row["arm"], row["rank"], row["verdict"]) for row in rows[-2:]] == [
         ("untrained", "", "baseline"),
-        ("pixels", "", "baseline"),
+        ("raw pixels", "", "baseline"),
     ]
     assert rows[-2]["auroc.mean_minus_reference"] == "-0.15"
