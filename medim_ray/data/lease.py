@@ -23,8 +23,12 @@ import psutil
 from medim_ray.data.storage import committed, has_folders, is_local
 
 
+class LeaseTakenError(ValueError):
+    """A living job holds the lease."""
+
+
 class Lease:
-    """Context manager: holds `path` and renews it every `renew_s` seconds; ValueError where a living job holds it.
+    """Context manager: holds `path` and renews it every `renew_s` seconds; LeaseTakenError where a living job holds it.
 
     patience_s: how long the count of a job on another machine must stand still before that job counts as dead.
     """
@@ -97,7 +101,7 @@ class Lease:
             raise self._refusal(self._read() or {})
 
     def _is_dead(self, other: dict[str, Any]) -> bool:
-        """True: the holder is gone; False: it let go of the lease; ValueError: it lives."""
+        """True: the holder is gone; False: it let go of the lease; LeaseTakenError: it lives."""
         if other.get("place") == self._holder["place"]:
             try:
                 alive = abs(psutil.Process(other["pid"]).create_time() - other["started"]) < 1.0
@@ -116,8 +120,8 @@ class Lease:
                 raise self._refusal(now)
         return True
 
-    def _refusal(self, other: dict[str, Any]) -> ValueError:
-        return ValueError(
+    def _refusal(self, other: dict[str, Any]) -> LeaseTakenError:
+        return LeaseTakenError(
             f"{self._what} is being written by another job (process {other.get('pid', '?')} on "
             f"{other.get('host', '?')}, since {other.get('since', '?')}): wait for it to end, or choose another folder"
         )

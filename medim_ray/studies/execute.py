@@ -151,7 +151,7 @@ def dry_lines(experiment: Experiment) -> list[str]:
 def _line(experiment: Experiment, table: Table, config: RunConfig, record: Record) -> str:
     """`masking.ratio=0.5, seed=1: auroc.mean 0.71 [130 s; 27 trials, 12 done]`."""
     name = config.run.dir.rstrip("/").rpartition("/")[2]
-    values = next(run.values for cell in table.cells for run in cell.runs if run.name == name)
+    values = next(run.values for run in table.runs if run.name == name)
     metric = experiment.job.metric
     number = record.reports[-1].numbers.get(metric) if record.reports else None
     told = f"{metric} {number.value:.4g}" if number is not None and number.value is not None else record.state

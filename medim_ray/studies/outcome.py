@@ -100,9 +100,9 @@ def better_is_higher(metric: str) -> bool:
     return _family(metric) not in LOWER_IS_BETTER
 
 
-def outcome_of(run_dir: str, probed: bool) -> Outcome:
-    """The numbers of a run folder; with `probed` those of its result.json too."""
-    numbers = dict(_of_metrics(read_metrics(run_dir)))
+def outcome_of(run_dir: str, step: int, probed: bool) -> Outcome:
+    """The numbers of a run folder after `step` optimizer steps; with `probed` those of its result.json too."""
+    numbers = dict(_of_metrics([record for record in read_metrics(run_dir) if record["step"] < step]))
     gains: dict[str, Number] = {}
     baselines: dict[str, dict[str, Number]] = {}
     result = read_result(run_dir) if probed else None

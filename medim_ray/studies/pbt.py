@@ -23,7 +23,7 @@ from medim_ray.draws import step_draws
 from medim_ray.studies.outcome import Number, better_is_higher
 from medim_ray.studies.runner import Search
 from medim_ray.studies.space import SEED, Axis, Choices, Point, Range, SearchSpace, Trial
-from medim_ray.studies.trials import Record, TrialJob, read_record, write_record
+from medim_ray.studies.trials import Record, TrialJob, read_records, write_record
 from medim_ray.train.metrics import METRICS, read_lines
 from medim_ray.train.store import MANIFEST, CheckpointStore
 
@@ -120,9 +120,9 @@ class Population:
         )
 
     def searches(self) -> Iterator[Search]:
-        """A generation after the other, each made when the one before has run; ends where a signal or a budget of hours
-        has cut one, so that nothing is decided by halves."""
-        for number in range(len(self.rungs)):
+        """A generation after the other, from the latest, each made when the one before has run; ends where a signal or
+        a budget of hours has cut one, so that nothing is decided by halves."""
+        for number in range(len(self.generations) - 1, len(self.rungs)):
             if number == len(self.generations) and not self._exchange(self.rungs[number - 1]):
                 return
             yield Search(kind="list", trials=self._generation(number), rungs=self.rungs[: number + 1])
@@ -133,7 +133,7 @@ class Population:
     def _exchange(self, rung: int) -> bool:
         """The next generation, with every checkpoint that it begins from in its place, then its file; False where a
         member neither reported nor failed."""
-        records = [read_record(trial.config.run.dir) for trial in self.trials()]
+        records = [self.job.record(trial.config.run.dir) for trial in self.trials()]
         if any(record.at(rung) is None and record.state != "failed" for record in records):
             return False
         scores = [_score(record, rung, self.job.metric) for record in records]
@@ -249,9 +249,10 @@ def inherit(donor_dir: str, step: int, run_dir: str) -> None:
     pointer = {"donor": donor_dir, "checkpoint": name, "step": step}
     with committed(fs, f"{root}/{POINTER}", scratch=root) as file:
         file.write(json.dumps(pointer, indent=1).encode())
-    record = read_record(donor_dir)
-    reports = tuple(report for report in record.reports if report.step <= step)
-    write_record(run_dir, Record(data_hash=record.data_hash, probe=record.probe, reports=reports))
+    for record in read_records(donor_dir):
+        reports = tuple(report for report in record.reports if report.step <= step)
+        kept = Record(version=record.version, data_hash=record.data_hash, probe=record.probe, reports=reports)
+        write_record(run_dir, kept)
     lines = [line for line in read_lines(donor_dir) if json.loads(line)["step"] < step]
     fs.pipe_file(f"{root}/{METRICS}", "".join(f"{line}\n" for line in lines).encode())
     folder = f"{store.root}/{name}"

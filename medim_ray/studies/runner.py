@@ -28,7 +28,7 @@ from medim_ray.config.loader import from_tree, to_tree
 from medim_ray.config.schema import RunConfig
 from medim_ray.studies.outcome import better_is_higher
 from medim_ray.studies.space import Choices, Range, Trial, distinct
-from medim_ray.studies.trials import Record, State, TrialJob, read_record, trainable, write_record
+from medim_ray.studies.trials import Record, State, TrialJob, trainable, write_record
 from medim_ray.train.signals import aside
 
 _TRIAL_CPUS = 0.1  # a trial's own actor only waits for its workers
@@ -253,12 +253,14 @@ class _Told(tune.Callback):
 
     def __init__(self, job: TrialJob, began: Began, ended: Ended) -> None:
         self._job, self._began, self._ended = job, began, ended
+        self._started: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune stores its callbacks to restore an experiment by, which is never done here
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if "config" not in trial.config:
+        if "config" not in trial.config and trial.trial_id not in self._started:  # not one that is tried again
+            self._started.add(trial.trial_id)
             self._began(trial.config)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -270,7 +272,7 @@ class _Told(tune.Callback):
 
     def _end(self, trial: Any, state: State) -> None:
         config = self._config(trial)
-        record = read_record(config.run.dir)
+        record = self._job.record(config.run.dir)
         if record.state == "running":
             error = record.error or "the trial's process was lost" if state == "failed" else ""
             record = replace(record, state=state, error=error)

@@ -103,10 +103,13 @@ class Begun:
             self.values: list[Mapping[str, Any]] = []
             if self._fs.exists(self._path):
                 self.values = json.loads(self._fs.cat_file(self._path))
+        self._left = list(self.values)  # to begin again in this life
 
     def add(self, values: Mapping[str, Any]) -> None:
-        """Notes the values of a trial, unless they are known."""
-        if dict(values) in self.values:
+        """Notes the values of a trial that begins, unless it is one of an earlier life. The sampler may choose the same
+        values twice: those are two trials of its budget, and one run."""
+        if dict(values) in self._left:
+            self._left.remove(dict(values))
             return
         self.values.append(dict(values))
         with committed(self._fs, self._path, scratch=self._path.rpartition("/")[0]) as file:

@@ -6,11 +6,12 @@ is bit-equal to a straight run, so what a trial has reported is never computed a
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +23,16 @@ from rich.console import Console
 from medim_ray.config.loader import from_tree, to_tree
 from medim_ray.config.probe import ProbeConfig
 from medim_ray.config.schema import RunConfig
+from medim_ray.data.lease import Lease, LeaseTakenError
 from medim_ray.data.storage import committed
 from medim_ray.studies.outcome import Number, outcome_of
 from medim_ray.studies.space import Point, SearchSpace, Trial, make_trial
+from medim_ray.train.store import CheckpointStore
 
 RECORD = "trial.json"
+LEASE = ".trial-lease"  # in a run folder: one trial works on it at a time
+VERSION = 1  # of what a report holds; 1: encoders beside the run, auroc.findings
+_LOOK_S = 2.0
 ENCODER = "encoder"  # in a run folder: its encoder in timm's layout, for runs that begin from it
 State = Literal["running", "finished", "stopped", "failed"]
 
@@ -53,9 +59,13 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """RUNS/HASH/trial.json. state: stopped = by the scheduler; seconds: pretraining and probes, over all lives;
-    attempts: lives since these shards and this probe were asked for."""
+    """What a trial came to under one probe; RUNS/HASH/trial.json holds one for each probe that was asked for.
 
+    state: stopped = by the scheduler; seconds: pretraining and probes, over all lives; attempts: lives since this probe
+    was asked for; version: of the code that reported (VERSION).
+    """
+
+    version: int = VERSION
     state: State = "running"
     data_hash: str = ""
     probe: Mapping[str, Any] = field(default_factory=dict)
@@ -77,30 +87,49 @@ class Record:
         """What was reported at a rung."""
         return next((report for report in self.reports if report.step == step), None)
 
-    def asked(self, run_dir: str, data_hash: str, probe: Mapping[str, Any]) -> Record:
-        """The record as far as it answers for these shards and this probe (or none): reports by another probe are
-        forgotten and the run is to do; what it trained and spent stays. ValueError where it was trained on others."""
-        if self.data_hash not in ("", data_hash):
+    @property
+    def question(self) -> str:
+        """The probe as far as it decides the reports: options that were not there yet had their defaults, and where
+        features are cached changes none."""
+        if not self.probe:
+            return ""
+        try:
+            known = replace(from_tree(ProbeConfig, self.probe), cache="")
+        except ValueError:  # of an option that there is no more
+            return json.dumps(self.probe, sort_keys=True)
+        return json.dumps(to_tree(known), sort_keys=True)
+
+
+def asked(run_dir: str, data_hash: str, probe: ProbeConfig | None) -> Record:
+    """What the records of a run folder say of these shards and this probe (or none): what was trained and spent under
+    another one stays, and is probed anew. ValueError where it was trained on other shards."""
+    records = read_records(run_dir)
+    for record in records:
+        if record.data_hash not in ("", data_hash):
             raise ValueError(
-                f"{run_dir} was trained on other shards (content {self.data_hash}, now {data_hash}): give another "
+                f"{run_dir} was trained on other shards (content {record.data_hash}, now {data_hash}): give another "
                 "`runs`, or the same shards"
             )
-        # an option that was not there when the record was written had its default
-        before = {**to_tree(ProbeConfig()), **self.probe} if self.probe else {}
-        if (self.is_done and not probe) or json.loads(json.dumps([before])) == json.loads(json.dumps([probe])):
-            return replace(self, data_hash=data_hash)
-        return Record(data_hash=data_hash, probe=probe, seconds=self.seconds)
+    spent = max((record.seconds for record in records), default=0.0)
+    new = Record(data_hash=data_hash, probe=to_tree(probe) if probe is not None else {}, seconds=spent)
+    current = [record for record in records if record.version == VERSION]
+    same = [record for record in current if record.question == new.question]
+    # who asks for no probe takes what was reported under any
+    same += [replace(record, probe={}) for record in current if probe is None and record.is_done]
+    return replace(same[0], data_hash=data_hash) if same else new
 
 
-def read_record(run_dir: str) -> Record:
-    """The record of a trial's run folder; an empty one where it was never started."""
+def read_records(run_dir: str) -> list[Record]:
+    """The records of a trial's run folder, one a probe, in the order of their first reports; [] where it was never
+    started."""
     fs, root = fsspec.core.url_to_fs(run_dir)
     path = f"{root.rstrip('/')}/{RECORD}"
     fs.invalidate_cache()
     if not fs.exists(path):
-        return Record()
+        return []
     tree = json.loads(fs.cat_file(path))
-    return Record(**{**tree, "reports": tuple(map(Report.from_json, tree["reports"]))})
+    trees = tree.get("records", [{"version": 0, **tree}])  # version 0 knew one probe
+    return [Record(**{**each, "reports": tuple(map(Report.from_json, each["reports"]))}) for each in trees]
 
 
 def _numbers(tree: Mapping[str, Any]) -> dict[str, Number]:
@@ -109,11 +138,12 @@ def _numbers(tree: Mapping[str, Any]) -> dict[str, Number]:
 
 
 def write_record(run_dir: str, record: Record) -> None:
-    """Whole or not at all."""
+    """Puts a record in the place of that of the same probe, or beside the others; whole or not at all."""
+    records = {other.question: other for other in read_records(run_dir)} | {record.question: record}
     fs, root = fsspec.core.url_to_fs(run_dir)
     fs.makedirs(root, exist_ok=True)
     with committed(fs, f"{root.rstrip('/')}/{RECORD}", scratch=root) as file:
-        file.write(json.dumps(asdict(record), indent=1).encode())
+        file.write(json.dumps({"records": [asdict(each) for each in records.values()]}, indent=1).encode())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +163,8 @@ class TrialJob:
     metric: str
 
     def record(self, run_dir: str) -> Record:
-        """What the record of a run folder says of what this job asks (`Record.asked`)."""
-        return _asked(run_dir, self.data_hash, self.probe)
+        """What the records of a run folder say of what this job asks (`asked`)."""
+        return asked(run_dir, self.data_hash, self.probe)
 
     def trial(self, point: Point) -> Trial:
         """The run of a point of the space."""
@@ -157,30 +187,37 @@ def rung_steps(last: int, first: int, reduction: int) -> tuple[int, ...]:
 def life(config: RunConfig, rungs: Sequence[int], probe: ProbeConfig | None, data_hash: str) -> Any:
     """Yields the report of every rung in turn, from the record where it stands there, else by training and probing.
 
-    The record is written before a report is yielded. ValueError where the folder holds a trial on other shards.
+    The record is written before a report is yielded. A rung that the run passed long ago under another probe, and of
+    which no checkpoint is left, is passed over. ValueError where the folder holds a trial on other shards, or nothing
+    is left of the last rung.
     """
     run_dir = config.run.dir
-    record = _asked(run_dir, data_hash, probe)
+    record = asked(run_dir, data_hash, probe)
     record = replace(record, state=record.state if record.is_done else "running", attempts=record.attempts + 1)
     write_record(run_dir, record)
     for step in rungs:
         report = record.at(step)
         if report is None:
+            record = replace(record, state="running")
+            write_record(run_dir, record)
             began = time.monotonic()
             report = _advance(config, step, probe)
-            seconds = record.seconds + time.monotonic() - began
-            record = replace(record, reports=(*record.reports, report), seconds=seconds)
-        record = replace(record, state="finished" if step == rungs[-1] else "running", error="")
+            record = replace(record, seconds=record.seconds + time.monotonic() - began)
+            if report is None and step < rungs[-1]:
+                continue
+            if report is None:
+                raise ValueError(f"{run_dir} is past step {step}, and its checkpoint of it is gone: give other `runs`")
+            record = replace(record, reports=(*record.reports, report))
+        if step == rungs[-1]:
+            record = replace(record, state="finished")
+        record = replace(record, error="")
         write_record(run_dir, record)
         yield report
 
 
-def _asked(run_dir: str, data_hash: str, probe: ProbeConfig | None) -> Record:
-    return read_record(run_dir).asked(run_dir, data_hash, to_tree(probe) if probe is not None else {})
-
-
-def _advance(config: RunConfig, step: int, probe: ProbeConfig | None) -> Report:
-    """Pretrains to `step`, probes, and reads what came of it. RuntimeError with what was printed where it failed."""
+def _advance(config: RunConfig, step: int, probe: ProbeConfig | None) -> Report | None:
+    """Pretrains to `step`, probes what stands there, and reads what came of it; None where there is nothing to probe,
+    since the run is past it. RuntimeError with what was printed where it failed."""
     from medim_ray.probes.cache import FOLDER
     from medim_ray.probes.command import run_probe
     from medim_ray.probes.watch import MapWatch
@@ -189,18 +226,23 @@ def _advance(config: RunConfig, step: int, probe: ProbeConfig | None) -> Report:
     _export_parent(config.encoder.init)
     said = Console(file=io.StringIO(), width=120, no_color=True)
     try:
-        launch(replace(config, train=replace(config.train, stop_after=step)), said, watch=MapWatch.of_run)
+        until = replace(config, train=replace(config.train, stop_after=step))
+        result = launch(until, said, watch=MapWatch.of_run)
+        if result.step < step:
+            raise RuntimeError(f"stopped after step {result.step} of {step}: the same command goes on")
         if probe is not None:
+            if not CheckpointStore(config.run.dir).committed_at(step):
+                return None
             # one cache for all runs: raw pixels, and equal first weights, are probed once
             cache = probe.cache or f"{config.run.dir.rstrip('/').rpartition('/')[0]}/.{FOLDER}"
-            run_probe(config.run.dir, replace(probe, cache=cache), said)
+            run_probe(config.run.dir, replace(probe, cache=cache), said, checkpoint=str(step))
     except Exception as error:
         assert isinstance(said.file, io.StringIO)
         lines = said.file.getvalue().strip().splitlines()[-20:]
         if isinstance(error, ValueError):
             raise
         raise RuntimeError("\n".join([str(error), *lines])) from error
-    outcome = outcome_of(config.run.dir, probed=probe is not None)
+    outcome = outcome_of(config.run.dir, step, probed=probe is not None)
     return Report(step, outcome.numbers, outcome.gains, outcome.baselines)
 
 
@@ -224,16 +266,32 @@ def trainable(tune_config: dict[str, Any], job: TrialJob) -> None:
     else:
         config = job.trial(job.space.point(tune_config)).config
     rungs = job.rungs or (config.train.steps,)
-    try:
-        for report in life(config, rungs, job.probe, job.data_hash):
-            value = report.numbers.get(job.metric, Number(None)).value
-            if value is None:
-                known = ", ".join(sorted(report.numbers))
-                raise ValueError(f"metric={job.metric!r} was not reported by the run; it has {known}")
-            tune.report({"step": report.step, job.metric: value})
-    except ValueError as error:  # the same would happen again: Tune is not asked to retry
-        write_record(config.run.dir, replace(read_record(config.run.dir), state="failed", error=str(error)))
-        tune.report({"step": rungs[-1], job.metric: float("nan")})
-    except Exception as error:  # Tune tries again, or not: the reason is told either way
-        write_record(config.run.dir, replace(read_record(config.run.dir), error=str(error)))
-        raise
+    with _alone(config.run.dir):
+        try:
+            for report in life(config, rungs, job.probe, job.data_hash):
+                value = report.numbers.get(job.metric, Number(None)).value
+                if value is None:
+                    known = ", ".join(sorted(report.numbers))
+                    raise ValueError(f"metric={job.metric!r} was not reported by the run; it has {known}")
+                tune.report({"step": report.step, job.metric: value})
+        except ValueError as error:  # the same would happen again: Tune is not asked to retry
+            write_record(config.run.dir, replace(job.record(config.run.dir), state="failed", error=str(error)))
+            tune.report({"step": rungs[-1], job.metric: float("nan")})
+        except Exception as error:  # Tune tries again, or not: the reason is told either way
+            write_record(config.run.dir, replace(job.record(config.run.dir), error=str(error)))
+            raise
+
+
+@contextlib.contextmanager
+def _alone(run_dir: str) -> Iterator[None]:
+    """Waits while another trial works on this run: two equal points of a search, or two sweeps that share runs, come
+    one after the other, and the second finds what the first one reported."""
+    fs, root = fsspec.core.url_to_fs(run_dir)
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(Lease(fs, f"{root.rstrip('/')}/{LEASE}", what=run_dir))
+                break
+            except LeaseTakenError:
+                time.sleep(_LOOK_S)
+        yield

@@ -23,8 +23,9 @@ from medim_ray.studies.page import read_study
 from medim_ray.studies.pbt import LINEAGES, POINTER
 from medim_ray.studies.results import Table
 from medim_ray.studies.sweep import check_sweep, load_sweep
-from medim_ray.studies.trials import read_record
-from medim_ray.train.store import CheckpointStore
+from medim_ray.studies.trials import Record, read_records
+from medim_ray.train.runs import write_config
+from medim_ray.train.store import SCHEMA_VERSION, CheckpointStore, checkpoint_name
 from tests.system.runs import MAE, SMALL, assert_same_weights
 
 pytestmark = pytest.mark.system
@@ -45,9 +46,16 @@ def _run(file: Path) -> Table:
     return table
 
 
+def _record(run: str) -> Record:
+    """That of the one probe, or of none, that these sweeps ask for."""
+    records = read_records(run)
+    assert len(records) < 2
+    return records[0] if records else Record()
+
+
 def _attempts(table: Table, folder: Path) -> dict[str, int]:
     names = [run.name for cell in table.cells for run in cell.runs]
-    return {name: read_record(str(folder / "out/runs" / name)).attempts for name in names}
+    return {name: _record(str(folder / "out/runs" / name)).attempts for name in names}
 
 
 def test_a_sweep_ranks_what_ran_shows_what_failed_and_repeats_nothing(
@@ -90,12 +98,25 @@ def test_optuna_with_early_stopping_goes_on_from_what_it_began(
         assert (same.step, same.numbers) == (run.step, run.numbers), "replayed, not repeated"
 
 
+def test_equal_points_of_optuna_are_one_run_after_the_other_and_no_new_one_when_asked_again(
+    ray_session: None, phantom_shards: str, tmp_path: Path
+) -> None:
+    """A space of one point: the second trial waits for the first, and finds what it reported."""
+    asked: dict[str, Any] = {"space": {"train.lr": [1e-3]}, "search": "optuna", "num_trials": 2}
+    file = _file(tmp_path, phantom_shards, runner={"max_concurrent": 2, "retries": 0}, **asked)
+    for attempts in (2, 2):
+        table = _run(file)
+        assert table.count("finished") == 1 and [cell.rank for cell in table.cells] == [1]
+        assert list(_attempts(table, tmp_path).values()) == [attempts], "replayed once, then nothing is left to do"
+        assert len(json.loads((tmp_path / "out/begun.json").read_text())) == 2
+
+
 def _one_ended_the_next_begun(runs: Path) -> bool:
-    return {read_record(str(run)).is_done for run in runs.glob("*")} == {True, False}
+    return {_record(str(run)).is_done for run in runs.glob("*")} == {True, False}
 
 
 def _any_again(runs: Sequence[Path]) -> bool:
-    return any(read_record(str(run)).attempts > 1 for run in runs)
+    return any(_record(str(run)).attempts > 1 for run in runs)
 
 
 def _wait_until(condition: Callable[[], bool], child: subprocess.Popen[bytes]) -> None:
@@ -121,17 +142,17 @@ def test_a_sweep_whose_driver_is_killed_ends_as_one_that_was_not(phantom_shards:
             os.kill(child.pid, signal.SIGUSR1)  # as Slurm does ahead of a time limit
             assert child.wait(timeout=60) == os.EX_TEMPFAIL
             assert not (runs.parent / ".lease").exists()
-            begun = [run for run in runs.glob("*") if not read_record(str(run)).is_done]
+            begun = [run for run in runs.glob("*") if not _record(str(run)).is_done]
             child = subprocess.Popen(command, start_new_session=True)
             _wait_until(partial(_any_again, begun), child)
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-            done = {run.name: read_record(str(run)) for run in runs.glob("*") if read_record(str(run)).is_done}
+            done = {run.name: _record(str(run)) for run in runs.glob("*") if _record(str(run)).is_done}
             assert 0 < len(done) < 3, "killed too late to tell"
         subprocess.run(command, check=True, timeout=600)
         tables[name] = json.loads((tmp_path / name / "out/sweep.json").read_text())
     for name, record in done.items():
-        assert read_record(str(runs / name)) == record, "no finished trial is touched again"
+        assert _record(str(runs / name)) == record, "no finished trial is touched again"
     cells = [tree["cells"][0] for tree in tables.values()]
     assert [run["numbers"]["loss"] for run in cells[0]["runs"]] == [run["numbers"]["loss"] for run in cells[1]["runs"]]
     for run in cells[0]["runs"]:
@@ -159,12 +180,12 @@ def test_a_population_goes_on_from_its_best_checkpoint_killed_or_not(phantom_sha
             child.wait()
             tree = json.loads((tmp_path / name / "out" / LINEAGES).read_text())
             runs = tmp_path / name / "out/runs"
-            assert any(not read_record(str(runs / member["run"])).at(4) for member in tree["generations"][1])
+            assert any(not _record(str(runs / member["run"])).at(4) for member in tree["generations"][1])
         subprocess.run(command, check=True, timeout=600)
         tables[name] = json.loads((tmp_path / name / "out/sweep.json").read_text())
     runs = tmp_path / "straight/out/runs"
     first, last = json.loads((tmp_path / "straight/out" / LINEAGES).read_text())["generations"]
-    scores = [read_record(str(runs / member["run"])).at(2) for member in first]
+    scores = [_record(str(runs / member["run"])).at(2) for member in first]
     losses = [float(score.numbers["loss"].value or 0) for score in scores if score is not None]
     worst = losses.index(max(losses))
     assert last[worst]["donor"] == first[1 - worst]["run"] and last[1 - worst] == first[1 - worst]
@@ -181,21 +202,45 @@ def test_a_population_goes_on_from_its_best_checkpoint_killed_or_not(phantom_sha
         assert_same_weights(runs / member["run"], tmp_path / "killed/out/runs" / member["run"])
 
 
-@pytest.mark.chaos
-def test_an_arm_begins_from_the_run_of_another(ray_session: None, phantom_shards: str, tmp_path: Path) -> None:
-    config = StudyConfig(
+def _of_two_waves(folder: Path, shards: str) -> StudyConfig:
+    return StudyConfig(
         recipe=str(MAE),
-        shards=phantom_shards,
-        out=str(tmp_path / "out"),
+        shards=shards,
+        out=str(folder / "out"),
         overrides=tuple(OVERRIDES),
         arms={"first": [], "second": ["encoder.init=run:first", "train.lr=0"]},
         seeds=(0,),
         metric="loss",
         reference="first",
     )
+
+
+@pytest.mark.parametrize("is_exported", [True, False])
+def test_a_study_whose_arms_begin_from_others_is_checked_again_once_they_ran(
+    phantom_shards: str, tmp_path: Path, is_exported: bool
+) -> None:
+    """Also where somebody removed the exported encoder, which is made again."""
+    config = _of_two_waves(tmp_path, phantom_shards)
+    _, (second,) = check_study(config).waves
+    run = second.config
+    if is_exported:
+        Path(run.encoder.init).mkdir(parents=True)
+    write_config(run, "d")
+    store = CheckpointStore(run.run.dir)
+    store.commit(checkpoint_name(2, 0), {"schema_version": SCHEMA_VERSION, "step": 2, "files": {}})
+    assert store.names()
+    (again,) = check_study(config).waves[1]
+    assert again == second
+
+
+@pytest.mark.chaos
+def test_an_arm_begins_from_the_run_of_another(ray_session: None, phantom_shards: str, tmp_path: Path) -> None:
+    config = _of_two_waves(tmp_path, phantom_shards)
     table, _ = execute(check_study(config), Console(file=sys.stderr))
     losses = {cell.values["arm"]: cell.numbers["loss"].value for cell in table.cells}
     assert losses["second"] is not None and losses["first"] is not None and losses["second"] != losses["first"]
     stored = read_study(str(tmp_path / "out"))
     assert stored is not None
     assert stored[0].differences(table)["loss"]["arm=second"].value == pytest.approx(losses["second"] - losses["first"])
+    attempts = _attempts(table, tmp_path)
+    assert _attempts(execute(check_study(config), Console(file=sys.stderr))[0], tmp_path) == attempts, "nothing is left"

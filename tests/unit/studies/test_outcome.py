@@ -51,14 +51,14 @@ def test_the_numbers_of_a_run_have_names(tmp_path: Path) -> None:
         "localisation": {"strategies": {"kdm": maps}},
     }
     (tmp_path / "result.json").write_text(json.dumps(result))
-    outcome = outcome_of(str(tmp_path), probed=True)
+    outcome = outcome_of(str(tmp_path), 20, probed=True)
     assert outcome.numbers["loss"].value == pytest.approx(1.5), "the last tenth of the steps"
     assert outcome.numbers["peak_gb"].value == pytest.approx(1.0, rel=1e-6)
     assert outcome.numbers["lesion_lift.kdm.both"].low == 0.6 and outcome.gains["auroc.mean"].high == 0.2
     beyond = {"auroc@0.01.view", "knn_auroc.mean", "mae.age", "dice.pneumothorax", "recall_at_10.image_to_report"}
     assert beyond | {"zero_shot_auroc.edema"} <= outcome.numbers.keys()
     assert outcome.gains["dice.pneumothorax"].value == 0.1
-    assert "auroc.mean" not in outcome_of(str(tmp_path), probed=False).numbers
+    assert "auroc.mean" not in outcome_of(str(tmp_path), 20, probed=False).numbers
     for name in outcome.numbers:
         check_metric(name, "metric")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from medim_ray.config.loader import load, to_tree
 from medim_ray.config.probe import ProbeConfig
 from medim_ray.config.schema import RunConfig
 from medim_ray.studies.outcome import Number
-from medim_ray.studies.trials import Record, Report, life, read_record, rung_steps, write_record
+from medim_ray.studies.trials import Record, Report, asked, life, read_records, rung_steps, write_record
 
 REPORTS = tuple(
     Report(
@@ -34,8 +35,8 @@ def test_rungs_grow_by_the_reduction_and_end_with_the_last_step() -> None:
 def test_a_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
     record = Record(state="stopped", data_hash="abc", probe={"seed": 0}, reports=REPORTS, seconds=12.5, attempts=2)
     write_record(str(tmp_path / "run"), record)
-    assert read_record(str(tmp_path / "run")) == record
-    assert read_record(str(tmp_path / "none")) == Record()
+    assert read_records(str(tmp_path / "run")) == [record]
+    assert read_records(str(tmp_path / "none")) == []
 
 
 def test_what_was_reported_is_replayed_and_never_trained_again(tmp_path: Path) -> None:
@@ -43,7 +44,7 @@ def test_what_was_reported_is_replayed_and_never_trained_again(tmp_path: Path) -
     config = _config(tmp_path)
     write_record(config.run.dir, Record(data_hash="abc", reports=REPORTS, attempts=1, seconds=99.0))
     assert list(life(config, (50, 150), None, "abc")) == list(REPORTS)
-    record = read_record(config.run.dir)
+    (record,) = read_records(config.run.dir)
     assert (record.state, record.attempts, record.seconds) == ("finished", 2, 99.0)
 
 
@@ -54,14 +55,45 @@ def test_other_shards_are_refused(tmp_path: Path) -> None:
         next(life(config, (50, 150), None, "def"))
 
 
-def test_other_probes_forget_the_reports_and_not_the_time() -> None:
-    probe = to_tree(ProbeConfig(labels=("view",)))
-    record = Record(data_hash="abc", probe=probe, reports=REPORTS, seconds=9.0, state="finished", attempts=1)
-    assert record.asked("run", "abc", probe) == record
-    older = {key: value for key, value in probe.items() if key != "finetune"}
-    assert replace(record, probe=older).asked("run", "abc", probe).reports == REPORTS, "later options had defaults"
-    again = record.asked("run", "abc", to_tree(ProbeConfig(labels=("sex",))))
-    assert (again.reports, again.is_done, again.attempts, again.seconds) == ((), False, 0, 9.0)
-    assert record.asked("run", "abc", {}) == record, "who asks no probe takes a run that has one"
+def test_a_replay_that_is_cut_leaves_a_finished_trial_finished(tmp_path: Path) -> None:
+    """As where ASHA stops it this time, since others were better by then."""
+    config = _config(tmp_path)
+    for state in ("finished", "stopped"):
+        write_record(config.run.dir, Record(data_hash="abc", reports=REPORTS, attempts=1, state=state))
+        assert next(life(config, (50, 150), None, "abc")) == REPORTS[0]
+        assert read_records(config.run.dir)[0].state == state
+
+
+def test_each_probe_has_its_own_reports_beside_the_others(tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    view, sex = ProbeConfig(labels=("view",)), ProbeConfig(labels=("sex",))
+    record = Record(data_hash="abc", probe=to_tree(view), reports=REPORTS, seconds=9.0, state="finished", attempts=1)
+    write_record(run, record)
+    assert asked(run, "abc", view) == record
+    assert asked(run, "abc", replace(view, cache="elsewhere")) == record, "where features are cached changes nothing"
+    other = asked(run, "abc", sex)
+    assert (other.reports, other.is_done, other.attempts, other.seconds) == ((), False, 0, 9.0)
+    write_record(run, replace(other, state="finished", reports=REPORTS[:1], attempts=1))
+    assert asked(run, "abc", view) == record and asked(run, "abc", sex).reports == REPORTS[:1], "both stay"
+    bare = asked(run, "abc", None)
+    assert bare.reports == REPORTS and bare.is_done and not bare.probe, "who asks no probe takes a run that has one"
     with pytest.raises(ValueError, match="trained on other shards"):
-        record.asked("run", "def", probe)
+        asked(run, "def", view)
+
+
+def test_records_of_earlier_code_are_read_and_probed_anew(tmp_path: Path) -> None:
+    """Options that were not there yet had their defaults, also nested ones; what reports lacked is not made up."""
+    probe = ProbeConfig(labels=("view",))
+    tree = to_tree(probe)
+    older = {**tree, "segment": {k: v for k, v in tree["segment"].items() if k != "tune"}}
+    del older["finetune"]
+    record = Record(data_hash="abc", probe=older, reports=REPORTS, seconds=9.0, state="finished", attempts=1)
+    write_record(str(tmp_path), record)
+    assert asked(str(tmp_path), "abc", probe).reports == REPORTS
+    flat = json.loads((tmp_path / "trial.json").read_text())["records"][0]
+    del flat["version"]
+    (tmp_path / "trial.json").write_text(json.dumps(flat))
+    again = asked(str(tmp_path), "abc", probe)
+    assert (again.is_done, again.reports, again.seconds) == (False, (), 9.0)
+    write_record(str(tmp_path), replace(again, attempts=1))
+    assert len(read_records(str(tmp_path))) == 1, "in the place of the old one"
