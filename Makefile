@@ -37,13 +37,13 @@ test-chaos: .venv/installed
 
 # The small studies on phantoms, one after the other; hours on two cores. Each goes on from where it was ended, and its
 # tables come to jobs/results as soon as it is done.
-STUDIES := mask_ratio resolution initialisation data_quantity terms workers_zero compare
+STUDIES := mask_ratio resolution initialisation data_quantity compute terms workers_zero compare
 studies: .venv/installed
 	$(BIN)/medim-ray prepare --config configs/sources/phantom.yaml source.num_images=480 out=shards/phantoms
 	$(BIN)/medim-ray prepare --config configs/sources/phantom.yaml source.num_images=4000 out=shards/phantoms4k
 	@for name in $(STUDIES); do \
 		if [ $$name = mask_ratio ]; then words="sweep --config configs/sweeps"; else words="ablate --config configs/studies"; fi; \
-		if [ $$name = data_quantity ]; then of=4k; else of=; fi; \
+		case $$name in data_quantity|compute) of=4k;; *) of=;; esac; \
 		$(BIN)/medim-ray $$words/$$name-phantoms.yaml shards=shards/phantoms$$of runs=studies/runs$$of || exit 1; \
 		mkdir -p jobs/results/$$name-phantoms; \
 		(cd studies/$$name-phantoms && cp *.json *.csv report.html ../../jobs/results/$$name-phantoms/); \
