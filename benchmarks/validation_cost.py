@@ -2,10 +2,10 @@
 
     python -m benchmarks.validation_cost --shards SHARDS [--pairs 3] [--out jobs/results/validation_cost.jsonl]
 
-One worker on one thread (MAE, ViT-Small, batch 8); the other core is free. A pair is the same run without and with
-validation of each checkpoint, and a third run beside a process that does nothing but matrix products while nobody
-validates: what the machine itself takes from a core when its neighbour computes. Median step time of the steps after
-the first checkpoint, for both; a validation is under way in nearly all of them.
+One worker on one thread (MAE, ViT-Small, batch 8); the other core holds Ray and the decoding, and is free beside them.
+A pair is the same run without and with validation of each checkpoint, and a third run beside a process of the same
+priority that does nothing but matrix products while nobody validates. Median step time of the steps after the first
+checkpoint, for all three; a validation is under way in nearly all of them.
 """
 
 from __future__ import annotations

@@ -147,9 +147,10 @@ class _Watcher:
 
 
 def _behind(run: Run, run_dir: str, checkpoint: str, config: ValidateConfig) -> dict[str, Any]:
-    """A validation at the lowest priority: where no core is wholly free, it waits for workers and decoding, not they
-    for it."""
-    os.nice(19)
+    """A validation on cycles that nobody else wants: for the scheduler its core is a free one, so that what wakes up
+    (decoding, Ray) goes there and not between the steps of a worker."""
+    if hasattr(os, "SCHED_IDLE"):  # Linux
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     return run(run_dir, checkpoint, config)
 
 
