@@ -11,9 +11,11 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +81,8 @@ class _Watcher:
         self._rows = read_validation(config.run.dir)
         # Not in a placement group that this process may be in: a trial of a sweep has room for itself alone.
         options = {"num_cpus": config.validate.num_cpus, "scheduling_strategy": "DEFAULT", "max_retries": 0}
-        self._task = ray.remote(**options, max_calls=1)(_behind)  # a process of its own, since it stays behind
-        self._run = validate.run
+        self._task = ray.remote(**options)(_behind)
+        self._run = pickle.dumps(validate.run)
         self._end = threading.Event()
         self._wait = True
 
@@ -146,12 +148,19 @@ class _Watcher:
                 file.write(text.encode())
 
 
-def _behind(run: Run, run_dir: str, checkpoint: str, config: ValidateConfig) -> dict[str, Any]:
+def _behind(run: bytes, run_dir: str, checkpoint: str, config: ValidateConfig) -> dict[str, Any]:
     """A validation on cycles that nobody else wants: for the scheduler its core is a free one, so that what wakes up
-    (decoding, Ray) goes there and not between the steps of a worker."""
-    if hasattr(os, "SCHED_IDLE"):  # Linux
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    return run(run_dir, checkpoint, config)
+    (decoding, Ray) goes there and not between the steps of a worker. In a thread, since it can't be undone; with the
+    imports, which are seconds of work too."""
+
+    def work() -> dict[str, Any]:
+        if hasattr(os, "SCHED_IDLE"):  # Linux
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        validate: Run = pickle.loads(run)
+        return validate(run_dir, checkpoint, config)
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
 
 
 def read_validation(run_dir: str) -> list[dict[str, Any]]:
