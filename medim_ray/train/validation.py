@@ -32,6 +32,7 @@ from medim_ray.train.store import CheckpointStore
 VALIDATION_FILE = "validation.jsonl"
 BEST = "best.json"
 _LOOK_S = 0.5
+_TIMES = ("seconds", "began_at")
 
 
 Run = Callable[[str, str, ValidateConfig], dict[str, Any]]
@@ -110,7 +111,7 @@ class _Watcher:
 
     def _validate(self, name: str) -> None:
         began = time.monotonic()
-        row: dict[str, Any] = {"checkpoint": name, "step": int(name.split("-")[1])}
+        row: dict[str, Any] = {"checkpoint": name, "step": int(name.split("-")[1]), "began_at": time.time()}
         pending = self._task.remote(self._run, self._config.run.dir, name, self._config.validate)
         while not ray.wait([pending], timeout=_LOOK_S)[0]:
             if self._end.is_set() and not self._wait:
@@ -125,12 +126,12 @@ class _Watcher:
                 "it was pruned before: raise train.keep_last or train.checkpoint_every" if pruned else str(cause)
             ).splitlines()[0]
         if "error" in row:
-            told = escape(f"{name} was not{' wholly' * (len(row) > 3)} validated: {row['error']}")
+            told = escape(f"{name} was not{' wholly' * (len(row) > 4)} validated: {row['error']}")
             self._console.print(f"[yellow]{told}", highlight=False)
         row["seconds"] = round(time.monotonic() - began, 2)
         self._rows.append(row)
         self._write()
-        numbers = {key: value for key, value in row.items() if isinstance(value, float) and key != "seconds"}
+        numbers = {key: value for key, value in row.items() if isinstance(value, float) and key not in _TIMES}
         if numbers:
             self._tracker.validated.remote(row["step"], numbers)
 
