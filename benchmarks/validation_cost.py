@@ -4,7 +4,7 @@
 
 One run of one worker on one thread (MAE, ViT-Small, batch 8); the other core holds Ray and the decoding, and is free
 beside them. Each checkpoint is validated; a pair is the median step time while a validation is under way, over that of
-the steps between its end and the next checkpoint. Paired in time, since a shared machine drifts by more than the answer.
+the steps between its end and the next checkpoint. Paired in time: a shared machine drifts by more than the answer.
 """
 
 from __future__ import annotations

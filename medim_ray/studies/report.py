@@ -39,7 +39,7 @@ from medim_ray.train.metrics import METRICS, read_metrics
 from medim_ray.train.runs import CONFIG, load_run, open_config
 from medim_ray.train.store import CheckpointStore
 from medim_ray.train.throughput import ADDED, PERCENTILES, throughput
-from medim_ray.train.validation import read_validation
+from medim_ray.train.validation import numbers_of, read_validation
 
 REPORT = "report.html"
 _NUM_IMAGES = 8
@@ -206,12 +206,10 @@ def _maps(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Ch
 
 def _validation(rows: Sequence[Mapping[str, Any]]) -> list[ChartGroup]:
     """What the checkpoints came to that were validated during the run, where there are any."""
-    names = list(
-        dict.fromkeys(name for row in rows for name in row if isinstance(row[name], float) and name != "seconds")
-    )
+    names = list(dict.fromkeys(name for row in rows for name in numbers_of(row)))
     charts = [_chart(rows, name, _validated(name), None, "last {:.3f}") for name in names]
     failed = sum("error" in row for row in rows)
-    note = f"{failed} checkpoints were not validated: validation.jsonl says why." if failed else ""
+    note = f"{failed} checkpoints were not wholly validated: validation.jsonl says why." if failed else ""
     return [ChartGroup(title="Validation during the run", note=note, charts=_drawn(charts))] if rows else []
 
 

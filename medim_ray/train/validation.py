@@ -14,7 +14,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -126,13 +126,12 @@ class _Watcher:
                 "it was pruned before: raise train.keep_last or train.checkpoint_every" if pruned else str(cause)
             ).splitlines()[0]
         if "error" in row:
-            told = escape(f"{name} was not{' wholly' * (len(row) > 4)} validated: {row['error']}")
+            told = escape(f"{name} was not{' wholly' * bool(numbers_of(row))} validated: {row['error']}")
             self._console.print(f"[yellow]{told}", highlight=False)
         row["seconds"] = round(time.monotonic() - began, 2)
         self._rows.append(row)
         self._write()
-        numbers = {key: value for key, value in row.items() if isinstance(value, float) and key not in _TIMES}
-        if numbers:
+        if numbers := numbers_of(row):
             self._tracker.validated.remote(row["step"], numbers)
 
     def _write(self) -> None:
@@ -167,6 +166,11 @@ def _behind(run: bytes, run_dir: str, checkpoint: str, config: ValidateConfig) -
 def read_validation(run_dir: str) -> list[dict[str, Any]]:
     """The lines of RUN/validation.jsonl."""
     return [json.loads(line) for line in _read(run_dir, VALIDATION_FILE).splitlines()]
+
+
+def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """What a line of RUN/validation.jsonl says of the encoder."""
+    return {key: value for key, value in row.items() if isinstance(value, float) and key not in _TIMES}
 
 
 def read_best(run_dir: str) -> str:
