@@ -268,7 +268,7 @@ def forest(panels: Sequence[tuple[str, Mapping[str, Number]]], names: Mapping[st
         for axes in list(grid.flat)[len(panels) :]:
             axes.set_visible(False)
         for axes in grid[:, 0]:
-            axes.set_yticks(range(len(rows)), [_short(names[name]) for name in rows])
+            axes.set_yticks(range(len(rows)), [_short(names[name], 32) for name in rows])
         return to_svg(figure, ("differences of " if zero else "") + ", ".join(metric for metric, _ in panels))
 
 
@@ -279,9 +279,10 @@ def _errors(number: Number) -> list[list[float]] | None:
     return [[max(0.0, number.value - number.low)], [max(0.0, number.high - number.value)]]
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, most: int = 22) -> str:
+    """At most so many characters; what names have in common is mostly in front, so the middle is left out."""
     text = f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
-    return text if len(text) <= 22 else f"{text[:20]}…"
+    return text if len(text) <= most else f"{text[: most - 9]}…{text[-8:]}"
 
 
 def columns_of(table: Table) -> Mapping[str, bool]:
