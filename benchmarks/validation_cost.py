@@ -1,10 +1,11 @@
 """Question: what do probes during training cost a step, where a CPU is free for them?
 
-    python -m benchmarks.validation_cost --shards SHARDS [--out jobs/results/validation_cost.jsonl]
+    python -m benchmarks.validation_cost --shards SHARDS [--free-cpu 1] [--out jobs/results/validation_cost.jsonl]
 
-One run of one worker on one thread (MAE, ViT-Small, batch 8); the other core holds Ray and the decoding, and is free
-beside them. Each checkpoint is validated; a pair is the median step time while a validation is under way, over that of
-the steps between its end and the next checkpoint. Paired in time: a shared machine drifts by more than the answer.
+One run of one worker on one thread (MAE, ViT-Small, batch 8). Each checkpoint is validated; a pair is the median step
+time while a validation is under way, over that of the steps between its end and the next checkpoint. Paired in time: a
+shared machine drifts by more than the answer. --free-cpu N: everything but the validations keeps off that CPU, at all
+times; without it the scheduler spreads the worker, Ray, the decoding and the validations over all of them.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from medim_ray.config.loader import load
+from medim_ray.config.schema import RunConfig
+from medim_ray.probes.validate import VALIDATE, validate
 from medim_ray.studies.origin import package_commit, this_machine
+from medim_ray.train.launch import launch
 from medim_ray.train.metrics import read_metrics
 from medim_ray.train.validation import read_validation
 
@@ -27,15 +33,24 @@ _LEAST = 5  # steps on each side of a pair
 _VALIDATION = ["validate.labels=[view,pneumothorax]", "validate.num_images=100"]
 
 
-def step_seconds(shards: str, steps: int) -> list[tuple[float, float]]:
+def _on_cpu(cpu: int, *of_checkpoint: Any) -> dict[str, Any]:
+    """A validation on one CPU."""
+    os.sched_setaffinity(0, {cpu})
+    return validate(*of_checkpoint)
+
+
+def step_seconds(shards: str, steps: int, free_cpu: int | None) -> list[tuple[float, float]]:
     """(median step time beside a validation, after it) of each checkpoint of one run."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    probe = VALIDATE
+    if free_cpu is not None:
+        os.sched_setaffinity(0, os.sched_getaffinity(0) - {free_cpu})  # Ray and all that it starts inherit it
+        probe = replace(VALIDATE, run=partial(_on_cpu, free_cpu))
     with tempfile.TemporaryDirectory() as folder:
         options = [f"data.shards={shards}", f"run.dir={folder}", "encoder.name=vit_small_patch16_224"]
         options += [f"train.steps={steps}", f"train.checkpoint_every={EVERY}", "train.num_workers=1", "train.zero=0"]
         options += ["train.global_batch=8", "track.aim=false", *_VALIDATION]
-        command = [sys.executable, "-m", "medim_ray.cli", "pretrain", *options]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+        launch(load(RunConfig, None, options), validate=probe)
         rows = [row for row in read_validation(folder) if "error" not in row]
         times = [(record["ended_at"], float(record["step_s"])) for record in read_metrics(folder)]
     pairs = []
@@ -53,9 +68,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", required=True)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--free-cpu", type=int, help="CPU that is left to validations")
     parser.add_argument("--out", type=Path, help="gets the ratios as a JSON line")
     args = parser.parse_args()
-    pairs = step_seconds(args.shards, args.steps)
+    pairs = step_seconds(args.shards, args.steps, args.free_cpu)
     if not pairs:
         raise SystemExit("no validation ended before the next checkpoint: fewer images, or more steps between them")
     for beside, after in pairs:
@@ -64,7 +80,8 @@ def main() -> None:
     print(f"median {statistics.median(ratios):.3f} of {len(ratios)}")
     if args.out:
         with args.out.open("a") as file:
-            facts = {"commit": package_commit(), "machine": this_machine(), "beside_over_after": ratios}
+            facts = {"commit": package_commit(), "machine": this_machine(), "free_cpu": args.free_cpu is not None}
+            facts["beside_over_after"] = ratios
             file.write(f"{json.dumps(facts)}\n")
 
 

@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from typing import Any
 
 import fsspec
 import ray
+from ray import cloudpickle
 from rich.console import Console
 from rich.markup import escape
 
@@ -83,7 +83,7 @@ class _Watcher:
         # Not in a placement group that this process may be in: a trial of a sweep has room for itself alone.
         options = {"num_cpus": config.validate.num_cpus, "scheduling_strategy": "DEFAULT", "max_retries": 0}
         self._task = ray.remote(**options)(_behind)
-        self._run = pickle.dumps(validate.run)
+        self._run = cloudpickle.dumps(validate.run)
         self._end = threading.Event()
         self._wait = True
 
@@ -156,7 +156,7 @@ def _behind(run: bytes, run_dir: str, checkpoint: str, config: ValidateConfig) -
     def work() -> dict[str, Any]:
         if hasattr(os, "SCHED_IDLE"):  # Linux
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        validate: Run = pickle.loads(run)
+        validate: Run = cloudpickle.loads(run)
         return validate(run_dir, checkpoint, config)
 
     with ThreadPoolExecutor(1) as pool:
