@@ -17,11 +17,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+import xxhash
 
 from medim_ray.data.storage import committed, is_local, patiently
 
 SCHEMA_VERSION = 2  # 2: the manifest tells which tensors lie in which file, and the data
 MANIFEST = "manifest.json"
+# Key of a file's checksum in the manifest -> what makes it. Against bit rot, not against forgery: 30 times as fast as
+# BLAKE2b, of which a checkpoint of ViT-B with its moments took 1.4 s; earlier checkpoints have that.
+_CHECKSUM = "xxh3_128"
+_CHECKSUMS: dict[str, Callable[[], Any]] = {_CHECKSUM: xxhash.xxh3_128, "blake2b": hashlib.blake2b}
 _NAME = re.compile(r"step-(\d{8})-(\d+)$")
 T = TypeVar("T")
 
@@ -94,19 +99,20 @@ class CheckpointStore:
             return f"its schema version is {manifest.get('schema_version')}, this package reads {SCHEMA_VERSION}"
         for file, facts in manifest["files"].items():
             try:
-                digest = self._ask(partial(self._digest, f"{folder}/{file}"))
+                kind = next(kind for kind in _CHECKSUMS if kind in facts)
+                digest = self._ask(partial(self._digest, f"{folder}/{file}", kind))
             except FileNotFoundError:
                 return f"{file} is missing"
-            if digest != facts["blake2b"]:
+            if digest != facts[kind]:
                 return f"{file} differs from its checksum"
         return None
 
     def _manifest(self, name: str) -> dict[str, Any]:
         return dict(json.loads(self._ask(lambda: self._fs.cat_file(f"{self.root}/{name}/{MANIFEST}"))))
 
-    def _digest(self, path: str) -> str:
+    def _digest(self, path: str, kind: str) -> str:
         with self._fs.open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "blake2b").hexdigest()
+            return hashlib.file_digest(stream, _CHECKSUMS[kind]).hexdigest()
 
     def newest(self, report: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
         """The newest checkpoint that can be used; `report` is told which ones were passed over and why."""
@@ -181,13 +187,13 @@ class CheckpointStore:
         folder = f"{self.root}/{name}"
 
         def once() -> dict[str, Any]:
-            digest, num_bytes = hashlib.blake2b(), 0
+            digest, num_bytes = _CHECKSUMS[_CHECKSUM](), 0
             with committed(self._fs, f"{folder}/{file}", folder) as out:
                 for chunk in chunks():
                     digest.update(chunk)
                     out.write(chunk)
                     num_bytes += chunk.nbytes
-            return {"bytes": num_bytes, "blake2b": digest.hexdigest()}
+            return {"bytes": num_bytes, _CHECKSUM: digest.hexdigest()}
 
         return self._ask(once)
 
