@@ -80,13 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     page = add(
         "report", _report, "report.html of a run, a sweep or a study: curves, masks, probes, tables", overrides=False
     )
-    page.add_argument("run", metavar="RUN|SWEEP|STUDY")
+    page.add_argument("run", metavar="RUN|SWEEP|STUDY", type=_folder)
     page.add_argument("--no-text", action="store_true", help="leave the words of the reports out")
     aim = "put the figures into Aim too, without text: into REPO, or where the run's curves are"
     page.add_argument("--aim", metavar="REPO", nargs="?", const="", help=aim)
     keep = add("checkpoint", _checkpoint, "list, verify or prune the checkpoints of a run", overrides=False)
     keep.add_argument("action", choices=("list", "verify", "prune"))
-    keep.add_argument("run")
+    keep.add_argument("run", type=_folder)
     keep.add_argument("--keep", type=int, default=2, help="prune: checkpoints that stay, the newest ones (2)")
     plan = add("plan", _plan, "memory, time and cost of a recipe on a cluster: cluster=FILE", config=True)
     plan.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
@@ -213,6 +213,11 @@ def _validation() -> Any:
     from medim_ray.probes.validate import VALIDATE
 
     return VALIDATE
+
+
+def _folder(text: str) -> str:
+    """A run folder, also as `run=FOLDER`, as other commands take it."""
+    return text.removeprefix("run=")
 
 
 def _fields(root: type[Any]) -> int:
