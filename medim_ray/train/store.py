@@ -98,8 +98,10 @@ class CheckpointStore:
         if manifest.get("schema_version") != SCHEMA_VERSION:
             return f"its schema version is {manifest.get('schema_version')}, this package reads {SCHEMA_VERSION}"
         for file, facts in manifest["files"].items():
+            kind = next((kind for kind in _CHECKSUMS if kind in facts), "")
+            if not kind:
+                return f"the manifest has no checksum of {file} that this package makes ({', '.join(_CHECKSUMS)})"
             try:
-                kind = next(kind for kind in _CHECKSUMS if kind in facts)
                 digest = self._ask(partial(self._digest, f"{folder}/{file}", kind))
             except FileNotFoundError:
                 return f"{file} is missing"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -186,6 +188,10 @@ def damaged(written: Path, tmp_path: Path) -> CheckpointStore:
         ("missing", "rank-00000.safetensors is missing"),
         ("uncommitted", "it was never committed (no manifest)"),
         ("cut", "its manifest is not valid JSON"),
+        (
+            "newer",
+            "the manifest has no checksum of rank-00000.safetensors that this package makes (xxh3_128, blake2b)",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_with_the_reason(
@@ -202,12 +208,28 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason(
         tensor_file.unlink()
     elif damage == "uncommitted":
         manifest.unlink()
+    elif damage == "newer":
+        manifest.write_text(manifest.read_text().replace('"xxh3_128"', '"xxh4"'))
     else:
         manifest.write_text(manifest.read_text()[:40])
     said: list[str] = []
     newest = store.newest(said.append)
     assert newest is not None and newest.step == 1
     assert said == [f"checkpoint step-00000002-1 is passed over: {reason}"]
+
+
+def test_a_checkpoint_of_earlier_code_is_checked_by_its_own_checksum(written: Path, tmp_path: Path) -> None:
+    store = damaged(written, tmp_path)
+    folder = Path(store.root) / "step-00000002-1"
+    file, manifest = folder / "rank-00000.safetensors", folder / "manifest.json"
+    tree = json.loads(manifest.read_text())
+    facts = tree["files"][file.name]
+    del facts["xxh3_128"]
+    facts["blake2b"] = hashlib.blake2b(file.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(tree))
+    assert store.problem(folder.name) is None
+    file.write_bytes(file.read_bytes()[:-1])
+    assert store.problem(folder.name) == "rank-00000.safetensors differs from its checksum"
 
 
 def test_prune_keeps_the_newest_and_sweeps_what_was_never_committed(written: Path, tmp_path: Path) -> None:
