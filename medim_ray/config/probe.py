@@ -12,6 +12,7 @@ from medim_ray.config.loader import option
 DEFAULT_TASKS = ("labels", "localise", "retrieve", "segment")
 PROBE_TASKS = (*DEFAULT_TASKS, "finetune", "generate")
 UNCERTAIN = ("ignore", "ones", "zeros")
+MIN_BOOTSTRAP = 100  # draws: the ends of a 95 % interval are the third lowest and highest of these
 SEGMENT_HEADS = ("linear", "upernet", "setr")
 
 
@@ -137,8 +138,9 @@ class ProbeConfig:
     seed: int = option(0, "seed of folds, shares and bootstrap", hashed=False)
 
     def __post_init__(self) -> None:
-        if self.num_folds < 2 or self.num_bootstrap < 1:
-            raise ValueError(f"num_folds={self.num_folds}, num_bootstrap={self.num_bootstrap}: at least 2 and 1")
+        if self.num_folds < 2 or self.num_bootstrap < MIN_BOOTSTRAP:
+            given = f"num_folds={self.num_folds}, num_bootstrap={self.num_bootstrap}"
+            raise ValueError(f"{given}: at least 2 and {MIN_BOOTSTRAP}")
         if unknown := [name for name in self.tasks if name not in PROBE_TASKS]:
             raise ValueError(f"probe.tasks: {unknown[0]!r} is none of {', '.join(PROBE_TASKS)}")
         if ("generate" in self.tasks) != bool(self.generate.lm):

@@ -7,6 +7,7 @@ What is written: results.py; what is printed: tables.py.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +16,13 @@ from rich.console import Console
 
 from medim_ray.config.loader import run_hash
 from medim_ray.config.probe import ProbeConfig
+from medim_ray.data.shards import ShardSet
 from medim_ray.probes.cache import FOLDER, FeatureCache
 from medim_ray.probes.encoders import Encoders, open_encoders
 from medim_ray.probes.features import extract
 from medim_ray.probes.finetune import Tuned, finetune
 from medim_ray.probes.localise import Localisation, localise
-from medim_ray.probes.protocol import check_protocol
+from medim_ray.probes.protocol import SMALL, check_protocol
 from medim_ray.probes.results import (
     SCHEMA_VERSION,
     finetune_results,
@@ -39,7 +41,7 @@ from medim_ray.probes.tasks import Task, default_labels, make_task, policy_of
 from medim_ray.session import ray_session
 from medim_ray.train.runs import LoadedRun, find_checkpoint, load_run
 
-__all__ = ["ProbeRoot", "read_result", "run_probe"]
+__all__ = ["ProbeRoot", "read_result", "run_probe", "tasks_of"]
 
 _NOT_ASKED = "not asked for (probe.tasks)"
 
@@ -70,7 +72,8 @@ def run_probe(
     run = load_run(run_dir, checkpoint=find_checkpoint(run_dir, checkpoint))
     untrained = load_run(run_dir, trained=False)
     every = list_rows(run.shards)
-    tasks, notes = _tasks(run, every, config)
+    tasks, notes = tasks_of(run.shards, every, config)
+    notes += _pretrained_on(tasks, every, run.config.data.split)
     num_cpus = max(2, os.cpu_count() or 1)
     with ray_session(run.config.run.ray_address, num_cpus):
         encoders = open_encoders(run, untrained, config.encoders)
@@ -135,15 +138,17 @@ def _beyond_labels(
     return found
 
 
-def _tasks(run: LoadedRun, rows: RowList, config: ProbeConfig) -> tuple[list[AnyTask], list[str]]:
-    """The tasks of the labels asked for, or of all labels that can be probed; notes on those left out."""
+def tasks_of(shards: ShardSet, rows: RowList, config: ProbeConfig) -> tuple[list[AnyTask], list[str]]:
+    """The tasks of the labels asked for, or of all labels that can be probed; notes on those left out. ValueError: a
+    label that was asked for can't be probed."""
     tasks: list[AnyTask] = []
     notes: list[str] = []
     if not {"labels", "finetune"} & set(config.tasks):
         return tasks, notes
-    for label in config.labels or default_labels(run.shards.manifest.labels):
+    found = default_labels(shards.manifest.labels)
+    for label in config.labels or found:
         try:
-            task = make_task(label, rows.labels, run.shards.url, policy_of(label, config.uncertain))
+            task = make_task(label, rows.labels, shards.url, policy_of(label, config.uncertain))
             check_protocol(task, *groups_of(task, rows), config.num_folds)
             if isinstance(task, Task) or "labels" in config.tasks:  # a number is not fine-tuned
                 tasks.append(task)
@@ -151,9 +156,24 @@ def _tasks(run: LoadedRun, rows: RowList, config: ProbeConfig) -> tuple[list[Any
             if config.labels:
                 raise
             notes.append(f"left out: {str(error).removeprefix('probe.labels: ')}")
+    if not config.labels and (named := sorted(set(shards.manifest.labels) - set(found))):
+        notes.append(f"probed only where probe.labels names them, since their values are words: {', '.join(named)}")
     if not tasks and not config.labels:
         notes.append("no label of these shards can be probed; name some with probe.labels=[...]")
     return tasks, notes
+
+
+def _pretrained_on(tasks: Sequence[AnyTask], rows: RowList, split: str) -> list[str]:
+    """A note where images are judged whose split the run learned from."""
+    judged = {int(i) for task in tasks if len(task.rows_K) < SMALL for i in task.rows_K}
+    learned = sum(rows.splits[i] == split for i in judged)
+    if not learned:
+        return []
+    return [
+        f"{learned} of {len(judged)} judged images are of split {split}, on which the encoder was pretrained (without "
+        f"labels, but with the reports where its objective reads them): labels of fewer than {SMALL:,} images are "
+        "judged out of fold over all splits"
+    ]
 
 
 def _features(

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from medim_ray.config.probe import MIN_BOOTSTRAP
 from medim_ray.probes.bootstrap import Estimate, Floats, average, bootstrap
 from medim_ray.probes.classify import METRICS, estimates
 from medim_ray.probes.encoders import TRAINED
@@ -41,8 +42,8 @@ class CompareOptions:
     seed: int = field(default=0, metadata={"help": "seed of the bootstrap"})
 
     def __post_init__(self) -> None:
-        if self.num_bootstrap < 1:
-            raise ValueError(f"probe.num_bootstrap={self.num_bootstrap}: at least 1")
+        if self.num_bootstrap < MIN_BOOTSTRAP:
+            raise ValueError(f"probe.num_bootstrap={self.num_bootstrap}: at least {MIN_BOOTSTRAP}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,8 @@ class Encoders:
 def open_encoders(run: LoadedRun, untrained: LoadedRun, names: Sequence[str]) -> Encoders:
     """The run's encoder, its untrained self and raw pixels, then those of `names` ("run:PATH", "timm:NAME",
     "hf:ID or folder"). Needs a running Ray: weights are put into its object store.
+
+    ValueError where the weights of the run are not finite.
     """
     size = run.config.encoder.image_size
     sources = {
@@ -150,9 +152,12 @@ def _of_run(path: str, config: RunConfig) -> Source:
 
 
 def weights_hash(module: nn.Module) -> str:
-    """Sixteen hexadecimal digits over names and values of the weights."""
+    """Sixteen hexadecimal digits over names and values of the weights; ValueError where they are not finite, so that
+    there are no features."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(module.state_dict().items()):
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"its weights are not finite ({name}): the training of this encoder has diverged")
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

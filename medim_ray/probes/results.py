@@ -238,7 +238,10 @@ def read_result(run_dir: str) -> dict[str, Any] | None:
     path = f"{root.rstrip('/')}/{RESULT}"
     if not fs.exists(path):
         return None
-    result: dict[str, Any] = json.loads(fs.cat_file(path))
+    try:
+        result: dict[str, Any] = json.loads(fs.cat_file(path))
+    except ValueError:
+        raise ValueError(f"{run_dir}/{RESULT} is damaged: run `medim-ray probe run={run_dir}` again") from None
     return result
 
 
@@ -289,7 +292,10 @@ def read_scores(run_dir: str) -> pa.Table:
     path = f"{root.rstrip('/')}/{SCORES}"
     if not fs.exists(path):
         raise ValueError(f"{run_dir} has no {SCORES}: run `medim-ray probe run={run_dir}` first")
-    return pq.read_table(io.BytesIO(fs.cat_file(path)))
+    try:
+        return pq.read_table(io.BytesIO(fs.cat_file(path)))
+    except pa.ArrowInvalid:
+        raise ValueError(f"{path} is damaged: run `medim-ray probe run={run_dir}` again") from None
 
 
 def _write(run_dir: str, name: str, content: bytes) -> None:

@@ -283,7 +283,8 @@ def _rank_metrics(ranks: Ranks, patients: Sequence[str], num_bootstrap: int, see
 
 
 def weighted_median(values_K: Floats, weights_RK: Floats) -> Floats:
-    """[R] the smallest value with half of the weight at or below it; NaN where a draw is empty."""
+    """[R] the smallest value with half of the weight at or below it, the lower one of two middles; NaN where a draw is
+    empty."""
     order = np.argsort(values_K, kind="stable")
     below_RK = np.cumsum(weights_RK[:, order], axis=1)
     total_R = below_RK[:, -1]
@@ -295,7 +296,7 @@ def chance(right_K: NDArray[np.int64], num: int) -> dict[str, float]:
     """What a random order of `num` targets gives queries of which each has `right_K` right ones."""
     ranks = Ranks(np.zeros_like(right_K), num - right_K, right_K)  # as if all scored alike
     found = {f"recall_at_{k}": float(ranks.within(k).mean()) for k in KS}
-    return {**found, "median_rank": float(np.median(ranks.expected))}
+    return {**found, "median_rank": float(weighted_median(ranks.expected, np.ones((1, len(right_K))))[0])}
 
 
 def _zero_shot(

@@ -50,6 +50,7 @@ class NumberTask:
 
 
 _UNCERTAIN = {"ignore": "", "ones": "1", "zeros": "0"}
+_SAME = {"0.0": "0", "1.0": "1", "-1.0": "-1", "nan": "", "NaN": ""}  # how tables of numbers write 0, 1, -1 and nothing
 
 
 def make_task(
@@ -70,7 +71,7 @@ def make_task(
         near = difflib.get_close_matches(label, others, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose among {', '.join(others) or 'none'}"
         raise ValueError(f"probe.labels: no image of {where} has a label {label!r}; {hint}")
-    known = [_VIEW.get(value, "") if label == "view" else value for value in found]
+    known = [_VIEW.get(value, "") if label == "view" else _SAME.get(value, value) for value in found]
     if set(known) <= {"", "-1", "0", "1"}:
         known = [_UNCERTAIN[uncertain] if value == "-1" else value for value in known]
     rows = np.array([i for i, value in enumerate(known) if value], dtype=np.int64)
@@ -94,11 +95,12 @@ def make_task(
 def default_labels(counts: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:
     """`view`, every 0/1 label (uncertain values among them or not) and every label of numbers, from the label counts of
     a manifest."""
+    values_of = {name: {_SAME.get(value, value) for value in values} - {""} for name, values in counts.items()}
     return tuple(
         sorted(
             name
-            for name, values in counts.items()
-            if name == "view" or set(values) <= {"-1", "0", "1"} or _is_measure(list(values))
+            for name, values in values_of.items()
+            if name == "view" or values <= {"-1", "0", "1"} or _is_measure(sorted(values))
         )
     )
 

@@ -1,7 +1,8 @@
 """The validation of one committed checkpoint, in one Ray task: labels, retrieval and segmentation, as `validate` asks.
 
 A small sibling of `medim-ray probe` for use during training (train/validation.py): the first images by a hash of their
-ids, one process, no intervals, no other encoder. All numbers are better when higher.
+ids, one process, no intervals, no other encoder. All numbers are better when higher. The split test is never looked at:
+it judges what was chosen here.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ VALIDATE = Validate(check=check_validate, run=validate)
 
 
 def _sample(shards: ShardSet, num_images: int) -> RowList:
-    every = list_rows(shards)
+    every = list_rows(shards).where(lambda split, labels: split != "test")
     order = sorted(range(len(every)), key=lambda i: name_key(every.image_ids[i]))
     return every.take(sorted(order[:num_images]))
 
@@ -93,11 +94,23 @@ def _task(label: str, rows: RowList, shards: ShardSet) -> AnyTask:
     """ValueError where these rows can't be probed for it."""
     try:
         task = make_task(label, rows.labels, shards.url)
-        check_protocol(task, *groups_of(task, rows), _NUM_FOLDS)
+        check_protocol(task, *_sides(task, rows), _NUM_FOLDS)
     except ValueError as error:
         told = str(error).removeprefix("probe.labels: ")
-        raise ValueError(f"validate.labels, among {len(rows)} images: {told}") from None
+        raise ValueError(f"validate.labels, among {len(rows)} images of train and val: {told}") from None
     return task
+
+
+def _sides(task: AnyTask, rows: RowList) -> tuple[list[str], list[str]]:
+    """Patients and splits of a task's images as the protocol takes them, with val in the place of test: a fifth of the
+    patients of train is chosen on, and where there is no val another fifth is judged."""
+    patients, splits = groups_of(task, rows)
+    roles = {"val": "test"} if "val" in splits else {}
+    fifths = ["val", "train", "train", "train", "train" if roles else "test"]
+    return patients, [
+        roles.get(split) or fifths[name_key(patient) % len(fifths)]
+        for patient, split in zip(patients, splits, strict=True)
+    ]
 
 
 def _labels(run: LoadedRun, source: Source, rows: RowList, labels: Sequence[str]) -> dict[str, float]:
@@ -108,7 +121,7 @@ def _labels(run: LoadedRun, source: Source, rows: RowList, labels: Sequence[str]
     how: dict[str, Any] = {"num_folds": _NUM_FOLDS, "num_bootstrap": 1, "seed": 0}
     for label in labels:
         task = _task(label, rows, run.shards)
-        patients, splits = groups_of(task, rows)
+        patients, splits = _sides(task, rows)
         features = features_KD[task.rows_K]
         if isinstance(task, Task):
             scores = probe(task, features, patients, splits, **how)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +15,19 @@ from typing import Any, Literal
 from medim_ray.config.loader import load, to_tree
 from medim_ray.config.probe import ProbeConfig
 from medim_ray.config.schema import RunConfig
+from medim_ray.data.shards import ShardSet
 from medim_ray.data.sources.base import absolute
 from medim_ray.studies.execute import command
-from medim_ray.studies.fit import LAWS, fit_line
-from medim_ray.studies.outcome import Number, better_is_higher, check_metric, check_report, needs_probe
+from medim_ray.studies.fit import LAWS, Measured, fit_line
+from medim_ray.studies.origin import package_commit
+from medim_ray.studies.outcome import (
+    Number,
+    better_is_higher,
+    check_metric,
+    check_report,
+    check_reported,
+    needs_probe,
+)
 from medim_ray.studies.page import Study
 from medim_ray.studies.results import Table
 from medim_ray.studies.runner import Group, RunnerConfig, Search
@@ -105,20 +114,25 @@ class StudyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """A checked study, an `Experiment`. waves: trials; a wave begins from runs of those before it."""
+    """A checked study, an `Experiment`. waves: trials; a wave begins from runs of those before it. parents: name of a
+    run -> those that it begins from."""
 
     config: StudyConfig
     job: TrialJob
     waves: Sequence[Sequence[Trial]]
+    parents: Mapping[str, Sequence[Trial]]
     group: Group
 
     def trials(self) -> Sequence[Trial]:
         """All runs."""
         return [trial for wave in self.waves for trial in wave]
 
-    def searches(self) -> Sequence[Search]:
-        """One a wave."""
-        return [Search(kind="list", trials=wave) for wave in self.waves]
+    def searches(self) -> Iterator[Search]:
+        """One a wave: of its runs those whose parents have come to their end; where one failed, or a budget cut it, its
+        children are left to do."""
+        for wave in self.waves:
+            ready = [t for t in wave if all(self.job.is_done(parent.config) for parent in self.parents[t.name])]
+            yield Search(kind="list", trials=ready)
 
     def began(self, values: Mapping[str, Any]) -> None:
         """Nothing: all runs are known."""
@@ -149,11 +163,15 @@ def _with_fit(study: Study, table: Table, config: StudyConfig) -> Study:
     law = config.fit.law
     assert law != "none"
     as_error = law == "power" and better_is_higher(config.metric)
-    numbers = {cell.values[ARM]: number for cell in table.cells if (number := cell.numbers.get(config.metric))}
-    known = {arm: number for arm, number in numbers.items() if number.value is not None}
+    cells = {cell.values[ARM]: cell for cell in table.cells}
+    numbers = {arm: cell.numbers.get(config.metric, Number(None)) for arm, cell in cells.items()}
     lines = []
     for name, arms in (config.fit.lines or {"": tuple(config.fit.x)}).items():
-        points = [(config.fit.x[arm], _error(known[arm]) if as_error else known[arm]) for arm in arms if arm in known]
+        points = []
+        for arm in (arm for arm in arms if arm in cells and numbers[arm].value is not None):
+            number = _error(numbers[arm]) if as_error else numbers[arm]
+            num_runs = sum(run.is_done for run in cells[arm].runs)
+            points.append(Measured(config.fit.x[arm], number, num_runs, cells[arm].learned))
         lines.append(fit_line(name, points, law, config.fit.hold_out))
     y_name = f"1 - {config.metric}" if as_error else config.metric
     return replace(study, lines=tuple(lines), law=law, line_names=(config.fit.x_name, y_name))
@@ -166,8 +184,14 @@ def _error(number: Number) -> Number:
 def check_study(config: StudyConfig, file: str | None = None) -> Ablation:
     """Every run of the study, built and checked; ValueError names the arm at fault."""
     runs = absolute(config.runs or f"{config.out.rstrip('/')}/runs")
+    if "://" in runs and (child := next((name for name in config.arms if _parents(config, name)), "")):
+        raise ValueError(
+            f"arms.{child} begins from another arm's run, whose encoder is read as a file, and runs={runs} is none: "
+            "give a folder that every node sees"
+        )
     shards = [f"data.shards={absolute(config.shards)}"] if config.shards else []
     made: dict[tuple[str, int], Trial] = {}
+    parents: dict[str, list[Trial]] = {}
     waves: list[list[Trial]] = []
     for names in _waves(config):
         wave = []
@@ -182,9 +206,18 @@ def check_study(config: StudyConfig, file: str | None = None) -> Ablation:
                 except ValueError as error:
                     raise ValueError(f"arms.{name}: {error}") from None
                 made[name, seed] = trial
+                parents[trial.name] = [made[parent, seed] for parent in _parents(config, name)]
                 wave.append(trial)
         waves.append(wave)
     first = next(iter(made.values()))
+    for (name, _), trial in made.items():
+        if trial.config.data.shards != first.config.data.shards:
+            raise ValueError(
+                f"arms.{name}: data.shards={trial.config.data.shards!r}, of another {first.config.data.shards!r}; "
+                "the arms of a study learn from one shard set; merge them (`medim-ray shards merge`) and choose by "
+                "data.leave_out or data.weights"
+            )
+    check_reported([config.metric, *config.report], config.probe, ShardSet.open(first.config.data.shards))
     job = TrialJob(
         base={},
         space=SearchSpace(()),
@@ -193,8 +226,10 @@ def check_study(config: StudyConfig, file: str | None = None) -> Ablation:
         rungs=(),
         probe=config.probe if needs_probe([config.metric, *config.report]) else None,
         metric=config.metric,
+        commit=package_commit(),
     )
-    return Ablation(config=config, job=job, waves=waves, group=Group.of([trial.config for trial in made.values()]))
+    group = Group.of([trial.config for trial in made.values()])
+    return Ablation(config=config, job=job, waves=waves, parents=parents, group=group)
 
 
 def _arm(config: StudyConfig, name: str, file: str | None) -> tuple[str, list[str]]:

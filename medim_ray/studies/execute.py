@@ -6,6 +6,7 @@ Run again, it goes on: what is done stands in the trials' records (trials.py), a
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -90,9 +91,12 @@ def execute(experiment: Experiment, console: Console) -> tuple[Table, int]:
                 console.print(_line(experiment, table, config, record), highlight=False, markup=False)
 
             runner = experiment.config.runner
+            ends = None if runner.hours is None else time.monotonic() + runner.hours * 3600
             for search in experiment.searches():
-                if not received:
-                    run_trials(experiment.job, search, experiment.group, runner, experiment.began, ended, received)
+                left_s = None if ends is None else ends - time.monotonic()
+                if received or (left_s is not None and left_s <= 0):
+                    break
+                run_trials(experiment.job, search, experiment.group, runner, experiment.began, ended, received, left_s)
             return _write(experiment, out), received[0] if received else 0
 
 
@@ -122,7 +126,7 @@ def table_of(experiment: Experiment) -> Table:
 
 
 def _run(experiment: Experiment, trial: Trial) -> Run:
-    return make_run(trial, experiment.job.record(trial.config.run.dir))
+    return make_run(trial, experiment.job.record(trial.config))
 
 
 def _write(experiment: Experiment, out: str) -> Table:

@@ -2,19 +2,20 @@
 
     error(x) = floor + scale * x^-exponent          Hestness et al. 2017; floor, scale >= 0, exponent in [0.02, 4]
     rate(n)  = rate(1) * n / (1 + serial * (n - 1))  Amdahl 1967; serial in [0, 1]
-Intervals: a parametric bootstrap over the points, each drawn from its own interval or, where it has none (one seed),
-with the scatter of the points around the law; none where there are no more points than parameters to tell a scatter.
+Intervals: a parametric bootstrap over the points, each drawn with its own standard error or, where it has none (one
+seed), with the scatter of the points around the law; none where there are no more points than parameters to tell one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar, nnls
+from scipy.stats import t as student
 
 from medim_ray.studies.outcome import Number
 
@@ -22,6 +23,25 @@ Floats = NDArray[np.float64]
 LAWS = ("power", "amdahl")
 _DRAWS = 400
 _COARSE = 16
+
+
+class Measured(NamedTuple):
+    """A point of a law. number: with its 95 % interval, which is Student's over `num_runs` repetitions, or that of a
+    single run over patients; learned: whether it beats the untrained encoder, None where that can't be told."""
+
+    x: float
+    number: Number
+    num_runs: int = 1
+    learned: bool | None = None
+
+    @property
+    def standard_error(self) -> float | None:
+        """From the interval."""
+        low, high = self.number.low, self.number.high
+        if low is None or high is None:
+            return None
+        quantile = float(student.ppf(0.975, self.num_runs - 1)) if self.num_runs > 1 else 1.96
+        return (high - low) / 2 / quantile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,30 +107,28 @@ _BASES: dict[str, Callable[[Floats, float], Floats]] = {
 _BOUNDS = {"power": (0.02, 4.0), "amdahl": (0.0, 1.0)}  # of the parameter that is not linear
 
 
-def fit_law(
-    law: Literal["power", "amdahl"], points: Sequence[tuple[float, Number]], hold_out: bool, seed: int = 0
-) -> Fit:
-    """Fits a law to (x, number) points, x > 0. hold_out: the largest x is left out and predicted.
+def fit_law(law: Literal["power", "amdahl"], points: Sequence[Measured], hold_out: bool, seed: int = 0) -> Fit:
+    """Fits a law to points, x > 0. hold_out: the largest x is left out and predicted; of several points there the mean.
 
     ValueError: fewer points than parameters (a held-out one counts for nothing), x not above 0, or an error that does
     not fall with x, of which no exponent can be told.
     """
-    known = sorted(((float(x), n) for x, n in points if n.value is not None), key=lambda point: point[0])
-    seen = known[:-1] if hold_out else known
+    known = sorted((point for point in points if point.number.value is not None), key=lambda point: point.x)
+    seen = [point for point in known if point.x < known[-1].x] if hold_out else known
     need = len(_NAMES[law])
-    if len({x for x, _ in seen}) < need:
+    if (num := len({point.x for point in seen})) < need:
         raise ValueError(
-            f"fit.law={law} has {need} parameters and {len(seen)} points{' beside the one held out' * hold_out}; "
+            f"fit.law={law} has {need} parameters and points at {num} x{' beside the one held out' * hold_out}; "
             "add arms, or set fit.hold_out=false"
         )
-    if any(x <= 0 for x, _ in known):
-        raise ValueError(f"fit.x: must be above 0 for every arm, found {min(x for x, _ in known):g}")
-    xs = np.array([x for x, _ in seen])
-    ys = np.array([n.value for _, n in seen], dtype=np.float64)
+    if any(point.x <= 0 for point in known):
+        raise ValueError(f"fit.x: must be above 0 for every arm, found {known[0].x:g}")
+    xs = np.array([point.x for point in seen], dtype=np.float64)
+    ys = np.array([point.number.value for point in seen], dtype=np.float64)
     best = _least_squares(law, xs, ys)
     if law == "power" and best[1] <= 1e-9 * abs(ys).max():
         raise ValueError("the error does not fall with x, so that there is no exponent to tell")
-    deviations_K = _deviations([n for _, n in seen], ys - _CURVES[law](xs, *best), need)
+    deviations_K = _deviations(seen, ys - _CURVES[law](xs, *best), need)
     numbers = [Number(float(value)) for value in best]
     draws_RP = np.empty((0, need))
     if deviations_K is not None:
@@ -122,61 +140,65 @@ def fit_law(
     fit = Fit(law=law, parameters=dict(zip(_NAMES[law], numbers, strict=True)), draws_RP=draws_RP)
     if not hold_out:
         return fit
-    x, measured = known[-1]
+    x, last = known[-1].x, [point.number for point in known if point.x == known[-1].x]
+    measured = last[0] if len(last) == 1 else Number(float(np.mean([float(n.value or 0.0) for n in last])))
     low_1, value_1, high_1 = fit.band(np.array([x]))
     ends = (float(low_1[0]), float(high_1[0])) if len(draws_RP) else (None, None)
     return replace(fit, held_out_x=x, predicted=Number(float(value_1[0]), *ends), measured=measured)
 
 
-def _deviations(numbers: Sequence[Number], residuals_K: Floats, num_parameters: int) -> Floats | None:
-    """Standard deviation of each number: from its 95 % interval, or else of the residuals; None where neither tells."""
+def _deviations(points: Sequence[Measured], residuals_K: Floats, num_parameters: int) -> Floats | None:
+    """Standard error of each number: its own, or else the scatter of the residuals; None where neither tells."""
     freedom = len(residuals_K) - num_parameters
     scatter = float(np.sqrt((residuals_K**2).sum() / freedom)) if freedom > 0 else None
-    found = [scatter if n.low is None or n.high is None else (n.high - n.low) / 3.92 for n in numbers]
+    found = [scatter if point.standard_error is None else point.standard_error for point in points]
     return None if any(deviation is None for deviation in found) else np.array(found, dtype=np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """Arms of a study that lie on one line, as (x, number), ascending; hold_out: whether the largest x was to be
-    predicted; fit: their law, or `note`: why there is none."""
+    """Arms of a study that lie on one line, x ascending; hold_out: whether the largest x was to be predicted; fit:
+    their law, or `note`: why there is none."""
 
     name: str
-    points: Sequence[tuple[float, Number]]
+    points: Sequence[Measured]
     hold_out: bool
     fit: Fit | None = None
     note: str = ""
 
+    @property
+    def not_learned(self) -> list[float]:
+        """x of the points on the fitted line that do not beat the untrained encoder."""
+        return [point.x for point in self.points if point.learned is False]
+
     def to_json(self) -> dict[str, Any]:
-        """name, points, hold_out, fit, note."""
+        """name, points, hold_out, not_learned, fit, note."""
         return {
             "name": self.name,
-            "points": [[x, vars(number)] for x, number in self.points],
+            "points": [[point.x, vars(point.number), point.num_runs, point.learned] for point in self.points],
             "hold_out": self.hold_out,
             "fit": self.fit and self.fit.to_json(),
             "note": self.note,
         }
 
 
-def fit_line(
-    name: str, points: Sequence[tuple[float, Number]], law: Literal["power", "amdahl"], hold_out: bool
-) -> Line:
+def fit_line(name: str, points: Sequence[Measured], law: Literal["power", "amdahl"], hold_out: bool) -> Line:
     """The line through these points; a law that can't be fitted is a note."""
-    points = sorted(points, key=lambda point: point[0])
+    points = sorted(points, key=lambda point: point.x)
     try:
         return Line(name=name, points=points, hold_out=hold_out, fit=fit_law(law, points, hold_out))
     except ValueError as error:
         return Line(name=name, points=points, hold_out=hold_out, note=str(error))
 
 
-def efficiencies(points: Sequence[tuple[float, Number]]) -> list[tuple[float, Number]]:
+def efficiencies(points: Sequence[Measured]) -> list[tuple[float, Number]]:
     """(n, rate(n) / (n * rate(first)) * first) of the points of a speed-up, whose first one is 1 by definition."""
-    if not points or not points[0][1].value:
+    if not points or not points[0].number.value:
         return []
-    first, rate = points[0][0], points[0][1].value
+    first, rate = points[0].x, points[0].number.value
     return [
         (n, Number(*(None if part is None else part * first / (n * rate) for part in (r.value, r.low, r.high))))
-        for n, r in points
+        for n, r, *_ in points
     ]
 
 

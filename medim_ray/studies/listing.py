@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 from medim_ray.studies.effects import axes_of, effects
 from medim_ray.studies.outcome import Number, told
 from medim_ray.studies.page import Study
-from medim_ray.studies.results import Baseline, Cell, Table, named
+from medim_ray.studies.results import Baseline, Cell, Table, named, num_done, short
 
 
 def print_table(study: Study, table: Table, console: Console) -> None:
@@ -60,10 +60,10 @@ def _row(
     study: Study, table: Table, row: Cell | Baseline, gains: bool, compared: Mapping[str, Mapping[str, Number]]
 ) -> list[str]:
     cell = row if isinstance(row, Cell) else None
-    out = [str(cell.rank or "") if cell else "", *map(str, table.place(row)), told(row.numbers.get(table.metric))]
+    out = [str(cell.rank or "") if cell else "", *map(short, table.place(row)), told(row.numbers.get(table.metric))]
     if gains:
         out.append(told(cell.gains.get(table.metric)) if cell else "")
     if compared:
         difference = compared.get(table.metric, {}).get(row.name)
         out.append("reference" if row.name == study.reference else told(difference))
-    return [*out, str(len(cell.runs)) if cell else "", cell.verdict if cell else "baseline"]
+    return [*out, num_done(cell) if cell else "", cell.verdict if cell else "baseline"]

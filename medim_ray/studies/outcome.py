@@ -20,7 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from medim_ray.probes.command import read_result
+from medim_ray.config.probe import ProbeConfig
+from medim_ray.data.shards import ShardSet
+from medim_ray.probes.command import read_result, tasks_of
+from medim_ray.probes.rows import list_rows
+from medim_ray.probes.tasks import Task
 from medim_ray.train.metrics import read_metrics
 
 _OF_LABELS = ("auroc", "auprc", "accuracy", "f1", "knn_auroc", "knn_auprc", "mae", "r2")
@@ -83,6 +87,37 @@ def check_report(names: Sequence[str], metric: str) -> None:
         check_metric(name, "report")
     if len({metric, *names}) <= len(names):
         raise ValueError(f"report={list(names)}: each number once, without metric={metric!r}, which is always there")
+
+
+def check_reported(names: Sequence[str], probe: ProbeConfig, shards: ShardSet) -> None:
+    """ValueError where no run on these shards can report one of the numbers when it is probed so: its task is not asked
+    for, or its label or target is none of those that are probed."""
+    if not needs_probe(names):
+        return
+    tasks, _ = tasks_of(shards, list_rows(shards), probe)
+    classes = [task.label for task in tasks if isinstance(task, Task)]
+    measures = [task.label for task in tasks if not isinstance(task, Task)]
+    means = ["mean", "findings"] if classes else []
+    for name in names:
+        family, at, what = _family(name), name.partition("@")[2].partition(".")[0], name.rpartition(".")[2]
+        task, known = "", [what]
+        if family in _OF_LABELS:
+            task = "finetune" if at == "tuned" else "labels"
+            known = measures if family in ("mae", "r2") else [*means, *classes]
+        elif family == "dice":
+            task, known = "segment", list(probe.segment.targets)
+        elif family in _BEYOND:
+            task = "retrieve"
+        elif family in _WRITTEN:
+            task = "generate"
+        elif family in MAPS:
+            task = "localise"
+        if task and task not in probe.tasks:
+            raise ValueError(f"{name} is asked for, but probe.tasks={list(probe.tasks)} has no {task!r}: add it")
+        if what not in known:
+            raise ValueError(
+                f"{name} is asked for, but what is probed on {shards.url} has {', '.join(known) or 'none'}"
+            )
 
 
 def _family(name: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,12 +22,13 @@ import medim_ray
 from medim_ray.data.storage import committed
 from medim_ray.studies.effects import axes_of, differences, effects
 from medim_ray.studies.figures import Drawing, interval_bar, to_png
-from medim_ray.studies.fit import Line, efficiencies, fit_line
+from medim_ray.studies.fit import Line, Measured, efficiencies, fit_line
 from medim_ray.studies.gallery import templates
 from medim_ray.studies.origin import package_commit, this_machine
-from medim_ray.studies.outcome import Number, told
-from medim_ray.studies.results import STATES, Run, Table, make_table, named, to_csv
-from medim_ray.studies.study_figures import columns_of, curves, efficiency, forest, heat_map, parallel, scaling
+from medim_ray.studies.outcome import Number, needs_probe, told
+from medim_ray.studies.results import STATES, Run, Table, make_table, named, num_done, short, to_csv
+from medim_ray.studies.space import MEMBER
+from medim_ray.studies.study_figures import columns_of, curves, efficiency, forest, heat_map, parallel, rungs, scaling
 from medim_ray.studies.trials import Report
 from medim_ray.track.aim_run import repo_of, show_pictures
 
@@ -135,7 +137,13 @@ def read_study(out: str) -> tuple[Study, Table] | None:
     for kind in KINDS:
         path = f"{root.rstrip('/')}/{kind}.json"
         if fs.exists(path):
-            return _from_tree(json.loads(fs.cat_file(path)))
+            try:
+                return _from_tree(json.loads(fs.cat_file(path)))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(
+                    f"{path} is damaged ({type(error).__name__}: {error}): the command that wrote it writes it anew, "
+                    "and repeats no run that is done"
+                ) from None
     return None
 
 
@@ -144,10 +152,10 @@ def _from_tree(tree: Mapping[str, Any]) -> tuple[Study, Table]:
     for run in (run for cell in tree["cells"] for run in cell["runs"]):
         report = vars(Report.from_json(run))
         earlier = tuple(map(Report.from_json, run.get("earlier", ())))
-        runs.append(Run(**{**run, **report, "earlier": earlier}))
+        runs.append(Run(**{**run, **report, "earlier": earlier, "commits": tuple(run.get("commits", ()))}))
     lines = []
     for line in tree.get("lines", ()):
-        points = [(x, Number(**number)) for x, number in line["points"]]
+        points = [Measured(x, Number(**number), *rest) for x, number, *rest in line["points"]]
         lines.append(fit_line(line["name"], points, tree["law"], line["hold_out"]))
     x_name, y_name = tree.get("line_names", ("", ""))
     study = Study(
@@ -201,6 +209,10 @@ def _page(study: Study, table: Table, compared: Differences, table_csv: str, ori
             differences=compared,
             efficiencies=_efficiencies(study),
             named=named,
+            num_done=num_done,
+            made_at=_made_at(table),
+            probed=needs_probe([table.metric, *study.report]),
+            short=short,
             is_clear=_is_clear,
             figures=figures(study, table),
             effects=effects(table, axes_of(study.config)),
@@ -212,6 +224,14 @@ def _page(study: Study, table: Table, compared: Differences, table_csv: str, ori
     )
 
 
+def _made_at(table: Table) -> str:
+    """`27 runs at a1b2c3, 3 at a1b2c3 and d4e5f6`: the commits by which the runs were trained and probed."""
+    counts = Counter(" and ".join(filter(None, run.commits)) for run in table.runs if run.is_done)
+    told = [f"{num} run{'s' * (num > 1)} at {commits}" for commits, num in sorted(counts.items()) if commits]
+    unknown = [f"{counts['']} from before commits were noted"] if counts[""] else []
+    return ", ".join([*told, *unknown])
+
+
 def _efficiencies(study: Study) -> list[tuple[str, float, Number, Number]]:
     """(line, x, rate, efficiency) of the points of a speed-up; [] for other studies."""
     if study.law != "amdahl":
@@ -219,7 +239,7 @@ def _efficiencies(study: Study) -> list[tuple[str, float, Number, Number]]:
     return [
         (line.name, x, rate, share)
         for line in study.lines
-        for (x, rate), (_, share) in zip(line.points, efficiencies(line.points), strict=False)
+        for (x, rate, *_), (_, share) in zip(line.points, efficiencies(line.points), strict=False)
     ]
 
 
@@ -242,7 +262,11 @@ def figures(study: Study, table: Table) -> list[tuple[str, Drawing]]:
     if compared:
         caption = f"Each less {names[study.reference]}, paired by seed, with 95 % intervals"
         made.append((caption, forest(list(compared.items()), names, zero=True)))
-    axes = columns_of(table)
+    if any(len(run.steps) > 1 for run in table.runs):
+        made.append(
+            (f"{table.metric} at each step that was reported, a line a run; the best is drawn thick", rungs(table))
+        )
+    axes = {axis: is_number for axis, is_number in columns_of(table).items() if axis != MEMBER}
     numeric = [axis for axis, is_number in axes.items() if is_number]
     if len(axes) == 2:
         rows, columns = sorted(axes, key=lambda axis: axes[axis])

@@ -22,14 +22,13 @@ from medim_ray.data.storage import committed
 from medim_ray.draws import step_draws
 from medim_ray.studies.outcome import Number, better_is_higher
 from medim_ray.studies.runner import Search
-from medim_ray.studies.space import SEED, Axis, Choices, Point, Range, SearchSpace, Trial
+from medim_ray.studies.space import MEMBER, SEED, Axis, Choices, Point, Range, SearchSpace, Trial
 from medim_ray.studies.trials import Record, TrialJob, read_records, write_record
 from medim_ray.train.metrics import METRICS, read_lines
 from medim_ray.train.store import MANIFEST, CheckpointStore
 
 LINEAGES = "lineages.json"
 POINTER = "pointer.json"  # in a run folder: the checkpoint of another run that it began from
-MEMBER = "member"
 _FACTORS = (0.8, 1.2)
 
 
@@ -86,6 +85,8 @@ class Population:
             raise ValueError(f"search=pbt needs num_trials, the size of the population, of 2 or more; it is {size}")
         self.job, self._config, self._seed = job, config, seed
         steps = int(job.base["train"]["steps"])
+        if config.every >= steps:
+            raise ValueError(f"pbt.every={config.every}: no exchange within train.steps={steps}, use less")
         self.rungs = (*range(config.every, steps, config.every), steps)
         self._fs, root = fsspec.core.url_to_fs(absolute(out))
         self._path = f"{root.rstrip('/')}/{LINEAGES}"
@@ -94,16 +95,29 @@ class Population:
             raise ValueError(f"num_trials={size}, but space has {len(points)} points: use a range, or fewer members")
         self.generations = [[Member(values=point.values, run=job.trial(point).name) for point in points]]
         if self._fs.exists(self._path):
-            self._resume(json.loads(self._fs.cat_file(self._path)), out)
+            self._resume(out)
 
-    def _resume(self, tree: Mapping[str, Any], out: str) -> None:
-        begun = [[Member(**member) for member in generation] for generation in tree["generations"]]
-        if tuple(tree["rungs"]) != self.rungs or [m.run for m in begun[0]] != [m.run for m in self.generations[0]]:
+    def _resume(self, out: str) -> None:
+        try:
+            tree = json.loads(self._fs.cat_file(self._path))
+            begun = [[Member(**member) for member in generation] for generation in tree["generations"]]
+            rungs, first = tuple(tree["rungs"]), [member.run for member in begun[0]]
+            rule = tree.get("rule", self._rule)  # files of earlier code had none
+        except (ValueError, TypeError, KeyError, IndexError):
             raise ValueError(
-                f"out={out} holds another population ({len(begun[0])} members, exchanges at {tree['rungs'][:-1]}): "
-                "give another out, or the space, seed, size and pbt.every that it was begun with"
+                f"{self._path} is damaged: give another out, or restore it; without it the population begins anew"
+            ) from None
+        if rungs != self.rungs or first != [member.run for member in self.generations[0]] or rule != self._rule:
+            raise ValueError(
+                f"out={out} holds another population ({len(first)} members, exchanges at {list(rungs[:-1])} by "
+                f"{rule['metric']}): give another out, or the space, seed, size, metric and pbt that it was begun with"
             )
         self.generations = begun
+
+    @property
+    def _rule(self) -> dict[str, Any]:
+        """What decides an exchange, beside the space, seed and size, which decide the first generation."""
+        return {"metric": self.job.metric, **vars(self._config)}
 
     def trials(self) -> list[Trial]:
         """The members of the latest generation, with their number as an axis."""
@@ -115,9 +129,7 @@ class Population:
         made = self.job.trial(point)
         folder = f"{self.job.runs.rstrip('/')}/{member.run}"
         shown = Point({MEMBER: number, **point.values}, point.overrides)
-        return Trial(
-            point=shown, config=replace(made.config, run=replace(made.config.run, dir=folder)), lineage=member.run
-        )
+        return Trial(point=shown, config=replace(made.config, run=replace(made.config.run, dir=folder)))
 
     def searches(self) -> Iterator[Search]:
         """A generation after the other, from the latest, each made when the one before has run; ends where a signal or
@@ -133,7 +145,7 @@ class Population:
     def _exchange(self, rung: int) -> bool:
         """The next generation, with every checkpoint that it begins from in its place, then its file; False where a
         member neither reported nor failed."""
-        records = [self.job.record(trial.config.run.dir) for trial in self.trials()]
+        records = [self.job.record(trial.config) for trial in self.trials()]
         if any(record.at(rung) is None and record.state != "failed" for record in records):
             return False
         scores = [_score(record, rung, self.job.metric) for record in records]
@@ -145,7 +157,7 @@ class Population:
                 inherit(f"{self.job.runs.rstrip('/')}/{member.donor}", rung, self.trial(i, member).config.run.dir)
         self.generations.append(members)
         with committed(self._fs, self._path, scratch=self._path.rpartition("/")[0]) as file:
-            tree = {"rungs": self.rungs, "generations": self.generations}
+            tree = {"rungs": self.rungs, "rule": self._rule, "generations": self.generations}
             file.write(json.dumps(tree, indent=1, default=vars).encode())
         return True
 

@@ -32,6 +32,7 @@ from medim_ray.studies.origin import package_commit, this_machine
 from medim_ray.studies.probe_figures import probe_charts
 from medim_ray.studies.waiting import why_it_waits
 from medim_ray.track.aim_run import repo_of, show_pictures
+from medim_ray.track.tracker import VALIDATION
 from medim_ray.train.before import LOOK_S
 from medim_ray.train.feed import BROKEN_ROWS, STREAM_SECONDS
 from medim_ray.train.fit import estimate
@@ -52,7 +53,7 @@ _THROUGHPUT = {
 _OPTIMISER = {"lr": "learning rate", "grad_norm": "gradient norm"}
 _MAPS = "maps/"
 _VALIDATED = {"dice": "Dice", "r2": "R²"}  # what a number of validation.jsonl begins with, where it is no AUROC
-_HIDDEN = {*_PLACE, *_THROUGHPUT, *_OPTIMISER, *ADDED, "step_s", LOOK_S, BROKEN_ROWS, *STREAM_SECONDS}
+_HIDDEN = {"samples_key", *_PLACE, *_THROUGHPUT, *_OPTIMISER, *ADDED, "step_s", LOOK_S, BROKEN_ROWS, *STREAM_SECONDS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +170,8 @@ def _prevalence(result: Mapping[str, Any] | None) -> dict[str, float | None]:
 def chart_groups(records: Sequence[Mapping[str, Any]]) -> list[ChartGroup]:
     """Loss and everything else that the objective logs, throughput, optimiser; a word where there is nothing yet."""
     numbers = (name for record in records for name, value in record.items() if isinstance(value, int | float))
-    every = list(dict.fromkeys(name for name in numbers if name not in _HIDDEN))
+    shown = (name for name in numbers if name not in _HIDDEN and not name.startswith(VALIDATION))  # its own section
+    every = list(dict.fromkeys(shown))
     names = [name for name in every if not name.startswith(_MAPS)]
     names.sort(key=lambda name: name != "loss")
     loss = [_chart(records, name, name, None, "last {:.4g}") for name in names]

@@ -14,17 +14,20 @@ from typing import Any
 
 from scipy.stats import t as student
 
+from medim_ray.probes.encoders import UNTRAINED
 from medim_ray.studies.outcome import Number, better_is_higher
 from medim_ray.studies.space import SEED, Trial
 from medim_ray.studies.trials import Record, Report
 
 STATES = ("finished", "stopped", "running", "failed", "to do")
 DONE = STATES[:2]
+FIRST_WEIGHTS = "first weights"  # of runs that begin from another encoder, in the place of UNTRAINED
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One trial in the table. step, numbers, gains, baselines: of its last report; earlier: those before it."""
+    """One trial in the table. step, numbers, gains, baselines: of its last report; earlier: those before it; commits:
+    of the code that made it, none where that was not noted yet."""
 
     name: str
     values: Mapping[str, Any]
@@ -36,6 +39,7 @@ class Run:
     gains: Mapping[str, Number]
     baselines: Mapping[str, Mapping[str, Number]] = field(default_factory=dict)
     earlier: Sequence[Report] = ()
+    commits: Sequence[str] = ()
 
     @property
     def is_done(self) -> bool:
@@ -66,8 +70,8 @@ class Cell:
     """Runs that differ in their seed only. numbers, gains: means over the done runs with 95 % intervals, at `step`: the
     last one that all of them have reported, which is the end unless a scheduler stopped one early.
 
-    learned: the metric beats the untrained encoder's with its whole interval; None where the metric
-    has no such gain, or no run is finished. rank: from 1, None where the cell is not ranked.
+    learned: the metric beats that of the encoder before pretraining with its whole interval; None where the metric has
+    no such gain, or no run is finished. rank: from 1, None where the cell is not ranked.
     """
 
     name: str
@@ -155,6 +159,17 @@ def named(row: Cell | Baseline) -> str:
     return {"pixels": "raw pixels"}.get(row.name, row.name)
 
 
+def num_done(cell: Cell) -> str:
+    """How many runs a cell's numbers are means over: `3`, or `2 of 3`."""
+    done = sum(run.is_done for run in cell.runs)
+    return str(done) if done == len(cell.runs) else f"{done} of {len(cell.runs)}"
+
+
+def short(value: Any) -> str:
+    """An axis value for people: four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def make_run(trial: Trial, record: Record) -> Run:
     """A trial with what its record says."""
     last = record.reports[-1] if record.reports else None
@@ -167,9 +182,17 @@ def make_run(trial: Trial, record: Record) -> Run:
         step=last.step if last else 0,
         numbers=last.numbers if last else {},
         gains=last.gains if last else {},
-        baselines=last.baselines if last else {},
+        baselines=_renamed(last.baselines, trial) if last else {},
         earlier=record.reports[:-1],
+        commits=record.commits,
     )
+
+
+def _renamed(baselines: Mapping[str, Mapping[str, Number]], trial: Trial) -> Mapping[str, Mapping[str, Number]]:
+    """What a run began with is an untrained encoder only where its first weights were drawn at random."""
+    if trial.config.encoder.init == "random":
+        return baselines
+    return {FIRST_WEIGHTS if name == UNTRAINED else name: numbers for name, numbers in baselines.items()}
 
 
 def make_table(runs: Iterable[Run], metric: str) -> Table:

@@ -26,6 +26,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from medim_ray.config.loader import from_tree, to_tree
 from medim_ray.config.schema import RunConfig
+from medim_ray.data.storage import storage_faults
 from medim_ray.studies.outcome import better_is_higher
 from medim_ray.studies.space import Choices, Range, Trial, distinct
 from medim_ray.studies.trials import Record, State, TrialJob, trainable, write_record
@@ -144,17 +145,22 @@ def run_trials(
     began: Began,
     ended: Ended,
     received: Sequence[int] = (),
+    left_s: float | None = None,
 ) -> None:
     """Runs what is not done yet, in the Ray that is running. What came of it stands in the trials' records.
 
     began: called on the driver with the axis values of a trial that Optuna chose; ended: with every trial that ended.
-    received: once it holds a signal (train/signals.py), all trials end where they are; their records stay open.
+    received: once it holds a signal (train/signals.py), all trials end where they are; their records stay open. So they
+    do after `left_s` seconds, where it is given.
     """
     job = replace(job, rungs=search.rungs) if search.rungs else job
     param_space, searcher, num = _what(job, search)
     if not num:
         return
-    fs, root = fsspec.core.url_to_fs(job.runs)
+    name = f"tune-{uuid.uuid4().hex[:8]}"
+    with storage_faults(f"runs={job.runs}"):
+        fs, root = fsspec.core.url_to_fs(job.runs)
+        fs.makedirs(f"{root.rstrip('/')}/.tune/{name}", exist_ok=True)
     tuner = tune.Tuner(
         tune.with_resources(partial(trainable, job=job), {"CPU": _TRIAL_CPUS}),
         param_space=param_space,
@@ -165,12 +171,12 @@ def run_trials(
             max_concurrent_trials=trials_at_once(group, config),
             search_alg=searcher,
             scheduler=_scheduler(job, search),
-            time_budget_s=config.hours and config.hours * 3600,
+            time_budget_s=left_s,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
-            name=f"tune-{uuid.uuid4().hex[:8]}",
+            name=name,
             storage_path=f"{root.rstrip('/')}/.tune",
             storage_filesystem=pafs.PyFileSystem(pafs.FSSpecHandler(fs)),
             failure_config=tune.FailureConfig(max_failures=config.retries),
@@ -190,17 +196,13 @@ def _what(job: TrialJob, search: Search) -> tuple[dict[str, Any], OptunaSearch |
         return _by_optuna(job, search)
     # With ASHA the finished trials take part again, by replaying what they reported: its rungs are made of them.
     replayed = search.asha is not None
-    todo = [
-        trial
-        for trial in distinct(search.trials)
-        if replayed or not job.record(trial.config.run.dir).is_done_at(job.rungs[-1:])
-    ]
+    todo = [trial for trial in distinct(search.trials) if replayed or not job.is_done(trial.config)]
     return {"config": tune.grid_search([to_tree(trial.config) for trial in todo])}, None, len(todo)
 
 
 def _by_optuna(job: TrialJob, search: Search) -> tuple[dict[str, Any], OptunaSearch | None, int]:
     """TPE over the axes. Trials that were begun before come first: those that are done replay what they reported."""
-    if len(search.begun) >= search.num and all(_record(job, values).is_done for values in search.begun):
+    if len(search.begun) >= search.num and all(job.is_done(_config(job, values)) for values in search.begun):
         return {}, None, 0
     searcher = OptunaSearch(
         {axis.key: _distribution(axis) for axis in job.space.axes},
@@ -212,8 +214,8 @@ def _by_optuna(job: TrialJob, search: Search) -> tuple[dict[str, Any], OptunaSea
     return {}, searcher, search.num
 
 
-def _record(job: TrialJob, values: Mapping[str, Any]) -> Record:
-    return job.record(job.trial(job.space.point(values)).config.run.dir)
+def _config(job: TrialJob, values: Mapping[str, Any]) -> RunConfig:
+    return job.trial(job.space.point(values)).config
 
 
 def _distribution(axis: Choices | Range) -> optuna.distributions.BaseDistribution:
@@ -272,8 +274,9 @@ class _Told(tune.Callback):
 
     def _end(self, trial: Any, state: State) -> None:
         config = self._config(trial)
-        record = self._job.record(config.run.dir)
-        if record.state == "running":
+        record = self._job.record(config)
+        # Without a scheduler nobody was stopped: the trial is at the end of a generation.
+        if record.state == "running" and (state == "failed" or self._job.may_stop):
             error = record.error or "the trial's process was lost" if state == "failed" else ""
             record = replace(record, state=state, error=error)
             write_record(config.run.dir, record)
@@ -282,4 +285,4 @@ class _Told(tune.Callback):
     def _config(self, trial: Any) -> RunConfig:
         if "config" in trial.config:
             return from_tree(RunConfig, trial.config["config"])
-        return self._job.trial(self._job.space.point(trial.config)).config
+        return _config(self._job, trial.config)

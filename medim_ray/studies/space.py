@@ -6,6 +6,7 @@ list of overrides. Every configuration that the space can make is built before a
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -14,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from medim_ray.config.loader import load, run_hash
+from medim_ray.config.loader import leaves, load, run_hash
 from medim_ray.config.schema import RunConfig
 from medim_ray.draws import step_draws
 
 SEED = "seed"  # the axis over which a table takes means
+MEMBER = "member"  # the axis of a population: which of its members
 MAX_CHECKED = 2000  # combinations of a space
 
 
@@ -28,6 +30,11 @@ class Choices:
 
     key: str
     options: Mapping[str, tuple[str, ...]]
+
+    @property
+    def sets(self) -> set[str]:
+        """The options of `pretrain` that it sets."""
+        return {text.partition("=")[0] for overrides in self.options.values() for text in overrides}
 
     def shown(self, name: Any) -> Any:
         """An option in a table: a number where its name is one, so that tables sort and figures have a scale."""
@@ -46,6 +53,11 @@ class Range:
     kind: Literal["uniform", "loguniform", "randint"]
     low: float
     high: float
+
+    @property
+    def sets(self) -> set[str]:
+        """The option of `pretrain` that it sets."""
+        return {self.key}
 
     def shown(self, value: Any) -> Any:
         """A value in a table."""
@@ -87,11 +99,18 @@ class SearchSpace:
     def parse(cls, space: Mapping[str, Any]) -> SearchSpace:
         """The axes of a `space:` group.
 
-        ValueError: an axis without values, a value twice, a range that is empty or not of numbers.
+        ValueError: an axis without values, a value twice, a range that is empty or not of numbers, an option that two
+        axes set.
         """
         if not space:
             raise ValueError("space is empty: name at least one axis, e.g. space: {masking.ratio: [0.5, 0.75]}")
-        return cls(tuple(_axis(key, value) for key, value in space.items()))
+        axes = tuple(_axis(key, value) for key, value in space.items())
+        for one, other in itertools.combinations(axes, 2):
+            for key, another in itertools.product(sorted(one.sets), sorted(other.sets)):
+                if f"{key}.".startswith(f"{another}.") or f"{another}.".startswith(f"{key}."):
+                    both = f"space.{one.key} and space.{other.key} both set {max(key, another, key=len)}"
+                    raise ValueError(f"{both}: the second would undo the first; leave it in one of them")
+        return cls(axes)
 
     @property
     def is_finite(self) -> bool:
@@ -111,6 +130,8 @@ class SearchSpace:
 
         A function of (seed, place in the list): a longer list begins with the shorter one.
         """
+        if any(axis.key == SEED and isinstance(axis, Range) for axis in self.axes):
+            raise ValueError(f"space.{SEED} is a range, but search=random runs each cell with every seed: list them")
         drawn = [axis for axis in self.axes if axis.key != SEED]
         seeds = [name for axis in self.axes if axis.key == SEED and isinstance(axis, Choices) for name in axis.options]
         found: dict[str, list[Point]] = {}
@@ -138,6 +159,10 @@ class SearchSpace:
             else:
                 overrides.append(f"{axis.key}={json.dumps(value)}")
         return Point({axis.key: axis.shown(values[axis.key]) for axis in self.axes}, tuple(overrides))
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        """Whether these are values of all axes and no other: the name of an option, a number within a range."""
+        return values.keys() == set(self.keys) and all(_is_on(axis, values[axis.key]) for axis in self.axes)
 
     @property
     def num_corners(self) -> int:
@@ -168,6 +193,12 @@ class SearchSpace:
             else [axis.low, axis.high]
             for axis in self.axes
         ]
+
+
+def _is_on(axis: Axis, value: Any) -> bool:
+    if isinstance(axis, Choices):
+        return str(value) in axis.options
+    return isinstance(value, int | float) and axis.low <= value <= axis.high
 
 
 def _unravelled(index: int, shape: Sequence[int]) -> list[int]:
@@ -228,17 +259,16 @@ def _label(value: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A point as a run: its configuration, whose run.dir is RUNS/<name>. lineage: of a run that may have begun from
-    another one's checkpoint (pbt.py), so that its own values do not tell what it is."""
+    """A point as a run: its configuration, whose run.dir is RUNS/<name>."""
 
     point: Point
     config: RunConfig
-    lineage: str = ""
 
     @property
     def name(self) -> str:
-        """The run's hash, or its lineage: equal for equal results, wherever it ran."""
-        return self.lineage or run_hash(self.config)
+        """Of the run's folder: its hash (make_trial), or its lineage where it may have begun from another one's
+        checkpoint (pbt.py). Equal for equal results, wherever it ran."""
+        return self.config.run.dir.rpartition("/")[2]
 
 
 def distinct(trials: Iterable[Trial]) -> list[Trial]:
@@ -252,10 +282,26 @@ def steps_of(trials: Iterable[Trial]) -> int:
 
 
 def make_trial(recipe: str | Path, overrides: Sequence[str], point: Point, runs: str) -> Trial:
-    """The run of a point. ValueError that names the point where the recipe can't be so."""
+    """The run of a point. Its name is the run's hash, and a second one over what the point sets and the hash does not
+    see, since it changes no weight (train.activation_checkpointing), but may change speed and memory.
+
+    ValueError that names the point where the recipe can't be so.
+    """
     try:
         config = load(RunConfig, recipe, [*overrides, *point.overrides])
     except ValueError as error:
         raise ValueError(f"{point.cell}: {error}") from None
-    folder = f"{runs.rstrip('/')}/{run_hash(config)}"
+    folder = f"{runs.rstrip('/')}/{run_hash(config)}{_beside_hash(config, point)}"
     return Trial(point=point, config=replace(config, run=replace(config.run, dir=folder)))
+
+
+def _beside_hash(config: RunConfig, point: Point) -> str:
+    keys = tuple(text.partition("=")[0] for text in point.overrides)
+    values = {
+        key: value
+        for key, value, meta in leaves(config)
+        if not meta.get("hashed", True) and any(key == k or key.startswith(f"{k}.") for k in keys)
+    }
+    if not values:
+        return ""
+    return f"-{hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=2).hexdigest()}"

@@ -96,6 +96,28 @@ def curves(table: Table, x_axis: str, series_axis: str | None) -> Drawing:
         return to_svg(figure, f"{table.metric} over {x_axis}")
 
 
+def rungs(table: Table) -> Drawing:
+    """The metric over the steps at which trials reported, a line a run: the best in colour, ends that a scheduler cut
+    hollow."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        axes = figure.add_subplot()
+        best = next((cell.name for cell in table.cells if cell.rank == 1), "")
+        for cell in reversed(table.cells):  # the best on top
+            for run in cell.runs:
+                found = {step: run.at(step).numbers.get(table.metric) for step in sorted(run.steps)}
+                known = [(step, number.value) for step, number in found.items() if number and number.value is not None]
+                if not known:
+                    continue
+                colour, width = (FIRST, 2.0) if cell.name == best else (MUTED, 1.0)
+                axes.plot(*zip(*known, strict=True), color=colour, linewidth=width, marker="o", markersize=3)
+                if run.state == "stopped":
+                    axes.plot(*known[-1], marker="o", markersize=4, color=colour, markerfacecolor=CARD)
+        axes.set_xlabel("step")
+        axes.set_ylabel(table.metric)
+        return to_svg(figure, f"{table.metric} over steps")
+
+
 def _banded(axes: Any, points: Sequence[tuple[float, Number]], i: int, name: str) -> None:
     known = [(x, n.value, n.low, n.high) for x, n in points if n.value is not None]
     if not known:
@@ -170,21 +192,22 @@ def scaling(lines: Sequence[Line], x_name: str, y_name: str) -> Drawing:
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.add_subplot()
         axes.set_xscale("log")
-        if all(float(n.value or 0.0) > 0 for line in lines for _, n in line.points):
+        if all(float(n.value or 0.0) > 0 for line in lines for _, n, *_ in line.points):
             axes.set_yscale("log")
         for i, line in enumerate(lines):
             colour, dashes = _style(i)
             _law(axes, line, colour if len(lines) > 1 else SERIES[1], dashes)
             measured = line.name or "measured"
-            for k, (x, n) in enumerate(line.points):
+            for k, (x, n, _, learned) in enumerate(line.points):
                 held_out = line.fit is not None and x == line.fit.held_out_x
+                marker = "D" if learned is False else "o"
                 axes.errorbar(
-                    [x], [float(n.value or 0.0)], yerr=_errors(n), fmt="o", markersize=5, color=colour, capsize=2,
+                    [x], [float(n.value or 0.0)], yerr=_errors(n), fmt=marker, markersize=5, color=colour, capsize=2,
                     linewidth=1.1,
                     markerfacecolor=CARD if held_out else colour,
                     label="held out of the fit" if held_out and not i else measured if k == 0 else None,
                 )  # fmt: skip
-        _at_places(axes, [x for line in lines for x, _ in line.points])
+        _at_places(axes, [x for line in lines for x, *_ in line.points])
         axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.3g}")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         axes.set_xlabel(x_name)
@@ -234,7 +257,7 @@ def efficiency(lines: Sequence[Line], x_name: str) -> Drawing:
             xs, shares = [n for n, _ in known], [float(share or 0.0) for _, share in known]
             colour, dashes = _style(i)
             axes.plot(xs, shares, "o", linestyle=dashes, color=colour, markersize=4, linewidth=1.6, label=line.name)
-        _at_places(axes, [x for line in lines for x, _ in line.points])
+        _at_places(axes, [x for line in lines for x, *_ in line.points])
         axes.set_ylim(0.0, None)
         axes.set_xlabel(x_name)
         axes.set_ylabel("efficiency")

@@ -20,7 +20,8 @@ from medim_ray.data.shards import ShardSet
 from medim_ray.data.sources.base import absolute
 from medim_ray.data.storage import committed, storage_faults
 from medim_ray.studies.execute import command
-from medim_ray.studies.outcome import check_metric, check_report, needs_probe
+from medim_ray.studies.origin import package_commit
+from medim_ray.studies.outcome import check_metric, check_report, check_reported, needs_probe
 from medim_ray.studies.page import Study
 from medim_ray.studies.pbt import PbtConfig, Population
 from medim_ray.studies.results import Table
@@ -94,15 +95,21 @@ class SweepConfig:
 
 
 class Begun:
-    """OUT/begun.json: axis values of the trials that Optuna chose, in their order; what a second life begins with."""
+    """OUT/begun.json: axis values of the trials that Optuna chose, in their order; what a second life begins with.
 
-    def __init__(self, out: str) -> None:
+    values: those that lie in the present space; others stay in the file, and are no trials of this search.
+    """
+
+    def __init__(self, out: str, space: SearchSpace) -> None:
+        """ValueError where the file is damaged."""
         with storage_faults(f"out={out}"):
             self._fs, root = fsspec.core.url_to_fs(absolute(out))
             self._path = f"{root.rstrip('/')}/{BEGUN}"
-            self.values: list[Mapping[str, Any]] = []
+            noted: list[Mapping[str, Any]] = []
             if self._fs.exists(self._path):
-                self.values = json.loads(self._fs.cat_file(self._path))
+                noted = read_list(self._fs, self._path)
+        self.values = [values for values in noted if space.holds(values)]
+        self._elsewhere = [values for values in noted if not space.holds(values)]
         self._left = list(self.values)  # to begin again in this life
 
     def add(self, values: Mapping[str, Any]) -> None:
@@ -113,31 +120,39 @@ class Begun:
             return
         self.values.append(dict(values))
         with committed(self._fs, self._path, scratch=self._path.rpartition("/")[0]) as file:
-            file.write(json.dumps(self.values, indent=1).encode())
+            file.write(json.dumps([*self._elsewhere, *self.values], indent=1).encode())
+
+
+def read_list(fs: fsspec.AbstractFileSystem, path: str) -> list[Mapping[str, Any]]:
+    """A file that holds a JSON list of mappings; ValueError that names it where it does not."""
+    try:
+        found = json.loads(fs.cat_file(path))
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise ValueError(f"{path} is damaged: remove it, and the search begins anew; runs that are done stay done")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
     """A checked sweep, an `Experiment`. listed: the trials of grid and random; left_out: those over `max_steps`;
-    begun: the trials that Optuna has chosen; population: of search=pbt, else None."""
+    most_steps: of a trial; begun: the trials that Optuna has chosen; population: of search=pbt, else None."""
 
     config: SweepConfig
     job: TrialJob
     listed: Sequence[Trial]
     left_out: int
+    most_steps: int
     group: Group
     begun: Begun
     population: Population | None = None
 
     @property
     def num_optuna(self) -> int:
-        """Trials of Optuna, within the budget of steps."""
+        """Trials of Optuna, within the budget of steps, as if each were the longest."""
         num = self.config.num_trials or 0
-        return (
-            num
-            if self.config.max_steps is None
-            else min(num, self.config.max_steps // int(self.job.base["train"]["steps"]))
-        )
+        return num if self.config.max_steps is None else min(num, self.config.max_steps // self.most_steps)
 
     def trials(self) -> Sequence[Trial]:
         """Those of the list, those that Optuna has chosen by now, or the latest generation of a population."""
@@ -214,8 +229,14 @@ def check_sweep(config: SweepConfig) -> Sweep:
         rungs=rung_steps(base.train.steps, config.asha.first, config.asha.reduction) if config.asha.first else (),
         probe=probe,
         metric=config.metric,
+        may_stop=config.asha.first is not None,
+        commit=package_commit(),
     )
     corners = [job.trial(point) for point in space.corners()]
+    if len({trial.config.data.shards for trial in corners}) > 1:
+        raise ValueError("space has data.shards: the trials of a sweep learn from one shard set; give it as shards=")
+    if config.asha.first is not None and config.asha.first > base.train.steps:
+        raise ValueError(f"asha.first={config.asha.first}: must be at most train.steps={base.train.steps}")
     if len({trial.config.train.steps for trial in corners}) > 1 and config.asha.first is not None:
         raise ValueError("asha.first is set, but space has train.steps: rungs need one number of steps for all trials")
     checked: set[str] = set()
@@ -223,14 +244,16 @@ def check_sweep(config: SweepConfig) -> Sweep:
         if trial.name not in checked:
             check(trial.config)
             checked.add(trial.name)
+    check_reported([config.metric, *config.report], config.probe, ShardSet.open(base.data.shards))
     trials, left_out = _within_budget(config, _points(config, job))
     return Sweep(
         config=config,
         job=job,
         listed=trials,
         left_out=left_out,
+        most_steps=max(trial.config.train.steps for trial in corners),
         group=Group.of([trial.config for trial in corners]),
-        begun=Begun(config.out),
+        begun=Begun(config.out, space),
         population=Population(job, config.pbt, config.num_trials or 0, config.seed, config.out)
         if config.search == "pbt"
         else None,

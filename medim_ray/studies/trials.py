@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ RECORD = "trial.json"
 LEASE = ".trial-lease"  # in a run folder: one trial works on it at a time
 VERSION = 1  # of what a report holds; 1: encoders beside the run, auroc.findings
 _LOOK_S = 2.0
+_LOG = logging.getLogger(__name__)
 ENCODER = "encoder"  # in a run folder: its encoder in timm's layout, for runs that begin from it
 State = Literal["running", "finished", "stopped", "failed"]
 
@@ -62,8 +64,10 @@ class Report:
 class Record:
     """What a trial came to under one probe; RUNS/HASH/trial.json holds one for each probe that was asked for.
 
-    state: stopped = by the scheduler; seconds: pretraining and probes, over all lives; attempts: lives since this probe
-    was asked for; version: of the code that reported (VERSION).
+    state: finished = reported at its last step; stopped = by the scheduler of some sweep (TrialJob.record);
+    seconds: pretraining and probes, over all lives but those that were killed; attempts: lives since this probe was
+    asked for; version: of the code that reported (VERSION); commits: of the package in the lives that trained or
+    probed, each once.
     """
 
     version: int = VERSION
@@ -74,15 +78,12 @@ class Record:
     seconds: float = 0.0
     attempts: int = 0
     error: str = ""
+    commits: tuple[str, ...] = ()
 
     @property
     def is_done(self) -> bool:
         """No further life is needed."""
         return self.state in ("finished", "stopped")
-
-    def is_done_at(self, rungs: Sequence[int]) -> bool:
-        """No further life is needed to have reported at these rungs."""
-        return self.is_done and (self.state == "stopped" or all(self.at(rung) is not None for rung in rungs))
 
     def at(self, step: int) -> Report | None:
         """What was reported at a rung."""
@@ -116,7 +117,9 @@ def asked(run_dir: str, data_hash: str, probe: ProbeConfig | None) -> Record:
                 "`runs`, or the same shards"
             )
     spent = max((record.seconds for record in records), default=0.0)
-    new = Record(data_hash=data_hash, probe=to_tree(probe) if probe is not None else {}, seconds=spent)
+    commits = tuple(dict.fromkeys(commit for record in records for commit in record.commits))
+    tree = to_tree(probe) if probe is not None else {}
+    new = Record(data_hash=data_hash, probe=tree, seconds=spent, commits=commits)
     current = [record for record in records if record.version == VERSION]
     same = [record for record in current if record.question == new.question]
     # who asks for no probe takes what was reported under any
@@ -126,15 +129,29 @@ def asked(run_dir: str, data_hash: str, probe: ProbeConfig | None) -> Record:
 
 def read_records(run_dir: str) -> list[Record]:
     """The records of a trial's run folder, one a probe, in the order of their first reports; [] where it was never
-    started."""
+    started, and, with a warning, where the file is damaged: the trial then goes on from the run's checkpoint, and
+    probes it anew."""
     fs, root = fsspec.core.url_to_fs(run_dir)
     path = f"{root.rstrip('/')}/{RECORD}"
     fs.invalidate_cache()
     if not fs.exists(path):
         return []
-    tree = json.loads(fs.cat_file(path))
-    trees = tree.get("records", [{"version": 0, **tree}])  # version 0 knew one probe
-    return [Record(**{**each, "reports": tuple(map(Report.from_json, each["reports"]))}) for each in trees]
+    try:
+        tree = json.loads(fs.cat_file(path))
+        trees = tree.get("records", [{"version": 0, **tree}])  # version 0 knew one probe
+        return [
+            Record(
+                **{
+                    **each,
+                    "reports": tuple(map(Report.from_json, each["reports"])),
+                    "commits": tuple(each.get("commits", ())),
+                }
+            )
+            for each in trees
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        _LOG.warning("%s/%s is damaged (%s): its trial is done again from the run's checkpoint", run_dir, RECORD, error)
+        return []
 
 
 def _numbers(tree: Mapping[str, Any]) -> dict[str, Number]:
@@ -156,7 +173,8 @@ class TrialJob:
     """What every trial of a sweep shares; sent to the Tune actors as plain values.
 
     base: the recipe with the sweep's overrides, as a plain tree; rungs: steps at which a trial reports, () = at its
-    end; metric: what is reported to Tune; probe: None where no probe is asked for.
+    end; metric: what is reported to Tune; probe: None where no probe is asked for; may_stop: whether a scheduler ends
+    trials early, so that one that was stopped counts as done; commit: of the package, for the records.
     """
 
     base: Mapping[str, Any]
@@ -166,10 +184,21 @@ class TrialJob:
     rungs: tuple[int, ...]
     probe: ProbeConfig | None
     metric: str
+    may_stop: bool = False
+    commit: str = ""
 
-    def record(self, run_dir: str) -> Record:
-        """What the records of a run folder say of what this job asks (`asked`)."""
-        return asked(run_dir, self.data_hash, self.probe)
+    def record(self, config: RunConfig) -> Record:
+        """What the records of a run say of what this job asks (`asked`): one that another sweep stopped early, or whose
+        place in a population another member took, is still on its way here."""
+        record = asked(config.run.dir, self.data_hash, self.probe)
+        ended = record.at(config.train.steps) is not None or (self.may_stop and record.state == "stopped")
+        return replace(record, state="running") if record.is_done and not ended else record
+
+    def is_done(self, config: RunConfig) -> bool:
+        """Nothing is left to do: the run reported at the last of the job's rungs, or was stopped where it may be."""
+        record = self.record(config)
+        last = self.rungs[-1] if self.rungs else config.train.steps
+        return record.is_done or (record.state == "running" and record.at(last) is not None)
 
     def trial(self, point: Point) -> Trial:
         """The run of a point of the space."""
@@ -189,7 +218,9 @@ def rung_steps(last: int, first: int, reduction: int) -> tuple[int, ...]:
     return (*steps, last)
 
 
-def life(config: RunConfig, rungs: Sequence[int], probe: ProbeConfig | None, data_hash: str) -> Any:
+def life(
+    config: RunConfig, rungs: Sequence[int], probe: ProbeConfig | None, data_hash: str, commit: str = ""
+) -> Iterator[Report]:
     """Yields the report of every rung in turn, from the record where it stands there, else by training and probing.
 
     The record is written before a report is yielded. A rung that the run passed long ago under another probe, and of
@@ -203,17 +234,21 @@ def life(config: RunConfig, rungs: Sequence[int], probe: ProbeConfig | None, dat
     for step in rungs:
         report = record.at(step)
         if report is None:
-            record = replace(record, state="running")
+            record = replace(record, state="running", commits=tuple(dict.fromkeys([*record.commits, commit])))
             write_record(run_dir, record)
             began = time.monotonic()
-            report = _advance(config, step, probe)
-            record = replace(record, seconds=record.seconds + time.monotonic() - began)
+            try:
+                report = _advance(config, step, probe)
+            finally:  # what failed was spent too
+                record = replace(record, seconds=record.seconds + time.monotonic() - began)
+                write_record(run_dir, record)
             if report is None and step < rungs[-1]:
                 continue
             if report is None:
                 raise ValueError(f"{run_dir} is past step {step}, and its checkpoint of it is gone: give other `runs`")
-            record = replace(record, reports=(*record.reports, report))
-        if step == rungs[-1]:
+            reports = sorted((*record.reports, report), key=lambda each: each.step)
+            record = replace(record, reports=tuple(reports))
+        if step == config.train.steps:
             record = replace(record, state="finished")
         record = replace(record, error="")
         write_record(run_dir, record)
@@ -252,14 +287,20 @@ def _advance(config: RunConfig, step: int, probe: ProbeConfig | None) -> Report 
 
 
 def _export_parent(init: str) -> None:
-    """Writes RUN/encoder where `init` names it and the run has not been exported yet."""
+    """Writes RUN/encoder where `init` names it and the run has not been exported yet; whole or not at all. ValueError
+    where the run is not at its end."""
     from medim_ray.models.export import export
     from medim_ray.train.runs import load_run, read_config
 
     if Path(init).name != ENCODER or Path(init).exists() or read_config(str(Path(init).parent)) is None:
         return
     run = load_run(str(Path(init).parent))
-    export(run.objective.encoder, "timm", init, facts={"objective": run.config.objective.name})
+    if run.step < run.config.train.steps:
+        raise ValueError(f"{Path(init).parent} is at step {run.step} of {run.config.train.steps}: let it end first")
+    with tempfile.TemporaryDirectory(prefix=f".{ENCODER}-", dir=Path(init).parent) as folder:
+        export(run.objective.encoder, "timm", f"{folder}/{ENCODER}", facts={"objective": run.config.objective.name})
+        with contextlib.suppress(OSError):  # another child of the run was first
+            Path(folder, ENCODER).rename(init)
 
 
 def trainable(tune_config: dict[str, Any], job: TrialJob) -> None:
@@ -273,17 +314,17 @@ def trainable(tune_config: dict[str, Any], job: TrialJob) -> None:
     rungs = job.rungs or (config.train.steps,)
     with _alone(config.run.dir):
         try:
-            for report in life(config, rungs, job.probe, job.data_hash):
+            for report in life(config, rungs, job.probe, job.data_hash, job.commit):
                 value = report.numbers.get(job.metric, Number(None)).value
                 if value is None:
                     known = ", ".join(sorted(report.numbers))
                     raise ValueError(f"metric={job.metric!r} was not reported by the run; it has {known}")
                 tune.report({"step": report.step, job.metric: value})
         except ValueError as error:  # the same would happen again: Tune is not asked to retry
-            write_record(config.run.dir, replace(job.record(config.run.dir), state="failed", error=str(error)))
+            write_record(config.run.dir, replace(job.record(config), state="failed", error=str(error)))
             tune.report({"step": rungs[-1], job.metric: float("nan")})
         except Exception as error:  # Tune tries again, or not: the reason is told either way
-            write_record(config.run.dir, replace(job.record(config.run.dir), error=str(error)))
+            write_record(config.run.dir, replace(job.record(config), error=str(error)))
             raise
 
 

@@ -13,7 +13,7 @@ import pickle
 import signal
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,7 @@ from medim_ray.train.snapshots import snapshot_every
 from medim_ray.train.startup import Startup
 from medim_ray.train.store import Checkpoint, CheckpointStore, Start
 from medim_ray.train.stream import StreamFactory, attend_factory, reader_factory, run_worker
-from medim_ray.train.validation import Validate, validation
+from medim_ray.train.validation import Validate, unvalidated, validation
 
 LEASE = ".lease"  # in the run folder, while a job trains there
 _NEVER_S = 1e9
@@ -119,6 +119,8 @@ def _launch(
     newest = _newest(config, shards, lambda text: console.print(f"[yellow]{text}"))
     done = newest.step if newest is not None else 0
     if done >= config.train.last_step:
+        if validate is not None and (left := unvalidated(config)):
+            _validate_rest(config, validate, left, console)
         console.print(f"{config.run.dir} is at step {done} of {config.train.steps}: nothing to do")
         return RunResult(config.run.dir, done, done >= config.train.steps)
     if not needs_text(config) and config.text != type(config.text)():
@@ -151,6 +153,18 @@ def _launch(
     if signal_number:
         console.print(f"{signal.Signals(signal_number).name}: stopped after step {step}; the same command goes on")
     return RunResult(config.run.dir, step, step >= config.train.steps, signal_number)
+
+
+def _validate_rest(config: RunConfig, validate: Validate, left: Sequence[str], console: Console) -> None:
+    """Validates what a command that was killed behind the last step has left."""
+    console.print(f"{config.run.dir}: validating {', '.join(left)}")
+    with (
+        ray_session(config.run.ray_address, _cpus(config)),
+        _tracking(config, console) as tracker,
+        stop_signals() as received,
+        validation(config, validate, tracker, received, console),
+    ):
+        pass  # it waits for them
 
 
 def _with_stage(config: RunConfig, plan: Future[Estimate], console: Console) -> tuple[RunConfig, float | None]:
@@ -215,39 +229,46 @@ def _attempts(
     pace: what the workers need to tell the run's throughput. RuntimeError where a budget is spent (attempts.py).
     """
     write_config(config, shards.content_hash)
-    tree = to_tree(config)
-    tracker = start_tracker(
-        repo_of(config.run.dir, config.track.aim_repo) if config.track.aim else "", config.run.dir, tree
-    )
     budgets = Budgets(config.train)
     growth = Growth(config.train)
     store = _store(config)
     start = _start(newest, store.next_attempt())
+    with (
+        _tracking(config, console) as tracker,
+        progress(config.train.last_step, start.step, tracker, console),
+        stop_signals() as received,
+        validation(config, validate, tracker, received, console),
+    ):
+        while True:
+            try:
+                trainer = _trainer(config, shards, reader, tracker, {"start": start, "startup": startup, **pace})
+                failure = of_outcome(_fit(trainer, tracker, received, growth))
+            except ray.train.TrainingFailedError as error:
+                failure, cause = of_error(error), error
+            else:
+                cause = None
+            if failure is None or received:
+                return received[0] if received else 0
+            startup = Startup()
+            newest = store.newest(lambda text: console.print(f"[yellow]{escape(text)}", highlight=False))
+            start = _start(newest, max(start.attempt + 1, store.next_attempt()))
+            why_enough = budgets.exhausted_by(failure, start.step)
+            if why_enough:
+                console.print(failure.details, markup=False, highlight=False)
+                raise RuntimeError(f"training ended after step {start.step}: {failure} ({why_enough})") from cause
+            startup.mark("verifying the checkpoint")
+            console.print(f"[yellow]{escape(str(failure))}: going on from step {start.step}")
+
+
+@contextlib.contextmanager
+def _tracking(config: RunConfig, console: Console) -> Iterator[Any]:
+    """The run's tracker, which takes the last records in before it ends."""
+    tree = to_tree(config)
+    tracker = start_tracker(
+        repo_of(config.run.dir, config.track.aim_repo) if config.track.aim else "", config.run.dir, tree
+    )
     try:
-        with (
-            progress(config.train.last_step, start.step, tracker, console),
-            stop_signals() as received,
-            validation(config, validate, tracker, received, console),
-        ):
-            while True:
-                try:
-                    trainer = _trainer(config, shards, reader, tracker, {"start": start, "startup": startup, **pace})
-                    failure = of_outcome(_fit(trainer, tracker, received, growth))
-                except ray.train.TrainingFailedError as error:
-                    failure, cause = of_error(error), error
-                else:
-                    cause = None
-                if failure is None or received:
-                    return received[0] if received else 0
-                startup = Startup()
-                newest = store.newest(lambda text: console.print(f"[yellow]{escape(text)}", highlight=False))
-                start = _start(newest, max(start.attempt + 1, store.next_attempt()))
-                why_enough = budgets.exhausted_by(failure, start.step)
-                if why_enough:
-                    console.print(failure.details, markup=False, highlight=False)
-                    raise RuntimeError(f"training ended after step {start.step}: {failure} ({why_enough})") from cause
-                startup.mark("verifying the checkpoint")
-                console.print(f"[yellow]{escape(str(failure))}: going on from step {start.step}")
+        yield tracker
     finally:
         try:  # Aim is a view: its end must not hold up the run's
             dropped = ray.get(tracker.close.remote(), timeout=20)

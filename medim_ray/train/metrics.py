@@ -68,8 +68,14 @@ def read_lines(run_dir: str, name: str = METRICS) -> list[str]:
 
 
 def read_records(run_dir: str, name: str) -> list[dict[str, Any]]:
-    """The records of a file that JsonLinesFile writes."""
-    return [json.loads(line) for line in read_lines(run_dir, name)]
+    """The records of a file that JsonLinesFile writes; ValueError that names a line which is damaged."""
+    records = []
+    for number, line in enumerate(read_lines(run_dir, name), 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{run_dir}/{name}: line {number} is damaged: remove it, or restore the file") from None
+    return records
 
 
 def read_metrics(run_dir: str) -> list[dict[str, Any]]:

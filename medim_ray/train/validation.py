@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -105,9 +105,8 @@ class _Watcher:
 
     def _next(self) -> str | None:
         """The oldest committed checkpoint that has no line yet."""
-        known = {row["checkpoint"] for row in self._rows}
-        names = [name for name in self._store.names() if name not in known and self._store.is_committed(name)]
-        return names[-1] if names else None
+        names = _left(self._store, self._rows)
+        return names[0] if names else None
 
     def _validate(self, name: str) -> None:
         began = time.monotonic()
@@ -161,6 +160,18 @@ def _behind(run: bytes, run_dir: str, checkpoint: str, config: ValidateConfig) -
 
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()
+
+
+def unvalidated(config: RunConfig) -> list[str]:
+    """The committed checkpoints that have no line yet, the oldest first; [] where no validation is asked for."""
+    if not config.validate.is_asked:
+        return []
+    return _left(CheckpointStore(config.run.dir, config.train.storage_patience_s), read_validation(config.run.dir))
+
+
+def _left(store: CheckpointStore, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    known = {row["checkpoint"] for row in rows}
+    return [name for name in reversed(store.names()) if name not in known and store.is_committed(name)]
 
 
 def read_validation(run_dir: str) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medim_ray.studies.fit import fit_line
+from medim_ray.studies.fit import Measured, fit_line
 from medim_ray.studies.outcome import Number
 from medim_ray.studies.page import Study, write_study
 from medim_ray.studies.results import Run, Table, make_table
@@ -46,13 +46,13 @@ def _sweep(three_axes: bool) -> Table:
 def _scaling(out: str) -> str:
     """A power law over five arms, a reference, and the encoders beside them."""
     points = [
-        (float(n), Number(0.2 + 1.5 * n**-0.5, 0.19 + 1.4 * n**-0.5, 0.21 + 1.6 * n**-0.5))
+        Measured(n, Number(0.2 + 1.5 * n**-0.5, 0.19 + 1.4 * n**-0.5, 0.21 + 1.6 * n**-0.5))
         for n in (5, 10, 30, 100, 300)
     ]
     baselines = {"untrained": {"auroc.mean": Number(0.4, 0.3, 0.5)}, "pixels": {"auroc.mean": Number(0.5, 0.4, 0.6)}}
     runs = [
         replace(_run({"arm": f"{x:g} images", "seed": seed}, 1 - float(n.value or 0), True), baselines=baselines)
-        for x, n in points
+        for x, n, *_ in points
         for seed in range(3)
     ]
     study = Study(
@@ -66,12 +66,17 @@ def _scaling(out: str) -> str:
 def _speed_up(out: str) -> str:
     """Eight lines of one and two workers, as workers_zero-phantoms has them: no interval, a law of its own each."""
     lines = [
-        fit_line(f"{kind}, ZeRO {zero}", [(1.0, Number(20.0)), (2.0, Number(30.0 + zero + 5 * k))], "amdahl", False)
+        fit_line(
+            f"{kind}, ZeRO {zero}",
+            [Measured(1.0, Number(20.0)), Measured(2.0, Number(30.0 + zero + 5 * k))],
+            "amdahl",
+            False,
+        )
         for k, kind in enumerate(("strong", "weak"))
         for zero in range(4)
     ]
     runs = [
-        _run({"arm": f"{int(x)} workers, {line.name}", "seed": 0}, 0.5, True) for line in lines for x, _ in line.points
+        _run({"arm": f"{int(x)} workers, {line.name}", "seed": 0}, 0.5, True) for line in lines for x, *_ in line.points
     ]
     study = Study(
         kind="study", title="Workers x ZeRO", question="what do they cost?", config={"out": "x"},

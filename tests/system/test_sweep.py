@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from rich.console import Console
 
 from medim_ray.studies.ablate import StudyConfig, check_study
 from medim_ray.studies.execute import execute
+from medim_ray.studies.outcome import Number
 from medim_ray.studies.page import read_study
 from medim_ray.studies.pbt import LINEAGES, POINTER
 from medim_ray.studies.results import Table
 from medim_ray.studies.sweep import check_sweep, load_sweep
-from medim_ray.studies.trials import Record, read_records
+from medim_ray.studies.trials import Record, Report, read_records, write_record
 from medim_ray.train.runs import write_config
 from medim_ray.train.store import SCHEMA_VERSION, CheckpointStore, checkpoint_name
 from tests.system.runs import MAE, SMALL, assert_same_weights
@@ -244,3 +246,71 @@ def test_an_arm_begins_from_the_run_of_another(ray_session: None, phantom_shards
     assert stored[0].differences(table)["loss"]["arm=second"].value == pytest.approx(losses["second"] - losses["first"])
     attempts = _attempts(table, tmp_path)
     assert _attempts(execute(check_study(config), Console(file=sys.stderr))[0], tmp_path) == attempts, "nothing is left"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"space": {"data.shards": ["a", "b"]}}, "learn from one shard set"),
+        ({"asha": {"first": 50}}, r"asha\.first=50: must be at most train\.steps=4"),
+        ({"metric": "dice.pneumothorax", "probe": {"tasks": ["labels"]}}, "has no 'segment'"),
+        ({"metric": "auroc.nosuch"}, r"auroc\.nosuch is asked for, but what is probed .* has mean, findings,"),
+        ({"metric": "auroc.view", "report": ["mae.sex"]}, r"mae\.sex is asked for, but .* has age"),
+        ({"metric": "auroc.mean", "probe": {"labels": ["nosuch"]}}, "no image of .* has a label 'nosuch'"),
+    ],
+)  # fmt: skip
+def test_what_no_trial_can_report_is_refused_before_any_starts(
+    phantom_shards: str, tmp_path: Path, more: dict[str, Any], message: str
+) -> None:
+    file = _file(tmp_path, phantom_shards, **{"space": {"masking.ratio": [0.5, 0.75]}, **more})
+    with pytest.raises(ValueError, match=message):
+        check_sweep(load_sweep(str(file), []))
+
+
+def test_what_optuna_began_counts_within_its_space_and_its_budget(phantom_shards: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    noted = [{"train.lr": 1e-3}, {"train.lr": 0.5}, {"train.lr": 1e-3, "masking.ratio": "0.5"}]
+    (tmp_path / "out/begun.json").write_text(json.dumps(noted))
+    space: dict[str, Any] = {"train.lr": {"loguniform": [1e-5, 1e-2]}}
+    options = {"search": "optuna", "num_trials": 10, "max_steps": 120}
+    one = check_sweep(load_sweep(str(_file(tmp_path, phantom_shards, space=space, **options)), []))
+    assert one.begun.values == noted[:1] and len(one.trials()) == 1
+    one.began({"train.lr": 1e-4})
+    assert json.loads((tmp_path / "out/begun.json").read_text()) == [*noted[1:], noted[0], {"train.lr": 1e-4}]
+    space = {"train.steps": [4, 60]}
+    assert check_sweep(load_sweep(str(_file(tmp_path, phantom_shards, space=space, **options)), [])).num_optuna == 2
+    (tmp_path / "out/begun.json").write_text("[1")
+    with pytest.raises(ValueError, match=r"begun\.json is damaged: remove it"):
+        check_sweep(load_sweep(str(_file(tmp_path, phantom_shards, space=space, **options)), []))
+
+
+def test_a_child_waits_for_its_parent_to_end(phantom_shards: str, tmp_path: Path) -> None:
+    """A budget may have cut the parent; a number from a part of it would stand for good."""
+    overrides = [text for text in OVERRIDES if not text.startswith("train.steps")]
+    config = StudyConfig(
+        recipe=str(MAE), shards=phantom_shards, out=str(tmp_path / "out"), overrides=(*overrides, "train.steps=4"),
+        arms={"parent": [], "child": ["encoder.init=run:parent"]}, seeds=(0,), metric="loss",
+    )  # fmt: skip
+    study = check_study(config)
+    parent, child = study.trials()
+    report = Report(2, {"loss": Number(1.0)}, {})
+    write_record(parent.config.run.dir, Record(data_hash=study.job.data_hash, reports=(report,), attempts=1))
+    assert [[trial.name for trial in search.trials] for search in study.searches()] == [[parent.name], []]
+    done = Record(data_hash=study.job.data_hash, reports=(replace(report, step=4),), attempts=1, state="finished")
+    write_record(parent.config.run.dir, done)
+    assert [[trial.name for trial in search.trials] for search in study.searches()] == [[parent.name], [child.name]]
+    with pytest.raises(ValueError, match=r"begins from another arm's run, .* runs=s3://bucket/x is none"):
+        check_study(replace(config, runs="s3://bucket/x"))
+
+
+def test_a_plain_sweep_goes_on_with_what_another_one_stopped(
+    ray_session: None, phantom_shards: str, tmp_path: Path
+) -> None:
+    """Two points of activation checkpointing, which no hash sees; successive halving has stopped one."""
+    space = {"train.activation_checkpointing": [False, True]}
+    file = _file(tmp_path, phantom_shards, space=space, metric="peak_gb", asha={"first": 2, "reduction": 2})
+    halving = _run(file)
+    assert len(halving.runs) == 2 and halving.count("stopped") == 1
+    plain = _run(_file(tmp_path, phantom_shards, space=space, metric="peak_gb"))
+    assert plain.count("finished") == 2 and {run.step for run in plain.runs} == {4}
+    assert len({run.numbers["peak_gb"].value for run in plain.runs}) == 2

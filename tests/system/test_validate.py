@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from medim_ray.probes.validate import VALIDATE, validate
+from medim_ray.data.shards import ShardSet
+from medim_ray.probes.rows import list_rows
+from medim_ray.probes.validate import VALIDATE, _sample, validate
 from medim_ray.train.launch import launch
 from medim_ray.train.metrics import read_metrics
 from medim_ray.train.runs import find_checkpoint
@@ -71,3 +73,20 @@ def test_a_part_of_a_validation_that_fails_is_told_and_the_others_and_the_run_go
     (row,) = read_validation(config.run.dir)
     assert "'rib fracture'" in row["error"] and row["error"] in said.file.getvalue()  # type: ignore[attr-defined]
     assert 0.0 <= row["view"] <= 1.0 and read_best(config.run.dir) == row["checkpoint"]
+
+
+def test_what_a_killed_command_left_is_validated_by_the_next_and_never_on_the_test_split(
+    phantom_shards: str, tmp_path: Path
+) -> None:
+    """The first command asks for none, as if it had died right behind its last step."""
+    run = tmp_path / "run"
+    assert launch(config_of(MAE, phantom_shards, run, "train.steps=2", *ONE), Console(file=io.StringIO())).finished
+    asked = config_of(MAE, phantom_shards, run, "train.steps=2", "validate.labels=[view]", *ONE)
+    said = io.StringIO()
+    assert launch(asked, Console(file=said, width=300), VALIDATE).finished
+    (row,) = read_validation(asked.run.dir)
+    assert row["step"] == 2 and read_best(asked.run.dir) == row["checkpoint"] and "validating" in said.getvalue()
+    assert launch(asked, Console(file=said), VALIDATE).finished and len(read_validation(asked.run.dir)) == 1
+    every = list_rows(ShardSet.open(phantom_shards))
+    looked = _sample(ShardSet.open(phantom_shards), len(every))
+    assert set(every.splits) - set(looked.splits) == {"test"} and len(looked) < len(every)

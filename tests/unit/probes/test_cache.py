@@ -109,7 +109,7 @@ def test_scores_are_kept_by_weights_task_and_protocol_and_nothing_is_fitted_agai
         FeatureCache(str(tmp_path), "more data").scores(source, task, rows, config),
     ]  # fmt: skip
     assert len({file.digest, *(other.digest for other in others)}) == 6 and all(other.read() == {} for other in others)
-    assert cache.scores(source, task, rows, replace(config, num_bootstrap=9)) == file, "intervals are drawn each time"
+    assert cache.scores(source, task, rows, replace(config, num_bootstrap=900)) == file, "intervals are drawn each time"
     (stored,) = tmp_path.iterdir()
     stored.write_bytes(stored.read_bytes()[:99])
     assert file.read() == {}

@@ -97,6 +97,13 @@ def test_many_numbers_are_a_measure_and_ages_make_groups() -> None:
     assert task.values_K.tolist() == [float(age) for age in range(30, 75)]
 
 
+def test_tables_of_numbers_write_nought_one_and_nothing_in_their_own_way() -> None:
+    task = make_task("Edema", _labels("Edema", ["1.0", "nan", "0.0", "NaN", "1", "-1.0"]), "shards", "ones")
+    assert isinstance(task, Task)
+    assert task.classes == ("0", "1") and task.rows_K.tolist() == [0, 2, 4, 5] and task.y_K.tolist() == [1, 0, 1, 1]
+    assert default_labels({"Edema": {"0.0": 3, "1.0": 2, "nan": 7}, "grade": {"low": 1, "high": 2}}) == ("Edema",)
+
+
 def test_default_labels_are_view_the_binary_ones_and_measures() -> None:
     counts = {"view": {"PA": 1}, "sex": {"M": 1, "F": 2}, "edema": {"0": 3, "1": 1}, "zone": {"4": 1}, "tube": {"1": 2}}
     assert default_labels(counts) == ("edema", "tube", "view")

@@ -93,7 +93,7 @@ def test_the_better_run_is_told_apart_and_the_file_says_what_the_table_says(
 
 def test_a_run_against_itself_differs_by_exactly_nothing(runs: tuple[str, str]) -> None:
     out = io.StringIO()
-    options = CompareRoot(probe=CompareOptions(labels=("tube",), num_bootstrap=20))
+    options = CompareRoot(probe=CompareOptions(labels=("tube",), num_bootstrap=100))
     found = run_compare((runs[0], runs[0]), options, Console(file=out, width=160))
     assert found["labels"]["tube"]["auroc"]["a_minus_b"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert list(found["labels"]) == ["tube"] and out.getvalue().count("*") == 1, "the star of the caption only"
@@ -113,7 +113,7 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(runs: tuple[str, str
         ((runs[0],), (), "two run folders"),
     ):
         with pytest.raises(ValueError, match=message):
-            run_compare(pair, CompareRoot(probe=CompareOptions(labels=labels, num_bootstrap=5)), Console(quiet=True))
+            run_compare(pair, CompareRoot(probe=CompareOptions(labels=labels, num_bootstrap=100)), Console(quiet=True))
 
 
 def test_scores_hold_every_image_once_an_encoder_and_no_more_than_hashes(runs: tuple[str, str]) -> None:

@@ -7,12 +7,50 @@ import json
 import numpy as np
 import pytest
 
-from medim_ray.studies.fit import efficiencies, fit_law
+from medim_ray.studies.fit import Measured, efficiencies, fit_law, fit_line
 from medim_ray.studies.outcome import Number
 
 
-def _points(xs: list[float], ys: list[float], half: float) -> list[tuple[float, Number]]:
-    return [(x, Number(y, y - half, y + half)) for x, y in zip(xs, ys, strict=True)]
+def _points(xs: list[float], ys: list[float], half: float) -> list[Measured]:
+    return [Measured(x, Number(y, y - half, y + half)) for x, y in zip(xs, ys, strict=True)]
+
+
+def test_all_points_of_the_largest_x_are_held_out() -> None:
+    xs, ys = [1.0, 3.0, 10.0, 30.0, 100.0, 100.0], [0.5, 0.4, 0.33, 0.3, 0.9, 0.7]
+    fit = fit_law("power", _points(xs, ys, 0.01), hold_out=True)
+    four = fit_law("power", _points(xs[:4], ys[:4], 0.01), hold_out=False)
+    assert fit.parameters == four.parameters and fit.held_out_x == 100.0
+    assert fit.measured is not None
+    assert fit.measured.value == pytest.approx(0.8) and fit.measured.low is None
+    with pytest.raises(ValueError, match="3 parameters and points at 2 x beside the one held out"):
+        fit_law("power", _points([1.0, 1.0, 3.0, 9.0], [0.5, 0.4, 0.3, 0.2], 0.01), hold_out=True)
+
+
+def test_an_interval_over_seeds_counts_as_students() -> None:
+    """The stated interval of a prediction is as wide as predictions scatter, not twice that."""
+    rng = np.random.default_rng(1)
+    xs = np.array([30.0, 60.0, 120.0, 240.0, 480.0, 960.0])
+    predicted, widths = [], []
+    for _ in range(25):
+        points = []
+        for x in xs:
+            seeds = 0.2 + x**-0.5 + rng.normal(0, 0.01, 3)
+            half = 4.303 * float(seeds.std(ddof=1)) / 3**0.5
+            mean = float(seeds.mean())
+            points.append(Measured(float(x), Number(mean, mean - half, mean + half), num_runs=3))
+        found = fit_law("power", points, hold_out=True).predicted
+        assert found is not None and found.value and found.low is not None and found.high is not None
+        predicted.append(found.value)
+        widths.append(found.high - found.low)
+    assert np.mean(widths) == pytest.approx(3.92 * np.std(predicted), rel=0.35)
+
+
+def test_points_at_the_level_of_the_untrained_encoder_are_told() -> None:
+    points = [
+        point._replace(learned=point.x > 3) for point in _points([1.0, 3.0, 10.0, 30.0], [0.5, 0.4, 0.3, 0.25], 0.01)
+    ]
+    line = fit_line("", points, "power", hold_out=False)
+    assert line.not_learned == [1.0, 3.0] and line.to_json()["points"][0][2:] == [1, False]
 
 
 def test_a_power_law_with_a_floor_is_found_and_its_held_out_point_predicted() -> None:
@@ -57,7 +95,7 @@ def test_the_largest_point_is_not_seen_by_the_fit_that_predicts_it() -> None:
 def test_points_without_intervals_take_the_scatter_around_the_law_and_two_of_them_none() -> None:
     rng = np.random.default_rng(1)
     rates = [
-        (float(n), Number(100 * n / (1 + 0.05 * (n - 1)) * (1 + 0.03 * rng.standard_normal()))) for n in (1, 2, 4, 8)
+        Measured(n, Number(100 * n / (1 + 0.05 * (n - 1)) * (1 + 0.03 * rng.standard_normal()))) for n in (1, 2, 4, 8)
     ]
     serial = fit_law("amdahl", rates, hold_out=False).parameters["serial"]
     assert serial.low is not None and serial.high is not None and serial.low < serial.high, "one seed is no certainty"
@@ -74,14 +112,14 @@ def test_an_error_that_rises_with_the_data_has_no_exponent() -> None:
 
 
 def test_the_efficiency_is_the_rate_for_each_worker_as_a_share_of_the_first() -> None:
-    shares = efficiencies([(2.0, Number(20.0, 19.0, 21.0)), (8.0, Number(40.0, 36.0, 44.0))])
+    shares = efficiencies([Measured(2.0, Number(20.0, 19.0, 21.0)), Measured(8.0, Number(40.0, 36.0, 44.0))])
     assert shares == [(2.0, Number(1.0, 0.95, 1.05)), (8.0, Number(0.5, 0.45, 0.55))]
     assert efficiencies([]) == []
 
 
 @pytest.mark.parametrize(
     ("xs", "hold_out", "message"),
-    [([1.0, 2.0], False, "3 parameters and 2 points"), ([1.0, 2.0, 3.0], True, "beside the one held out"),
+    [([1.0, 2.0], False, "3 parameters and points at 2 x"), ([1.0, 2.0, 3.0], True, "beside the one held out"),
      ([0.0, 1.0, 2.0, 3.0], False, "above 0")],
 )  # fmt: skip
 def test_what_no_law_can_be_fitted_to_is_refused(xs: list[float], hold_out: bool, message: str) -> None:

@@ -7,7 +7,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from medim_ray.studies.fit import fit_line
+import pytest
+
+from medim_ray.studies.fit import Measured, fit_line
 from medim_ray.studies.outcome import Number, told
 from medim_ray.studies.page import Study, figures, read_study, write_study
 from medim_ray.studies.results import Run, Table, make_table
@@ -68,7 +70,7 @@ def test_a_page_is_written_again_from_its_json(tmp_path: Path) -> None:
 
 
 def test_a_law_that_was_refused_is_not_fitted_when_the_page_is_written_again(tmp_path: Path) -> None:
-    points = [(x, Number(1.0 / x)) for x in (1.0, 2.0, 4.0)]
+    points = [Measured(x, Number(1.0 / x)) for x in (1.0, 2.0, 4.0)]
     line = fit_line("", points, "power", hold_out=True)
     assert line.fit is None and "beside the one held out" in line.note
     write_study(replace(STUDY, lines=(line,), law="power", line_names=("x", "y")), _table("strategy"), str(tmp_path))
@@ -80,7 +82,7 @@ def test_a_grid_says_what_each_axis_does(tmp_path: Path) -> None:
     space = {"masking.ratio": [0.25, 0.5], "strategy": {"choices": {"uniform": [], "KDM": []}}}
     study = replace(STUDY, config={"search": "grid", "space": space})
     page = Path(write_study(study, _table("masking.ratio", "strategy"), str(tmp_path))).read_text()
-    assert "What each axis does" in page and ">KDM</td><td>uniform</td>" in page
+    assert "What each axis does" in page and '>KDM</td><td data-name="less">uniform</td>' in page
     told_effects = json.loads((tmp_path / "sweep.json").read_text())["effects"]
     assert [(effect["axis"], effect["num_pairs"]) for effect in told_effects] == [("masking.ratio", 6), ("strategy", 6)]
 
@@ -107,3 +109,10 @@ def test_nothing_is_drawn_where_nothing_is_known() -> None:
 def test_numbers_are_told_with_their_interval() -> None:
     assert told(Number(0.7123, 0.61, 0.8)) == "0.712 [0.61, 0.8]"
     assert told(Number(0.5)) == "0.5" and told(None) == "-"
+
+
+@pytest.mark.parametrize("text", ["{}", '{"kind": "sw', "[]"])
+def test_a_damaged_page_is_named_with_what_to_do(tmp_path: Path, text: str) -> None:
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(ValueError, match=r"sweep\.json is damaged .* the command that wrote it writes it anew"):
+        read_study(str(tmp_path))

@@ -97,8 +97,11 @@ def test_the_worst_go_on_from_the_best_checkpoint_and_the_others_stay_where_they
     assert len(Path(child.config.run.dir, "metrics.jsonl").read_text().splitlines()) == 10
     assert asked(worst.config.run.dir, "d", None).reports[0].numbers["loss"].value == 9.0, "the run that was left stays"
     # a trial that ended at the first rung is not done with the second
-    donor = asked(best.config.run.dir, "d", None)
-    assert donor.is_done_at((10,)) and not donor.is_done_at((20,))
+    one, two = (replace(population.job, rungs=population.rungs[:n]) for n in (1, 2))
+    assert one.is_done(best.config) and not two.is_done(best.config)
+    # nor is it for a search that shares its runs and goes to their end
+    plain = population.job.record(worst.config)
+    assert plain.state == "running" and not population.job.is_done(worst.config)
 
 
 def test_a_generation_that_was_cut_decides_nothing(tmp_path: Path) -> None:
@@ -224,4 +227,26 @@ def test_a_population_needs_members_that_differ(tmp_path: Path) -> None:
         (SPACE, 1, "of 2 or more"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            Population(_job(tmp_path, **space), PbtConfig(), size, 0, str(tmp_path))
+            Population(_job(tmp_path, **space), PbtConfig(every=10), size, 0, str(tmp_path))
+
+
+def test_a_population_that_was_bred_for_something_else_is_refused(tmp_path: Path) -> None:
+    population = _population(tmp_path)
+    searches = population.searches()
+    next(searches)
+    _ran(population, [3.0, 1.0, 9.0, 2.0])
+    next(searches)
+    assert len(_population(tmp_path).generations) == 2
+    with pytest.raises(ValueError, match=r"another population .* by loss\): give another out"):
+        _population(tmp_path, exploit_ratio=0.5)
+    other = replace(_job(tmp_path), metric="samples_per_s")
+    with pytest.raises(ValueError, match="another population"):
+        Population(other, PbtConfig(every=10), 4, 0, str(tmp_path / "out"))
+    (tmp_path / "out" / LINEAGES).write_text('{"rungs": [10')
+    with pytest.raises(ValueError, match=r"lineages\.json is damaged: give another out"):
+        _population(tmp_path)
+
+
+def test_a_population_without_an_exchange_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"pbt\.every=30: no exchange within train\.steps=30"):
+        _population(tmp_path, every=30)

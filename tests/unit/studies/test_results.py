@@ -12,11 +12,14 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from medim_ray.config.loader import load
+from medim_ray.config.schema import RunConfig
 from medim_ray.studies.listing import print_table
 from medim_ray.studies.outcome import Number
 from medim_ray.studies.page import Study, write_study
-from medim_ray.studies.results import Run, make_table, mean_number, to_csv
-from medim_ray.studies.trials import Report
+from medim_ray.studies.results import FIRST_WEIGHTS, Run, make_run, make_table, mean_number, num_done, to_csv
+from medim_ray.studies.space import Point, Trial
+from medim_ray.studies.trials import Record, Report
 
 
 def _run(ratio: float, seed: int, value: float | None, gain: float = 0.1, state: str = "finished") -> Run:
@@ -139,7 +142,7 @@ def test_a_table_of_seeds_alone_has_a_column_for_the_encoder(tmp_path: Path) -> 
     (pixels,) = [line for line in lines if "raw pixels" in line]
     assert [part.strip() for part in pixels.split("│")[1:5]] == ["", "raw pixels", "0.6", ""]
     page = Path(write_study(study, table, str(tmp_path))).read_text()
-    assert "<td>raw pixels</td>" in page and "<th>encoder</th>" in page
+    assert ">raw pixels</td>" in page and "<th>encoder</th>" in page
 
 
 def test_a_run_in_two_cells_is_counted_once() -> None:
@@ -170,3 +173,21 @@ def test_encoders_beside_the_runs_are_rows_without_a_rank() -> None:
         ("raw pixels", "", "baseline"),
     ]
     assert rows[-2]["auroc.mean_minus_reference"] == "-0.15"
+
+
+def test_first_weights_of_a_run_that_begins_from_another_are_no_untrained_encoder(tmp_path: Path) -> None:
+    baselines = {"untrained": {"auroc.mean": Number(0.6)}, "pixels": {"auroc.mean": Number(0.7)}}
+    record = Record(reports=(Report(1, {"auroc.mean": Number(0.8)}, {}, baselines),), attempts=1, state="finished")
+    config = load(RunConfig, None, [])
+    runs = []
+    for arm, init in (("random", "random"), ("ImageNet", "timm")):
+        encoder = replace(config.encoder, init=init)
+        trial = Trial(point=Point({"arm": arm}, ()), config=replace(config, encoder=encoder))
+        runs.append(replace(make_run(trial, record), name=arm))
+    assert [set(run.baselines) for run in runs] == [{"untrained", "pixels"}, {FIRST_WEIGHTS, "pixels"}]
+    assert {row.name for row in make_table(runs, "auroc.mean").baselines} == {"untrained", FIRST_WEIGHTS, "pixels"}
+
+
+def test_a_cell_says_of_how_many_of_its_runs_its_numbers_are() -> None:
+    runs = [_run(0.5, 0, 0.7), _run(0.5, 1, None, state="failed"), _run(0.25, 0, 0.6)]
+    assert {num_done(cell) for cell in make_table(runs, "auroc.mean").cells} == {"1 of 2", "1"}

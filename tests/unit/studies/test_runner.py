@@ -59,7 +59,7 @@ def test_a_ray_that_is_started_here_holds_at_least_one_group(workers: int, cpus:
 def test_a_finished_trial_is_done_for_the_probe_and_shards_that_it_was_asked_with(tmp_path: Path) -> None:
     trial = make_trial(RECIPE, (), Point({}, ()), str(tmp_path))
     probe = ProbeConfig(labels=("view",))
-    reports = (Report(300, {}, {}),)
+    reports = (Report(trial.config.train.steps, {}, {}),)
     record = Record(state="finished", data_hash="abc", probe=to_tree(probe), reports=reports, attempts=1)
     write_record(trial.config.run.dir, record)
     job = TrialJob(

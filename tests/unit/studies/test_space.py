@@ -116,3 +116,37 @@ def test_a_grid_of_a_range_is_refused() -> None:
     assert isinstance(space.axes[1], Choices)
     with pytest.raises(ValueError, match=r"space.train.lr is a range"):
         space.grid()
+
+
+def test_points_that_differ_in_what_the_hash_does_not_see_are_runs_of_their_own() -> None:
+    """They have equal weights, but not equal speed and memory, which a study may ask for."""
+    space = SearchSpace.parse({"train.activation_checkpointing": [False, True], "masking.ratio": [0.5]})
+    off, on = (make_trial(RECIPE, [], point, "/runs") for point in space.grid())
+    plain = make_trial(RECIPE, [], Point({}, ("masking.ratio=0.5",)), "/runs")
+    assert len({off.name, on.name, plain.name}) == 3
+    assert {off.name[:12], on.name[:12]} == {plain.name} and on.config.run.dir == f"/runs/{on.name}"
+
+
+@pytest.mark.parametrize("other", ["masking.ratio", "masking"])
+def test_two_axes_that_set_the_same_option_are_refused(other: str) -> None:
+    space = {"masking.ratio": [0.5], "s": {"choices": {"a": [f"{other}=0.25"], "b": []}}}
+    with pytest.raises(ValueError, match=r"space\.masking\.ratio and space\.s both set masking\.ratio"):
+        SearchSpace.parse(space)
+
+
+def test_random_cells_need_a_list_of_seeds() -> None:
+    space = SearchSpace.parse({"masking.ratio": [0.25, 0.5], "seed": {"randint": [0, 9]}})
+    with pytest.raises(ValueError, match=r"space\.seed is a range"):
+        space.random(2, seed=0)
+
+
+def test_a_space_holds_what_lies_on_all_of_its_axes_and_on_no_other() -> None:
+    space = SearchSpace.parse({"train.lr": {"loguniform": [1e-4, 1e-2]}, "masking.ratio": [0.25, 0.5]})
+    assert space.holds({"train.lr": 1e-3, "masking.ratio": "0.5"})
+    for values in (
+        {"train.lr": 1e-3},
+        {"train.lr": 0.5, "masking.ratio": "0.5"},
+        {"train.lr": 1e-3, "masking.ratio": "0.75"},
+        {"train.lr": 1e-3, "masking.ratio": "0.5", "seed": 1},
+    ):
+        assert not space.holds(values)

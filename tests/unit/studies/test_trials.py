@@ -12,7 +12,8 @@ from medim_ray.config.loader import load, to_tree
 from medim_ray.config.probe import ProbeConfig
 from medim_ray.config.schema import RunConfig
 from medim_ray.studies.outcome import Number
-from medim_ray.studies.trials import Record, Report, asked, life, read_records, rung_steps, write_record
+from medim_ray.studies.space import SearchSpace
+from medim_ray.studies.trials import Record, Report, TrialJob, asked, life, read_records, rung_steps, write_record
 
 REPORTS = tuple(
     Report(
@@ -97,3 +98,37 @@ def test_records_of_earlier_code_are_read_and_probed_anew(tmp_path: Path) -> Non
     assert (again.is_done, again.reports, again.seconds) == (False, (), 9.0)
     write_record(str(tmp_path), replace(again, attempts=1))
     assert len(read_records(str(tmp_path))) == 1, "in the place of the old one"
+
+
+def test_what_another_sweep_stopped_early_is_not_done_where_nothing_is_stopped(tmp_path: Path) -> None:
+    """Nor is a member of a population whose place another one took, which says that it is finished in older files."""
+    config = _config(tmp_path)
+    plain = TrialJob(
+        base={}, space=SearchSpace(()), runs=str(tmp_path), data_hash="abc", rungs=(), probe=None, metric="loss"
+    )
+    halving = replace(plain, rungs=(50, 150), may_stop=True)
+    early = Record(data_hash="abc", reports=REPORTS[:1], attempts=1, state="stopped")
+    write_record(config.run.dir, early)
+    assert halving.record(config) == early and halving.is_done(config)
+    assert plain.record(config).state == "running" and not plain.is_done(config)
+    write_record(config.run.dir, replace(early, state="finished"))
+    assert plain.record(config).state == "running" and not plain.is_done(config)
+    assert replace(plain, rungs=(50,)).is_done(config), "for a generation that ends there it is"
+    whole = replace(early, reports=REPORTS, state="finished")
+    write_record(config.run.dir, whole)
+    assert plain.record(config) == whole and plain.is_done(config)
+    write_record(config.run.dir, replace(whole, state="failed"))
+    assert not plain.is_done(config), "a metric that was not reported"
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"records": [{"state": "fin', "[]", '{"records": [{"colour": 1, "reports": []}]}']
+)
+def test_a_damaged_record_is_told_and_its_trial_done_again(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "trial.json").write_text(text)
+    assert read_records(str(tmp_path)) == [] and asked(str(tmp_path), "abc", None).attempts == 0
+    assert f"{tmp_path}/trial.json is damaged" in caplog.text
+    write_record(str(tmp_path), Record(data_hash="abc", reports=REPORTS))
+    assert read_records(str(tmp_path))[0].reports == REPORTS
