@@ -306,11 +306,10 @@ def test_a_child_waits_for_its_parent_to_end(phantom_shards: str, tmp_path: Path
 def test_a_plain_sweep_goes_on_with_what_another_one_stopped(
     ray_session: None, phantom_shards: str, tmp_path: Path
 ) -> None:
-    """Two points of activation checkpointing, which no hash sees; successive halving has stopped one."""
-    space = {"train.activation_checkpointing": [False, True]}
-    file = _file(tmp_path, phantom_shards, space=space, metric="peak_gb", asha={"first": 2, "reduction": 2})
-    halving = _run(file)
-    assert len(halving.runs) == 2 and halving.count("stopped") == 1
-    plain = _run(_file(tmp_path, phantom_shards, space=space, metric="peak_gb"))
-    assert plain.count("finished") == 2 and {run.step for run in plain.runs} == {4}
-    assert len({run.numbers["peak_gb"].value for run in plain.runs}) == 2
+    """Of two points successive halving stops the one that learns nothing."""
+    space, one_by_one = {"train.lr": [1e-2, 1e-9]}, {"max_concurrent": 1}
+    halving = _run(_file(tmp_path, phantom_shards, space=space, asha={"first": 3, "reduction": 2}, runner=one_by_one))
+    assert [(run.values["train.lr"], run.step) for run in halving.runs if run.state == "stopped"] == [(1e-9, 3)]
+    plain = _run(_file(tmp_path, phantom_shards, space=space, runner=one_by_one))
+    assert plain.count("finished") == len(plain.runs) == 2 and {run.step for run in plain.runs} == {4}
+    assert [run.steps for run in plain.runs] == [{3, 4}, {3, 4}]
