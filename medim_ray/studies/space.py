@@ -21,6 +21,18 @@ from medim_ray.draws import step_draws
 
 SEED = "seed"  # the axis over which a table takes means
 MEMBER = "member"  # the axis of a population: which of its members
+SPEED = (  # options that change no weight of a run, so that its hash does not see them, but what a study may measure
+    "data.granules_per_step",
+    "data.window_steps",
+    "data.num_actors",
+    "data.prefetch_blocks",
+    "train.offload_optimizer",
+    "train.activation_checkpointing",
+    "train.checkpoint_every",
+    "train.max_pending_saves",
+    "train.use_gpu",
+    "train.cpus_per_worker",
+)
 MAX_CHECKED = 2000  # combinations of a space
 
 
@@ -35,6 +47,11 @@ class Choices:
     def sets(self) -> set[str]:
         """The options of `pretrain` that it sets."""
         return {text.partition("=")[0] for overrides in self.options.values() for text in overrides}
+
+    @property
+    def first(self) -> Any:
+        """Any of its values."""
+        return next(iter(self.options))
 
     def shown(self, name: Any) -> Any:
         """An option in a table: a number where its name is one, so that tables sort and figures have a scale."""
@@ -58,6 +75,11 @@ class Range:
     def sets(self) -> set[str]:
         """The option of `pretrain` that it sets."""
         return {self.key}
+
+    @property
+    def first(self) -> Any:
+        """Any of its values."""
+        return self.at(0.0)
 
     def shown(self, value: Any) -> Any:
         """A value in a table."""
@@ -283,7 +305,7 @@ def steps_of(trials: Iterable[Trial]) -> int:
 
 def make_trial(recipe: str | Path, overrides: Sequence[str], point: Point, runs: str) -> Trial:
     """The run of a point. Its name is the run's hash, and a second one over what the point sets and the hash does not
-    see, since it changes no weight (train.activation_checkpointing), but may change speed and memory.
+    see, since it changes no weight, though speed or memory (SPEED).
 
     ValueError that names the point where the recipe can't be so.
     """
@@ -299,8 +321,8 @@ def _beside_hash(config: RunConfig, point: Point) -> str:
     keys = tuple(text.partition("=")[0] for text in point.overrides)
     values = {
         key: value
-        for key, value, meta in leaves(config)
-        if not meta.get("hashed", True) and any(key == k or key.startswith(f"{k}.") for k in keys)
+        for key, value, _ in leaves(config)
+        if key in SPEED and any(key == k or key.startswith(f"{k}.") for k in keys)
     }
     if not values:
         return ""

@@ -26,7 +26,7 @@ from medim_ray.studies.page import Study
 from medim_ray.studies.pbt import PbtConfig, Population
 from medim_ray.studies.results import Table
 from medim_ray.studies.runner import Group, RunnerConfig, Search
-from medim_ray.studies.space import MAX_CHECKED, SearchSpace, Trial, distinct, steps_of
+from medim_ray.studies.space import MAX_CHECKED, Choices, SearchSpace, Trial, distinct, steps_of
 from medim_ray.studies.trials import TrialJob, rung_steps
 from medim_ray.train.checks import check
 
@@ -239,6 +239,11 @@ def check_sweep(config: SweepConfig) -> Sweep:
         raise ValueError(f"asha.first={config.asha.first}: must be at most train.steps={base.train.steps}")
     if len({trial.config.train.steps for trial in corners}) > 1 and config.asha.first is not None:
         raise ValueError("asha.first is set, but space has train.steps: rungs need one number of steps for all trials")
+    for axis in space.axes:
+        if isinstance(axis, Choices) and len(axis.options) > 1:
+            first = {each.key: each.first for each in space.axes}
+            if len({job.trial(space.point({**first, axis.key: name})).name for name in axis.options}) == 1:
+                raise ValueError(f"space.{axis.key}: its values change nothing that a run reports, leave it out")
     checked: set[str] = set()
     for trial in corners:
         if trial.name not in checked:
