@@ -97,7 +97,8 @@ def test_optuna_with_early_stopping_goes_on_from_what_it_began(
     for cell in few.cells:
         (run,) = cell.runs
         (same,) = [r for c in more.cells for r in c.runs if r.name == run.name]
-        assert (same.step, same.numbers) == (run.step, run.numbers), "replayed, not repeated"
+        # in another order of the replays the one that was stopped may go on, from where it was
+        assert same.step >= run.step and same.at(run.step).numbers == run.numbers, "replayed, not repeated"
 
 
 def test_equal_points_of_optuna_are_one_run_after_the_other_and_no_new_one_when_asked_again(
@@ -114,7 +115,7 @@ def test_equal_points_of_optuna_are_one_run_after_the_other_and_no_new_one_when_
 
 
 def _one_ended_the_next_begun(runs: Path) -> bool:
-    return {_record(str(run)).is_done for run in runs.glob("*")} == {True, False}
+    return {_record(str(run)).is_done for run in runs.glob("[!.]*")} == {True, False}
 
 
 def _any_again(runs: Sequence[Path]) -> bool:
@@ -144,12 +145,12 @@ def test_a_sweep_whose_driver_is_killed_ends_as_one_that_was_not(phantom_shards:
             os.kill(child.pid, signal.SIGUSR1)  # as Slurm does ahead of a time limit
             assert child.wait(timeout=60) == os.EX_TEMPFAIL
             assert not (runs.parent / ".lease").exists()
-            begun = [run for run in runs.glob("*") if not _record(str(run)).is_done]
+            begun = [run for run in runs.glob("[!.]*") if not _record(str(run)).is_done]
             child = subprocess.Popen(command, start_new_session=True)
             _wait_until(partial(_any_again, begun), child)
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-            done = {run.name: _record(str(run)) for run in runs.glob("*") if _record(str(run)).is_done}
+            done = {run.name: _record(str(run)) for run in runs.glob("[!.]*") if _record(str(run)).is_done}
             assert 0 < len(done) < 3, "killed too late to tell"
         subprocess.run(command, check=True, timeout=600)
         tables[name] = json.loads((tmp_path / name / "out/sweep.json").read_text())
