@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import fsspec
@@ -37,7 +37,7 @@ def merge(sets: Sequence[ShardSet], out: str, fs: fsspec.AbstractFileSystem, roo
     if len(sets) < 2:
         raise ValueError("shards merge: name at least two shard sets")
     for one in sets:
-        if one.manifest.schema_version != shards.SCHEMA_VERSION:
+        if one.manifest.schema_version < shards.ROW_VERSION:
             raise ValueError(
                 f"{one.url} has schema version {one.manifest.schema_version}, made by an earlier medim-ray: "
                 "run `medim-ray prepare` again into a new folder"
@@ -203,10 +203,10 @@ def _copied(sets: Sequence[ShardSet], fs: fsspec.AbstractFileSystem, root: str) 
                     one.fs.open(one.path(file), "rb") as source,
                     committed(fs, f"{root}/{path}", _scratch(root)) as raw,
                 ):
-                    sink = HashingFile(raw)
+                    sink = HashingFile(raw, shards.checksum_kind(file))
                     while block := source.read(1 << 22):
                         sink.write(block)
-                    if sink.hexdigest() != file.blake2b:
+                    if sink.checksum() != file.checksum:
                         raise ValueError(f"{one.url}: {file.path} is damaged: run `medim-ray shards verify {one.url}`")
                 yield replace(file, path=path, origin=file.origin or one.root.rpartition("/")[2])
 
@@ -220,14 +220,10 @@ def _tokenizer(
     sets: Sequence[ShardSet], files: Sequence[ShardFile], fs: fsspec.AbstractFileSystem, root: str
 ) -> list[OtherFile]:
     """The vocabulary of the sets where they have the same, a new one elsewhere."""
-
-    def of(one: ShardSet) -> Mapping[str, str]:
-        return {f.path: f.blake2b for f in one.manifest.other_files if f.path.startswith(f"{shards.TOKENIZER}/")}
-
-    if any(of(one) != of(sets[0]) for one in sets):
+    first = sets[0].tokenizer()
+    if any(one.tokenizer() != first for one in sets[1:]):
         return write_vocabulary(files, VocabularyConfig(), fs, root)
-    one = sets[0]
-    return [shards.write_bytes(fs, root, path, one.fs.cat_file(f"{one.root}/{path}")) for path in of(one)]
+    return [shards.write_bytes(fs, root, path, content) for path, content in first.items()]
 
 
 def _sum_of(

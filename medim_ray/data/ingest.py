@@ -166,7 +166,7 @@ def _job(config: PrepareConfig, rows: pa.Table, salt: str) -> dict[str, Any]:
     options = {key: value for key, value, meta in leaves(config) if meta.get("hashed", True)}
     options = json.loads(json.dumps(options))
     # The salt enters through what it makes of a fixed word.
-    tree = {**options, "format": {"schema": shards.SCHEMA_VERSION, "salt": hash_patient("medim-ray", salt)}}
+    tree = {**options, "format": {"schema": shards.ROW_VERSION, "salt": hash_patient("medim-ray", salt)}}
     digest = hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=8).hexdigest()
     return {"config_hash": digest, "input_hash": rows_hash(rows), "options": options}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ def look(out: str, fs: fsspec.AbstractFileSystem, root: str, job: Mapping[str, A
     manifest: Manifest | None = None
     if fs.exists(f"{root}/{shards.MANIFEST}"):
         manifest = ShardSet.open(out, fs).manifest
-        if manifest.schema_version != shards.SCHEMA_VERSION:
+        if manifest.schema_version < shards.ROW_VERSION:
             raise ValueError(
                 f"out={out} holds shards of schema version {manifest.schema_version}, made by an earlier medim-ray; "
                 f"they stay readable, nothing can be added: {fix}"
@@ -82,7 +81,9 @@ def read_stored(out: str, fs: fsspec.AbstractFileSystem, root: str, manifest: Ma
         if file.path in (shards.QUARANTINE, shards.DUPLICATES):
             kept = f"{root}/{shards.WORK}/{_kept_name(file)}"
             lists[file.path] = fs.cat_file(kept if fs.exists(kept) else f"{root}/{file.path}")
-            if hashlib.blake2b(lists[file.path], digest_size=32).hexdigest() != file.blake2b:
+            sink = shards.HashingFile(shards.Nowhere(), shards.checksum_kind(file))
+            sink.write(lists[file.path])
+            if sink.checksum() != file.checksum:
                 raise ValueError(f"{out}: {file.path} was changed: restore it; medim-ray shards verify {out}")
     return Stored(
         manifest=manifest,
@@ -102,7 +103,7 @@ def keep_stored(work: WorkFolder, stored: Stored | None) -> None:
 
 
 def _kept_name(file: OtherFile) -> str:
-    return f"stored-{file.blake2b[:16]}"
+    return f"stored-{file.checksum.partition(':')[2][:16]}"
 
 
 def discard(work: WorkFolder, *, existed: bool) -> None:

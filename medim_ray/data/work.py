@@ -45,7 +45,7 @@ class WrittenFile:
     def from_json(cls, text: str | bytes) -> WrittenFile:
         """The entry that `to_json` wrote."""
         tree = json.loads(text)
-        file = ShardFile(**{**tree["file"], "row_groups": tuple(tree["file"]["row_groups"])})
+        file = ShardFile.from_tree(tree["file"])
         counts = RowCounts()
         counts.add(tree["counts"]["flags"], tree["counts"]["labels"])
         return cls(file=file, counts=counts)

@@ -19,7 +19,7 @@ from torch import nn
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.collate import to_batch
 from medim_ray.data.reader import STEP, VIEW
-from medim_ray.data.shards import TOKENIZER, ShardSet
+from medim_ray.data.shards import ShardSet
 from medim_ray.data.transforms import View
 from medim_ray.masking.report import ReportMasking
 from medim_ray.models.vit import ImageEncoder
@@ -101,14 +101,8 @@ def check_snapshots(config: RunConfig, shards: ShardSet) -> None:
         raise ValueError(f"{where}: has another image size or patch grid than this run; use the same encoder sizes")
     if isinstance(config.masking, ReportMasking.Config) and config.crop.name != "pad_crop":
         raise ValueError(f"crop.name={config.crop.name}: {where} looks at whole images; use crop.name=pad_crop")
-    vocabularies = [_vocabulary(shards), _vocabulary(ShardSet.open(other.data.shards))]
-    if other.text != config.text or vocabularies[0] != vocabularies[1]:
+    if other.text != config.text or shards.tokenizer() != ShardSet.open(other.data.shards).tokenizer():
         raise ValueError(f"{where}: reads other tokens than this run; use its text.* and shards with its vocabulary")
-
-
-def _vocabulary(shards: ShardSet) -> list[str]:
-    """What the tokenizer stored with the shards is; [] where there is none."""
-    return sorted(file.blake2b for file in shards.manifest.other_files if file.path.startswith(f"{TOKENIZER}/"))
 
 
 def make_attender(config: RunConfig) -> Attender | None:

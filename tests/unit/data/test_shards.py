@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,12 +137,32 @@ def test_a_changed_manifest_is_found(tmp_path: Path) -> None:
         ShardSet.open(str(tmp_path))
 
 
-@pytest.mark.parametrize(("version", "fix"), [(4, "update medim-ray"), (0, "run `medim-ray prepare` again")])
+@pytest.mark.parametrize(("version", "fix"), [(5, "update medim-ray"), (0, "run `medim-ray prepare` again")])
 def test_another_schema_version_says_what_to_do(tmp_path: Path, version: int, fix: str) -> None:
     path = write_set(tmp_path) / shards.MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": version}))
-    with pytest.raises(ValueError, match=rf"schema version {version}.*reads 1, 2 and 3: {fix}"):
+    with pytest.raises(ValueError, match=rf"schema version {version}.*reads 1, 2, 3 and 4: {fix}"):
         ShardSet.open(str(tmp_path))
+
+
+def test_a_set_with_the_checksums_of_earlier_versions_is_read_and_verified(tmp_path: Path) -> None:
+    root = write_set(tmp_path)
+    path = root / shards.MANIFEST
+    tree = json.loads(path.read_text())
+    for file in [*tree["files"], *tree["other_files"]]:
+        assert file.pop("checksum").startswith("xxh3_128:")
+        file["blake2b"] = hashlib.blake2b((root / file["path"]).read_bytes(), digest_size=32).hexdigest()
+    tree["schema_version"] = 3
+    del tree["checksum"]
+    tree["checksum"] = shards._checksum(tree)
+    path.write_text(json.dumps(tree))
+    found = ShardSet.open(str(tmp_path))
+    assert verify(str(tmp_path)) == []
+    files = sorted((file["path"], file["blake2b"]) for file in tree["files"])
+    assert found.content_hash == hashlib.blake2b(json.dumps(files).encode(), digest_size=6).hexdigest(), "as it was"
+    (root / "train/00000.parquet").write_bytes(b"x" * found.files("train")[0].bytes)
+    (difference,) = verify(str(tmp_path))
+    assert "content changed (now blake2b:" in difference
 
 
 def test_a_folder_without_manifest_is_no_shard_set(tmp_path: Path) -> None:
