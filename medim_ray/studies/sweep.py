@@ -251,12 +251,15 @@ def check_sweep(config: SweepConfig) -> Sweep:
             checked.add(trial.name)
     check_reported([config.metric, *config.report], config.probe, ShardSet.open(base.data.shards))
     trials, left_out = _within_budget(config, _points(config, job))
+    most_steps = max(trial.config.train.steps for trial in corners)
+    if config.max_steps is not None and not (trials or config.max_steps >= most_steps):
+        raise ValueError(f"max_steps={config.max_steps}: not one trial fits, they take up to {most_steps} steps")
     return Sweep(
         config=config,
         job=job,
         listed=trials,
         left_out=left_out,
-        most_steps=max(trial.config.train.steps for trial in corners),
+        most_steps=most_steps,
         group=Group.of([trial.config for trial in corners]),
         begun=Begun(config.out, space),
         population=Population(job, config.pbt, config.num_trials or 0, config.seed, config.out)

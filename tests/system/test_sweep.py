@@ -254,6 +254,7 @@ def test_an_arm_begins_from_the_run_of_another(ray_session: None, phantom_shards
     [
         ({"space": {"data.shards": ["a", "b"]}}, "learn from one shard set"),
         ({"space": {"train.keep_last": [1, 2]}}, r"space\.train\.keep_last: its values change nothing"),
+        ({"max_steps": 3}, r"max_steps=3: not one trial fits, they take up to 4 steps"),
         ({"asha": {"first": 50}}, r"asha\.first=50: must be at most train\.steps=4"),
         ({"metric": "dice.pneumothorax", "probe": {"tasks": ["labels"]}}, "has no 'segment'"),
         ({"metric": "auroc.nosuch"}, r"auroc\.nosuch is asked for, but what is probed .* has mean, findings,"),
