@@ -14,6 +14,7 @@ loss  step_s  samples_per_s  data_wait_ratio  peak_gb
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,7 @@ RUN_NUMBERS = {
     "data_wait_ratio": "median share of a step spent waiting for data",
     "peak_gb": "peak memory of a worker, GB",
 }
+_NAME = re.compile(r"(?P<family>\w+)(?:@(?P<at>\d+(?:\.\d+)?|\w+))?\.(?P<what>.+)")
 LOWER_IS_BETTER = ("loss", "step_s", "data_wait_ratio", "peak_gb", "mae", "median_rank")
 
 
@@ -99,13 +101,18 @@ def check_reported(names: Sequence[str], probe: ProbeConfig, shards: ShardSet) -
     measures = [task.label for task in tasks if not isinstance(task, Task)]
     means = ["mean", "findings"] if classes else []
     for name in names:
-        family, at, what = _family(name), name.partition("@")[2].partition(".")[0], name.rpartition(".")[2]
-        task, known = "", [what]
+        if name in RUN_NUMBERS:
+            continue
+        family, at, what = _parts(name)
+        task, known, kinds = "", [what], [at]
         if family in _OF_LABELS:
             task = "finetune" if at == "tuned" else "labels"
             known = measures if family in ("mae", "r2") else [*means, *classes]
+            kinds = ["", "tuned", *(f"{fraction:g}" for fraction in probe.fractions)]
         elif family == "dice":
             task, known = "segment", list(probe.segment.targets)
+            tuned = "_tuned" if probe.segment.tune_encoder else ""
+            kinds = [f"{head}{tuned}" if tuned or head != "linear" else "" for head in probe.segment.heads]
         elif family in _BEYOND:
             task = "retrieve"
         elif family in _WRITTEN:
@@ -114,6 +121,9 @@ def check_reported(names: Sequence[str], probe: ProbeConfig, shards: ShardSet) -
             task = "localise"
         if task and task not in probe.tasks:
             raise ValueError(f"{name} is asked for, but probe.tasks={list(probe.tasks)} has no {task!r}: add it")
+        if at not in kinds:
+            names = ", ".join(f"{family}{'@' * bool(kind)}{kind}.{what}" for kind in kinds)
+            raise ValueError(f"{name} is asked for, but what is probed has {names}")
         if what not in known:
             raise ValueError(
                 f"{name} is asked for, but what is probed on {shards.url} has {', '.join(known) or 'none'}"
@@ -122,7 +132,13 @@ def check_reported(names: Sequence[str], probe: ProbeConfig, shards: ShardSet) -
 
 def _family(name: str) -> str:
     """`auroc` of auroc@0.01.mean."""
-    return name.partition("@")[0] if "@" in name else name.partition(".")[0]
+    return _parts(name)[0]
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """`auroc`, `0.01`, `mean` of auroc@0.01.mean; the second '' where there is none, both of a number of the run."""
+    found = _NAME.fullmatch(name)
+    return (found["family"], found["at"] or "", found["what"]) if found else (name, "", "")
 
 
 def needs_probe(metrics: Iterable[str]) -> bool:

@@ -258,6 +258,8 @@ def test_an_arm_begins_from_the_run_of_another(ray_session: None, phantom_shards
         ({"asha": {"first": 50}}, r"asha\.first=50: must be at most train\.steps=4"),
         ({"metric": "dice.pneumothorax", "probe": {"tasks": ["labels"]}}, "has no 'segment'"),
         ({"metric": "auroc.nosuch"}, r"auroc\.nosuch is asked for, but what is probed .* has mean, findings,"),
+        ({"metric": "auroc@0.05.view"}, r"has auroc\.view, auroc@tuned\.view, auroc@0\.01\.view"),
+        ({"metric": "dice@upernet.pneumothorax"}, r"what is probed has dice\.pneumothorax$"),
         ({"metric": "auroc.view", "report": ["mae.sex"]}, r"mae\.sex is asked for, but .* has age"),
         ({"metric": "auroc.mean", "probe": {"labels": ["nosuch"]}}, "no image of .* has a label 'nosuch'"),
     ],
