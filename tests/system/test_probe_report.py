@@ -90,13 +90,16 @@ def probed(run_dir: str) -> tuple[dict[str, Any], str]:
 
 
 def test_a_validation_during_the_run_has_the_numbers_of_the_probe(
-    run_dir: str, probed: tuple[dict[str, Any], str]
+    run_dir: str, probed: tuple[dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On the images of the probe; its own are those without the split test."""
     result, _ = probed
     asked = ValidateConfig(
         labels=("view", "age"), retrieve=True, segment=("any lesion",), best_by="recall_at_10", num_images=NUM_IMAGES
     )
-    found = validate(run_dir, result["checkpoint"], asked)
+    with monkeypatch.context() as patch:
+        patch.setattr("medim_ray.probes.validate._sample", lambda shards, num_images: list_rows(shards))
+        found = validate(run_dir, result["checkpoint"], asked)
     assert set(found) == {"view", "knn_view", "mean", "knn_mean", "r2_age", "recall_at_10", "dice_any lesion"}
     ways = [way["encoders"]["trained"]["recall_at_10"]["value"] for way in result["retrieval"]["directions"].values()]
     assert found["recall_at_10"] == pytest.approx(np.mean(ways))
