@@ -15,7 +15,6 @@ from typing import Any, Literal
 from medim_ray.config.loader import load, to_tree
 from medim_ray.config.probe import ProbeConfig
 from medim_ray.config.schema import RunConfig
-from medim_ray.data.shards import ShardSet
 from medim_ray.data.sources.base import absolute
 from medim_ray.studies.execute import command
 from medim_ray.studies.fit import LAWS, Measured, fit_line
@@ -32,7 +31,7 @@ from medim_ray.studies.page import Study
 from medim_ray.studies.results import Table
 from medim_ray.studies.runner import Group, RunnerConfig, Search
 from medim_ray.studies.space import SEED, Point, SearchSpace, Trial, distinct, make_trial
-from medim_ray.studies.sweep import data_hash, find_recipe
+from medim_ray.studies.sweep import find_recipe, open_shards
 from medim_ray.studies.trials import ENCODER, TrialJob
 from medim_ray.train.checks import check
 
@@ -170,8 +169,7 @@ def _with_fit(study: Study, table: Table, config: StudyConfig) -> Study:
         points = []
         for arm in (arm for arm in arms if arm in cells and numbers[arm].value is not None):
             number = _error(numbers[arm]) if as_error else numbers[arm]
-            num_runs = sum(run.is_done for run in cells[arm].runs)
-            points.append(Measured(config.fit.x[arm], number, num_runs, cells[arm].learned))
+            points.append(Measured(config.fit.x[arm], number, cells[arm].num_done, cells[arm].learned))
         lines.append(fit_line(name, points, law, config.fit.hold_out))
     y_name = f"1 - {config.metric}" if as_error else config.metric
     return replace(study, lines=tuple(lines), law=law, line_names=(config.fit.x_name, y_name))
@@ -217,12 +215,13 @@ def check_study(config: StudyConfig, file: str | None = None) -> Ablation:
                 "the arms of a study learn from one shard set; merge them (`medim-ray shards merge`) and choose by "
                 "data.leave_out or data.weights"
             )
-    check_reported([config.metric, *config.report], config.probe, ShardSet.open(first.config.data.shards))
+    stored = open_shards(first.config)
+    check_reported([config.metric, *config.report], config.probe, stored)
     job = TrialJob(
         base={},
         space=SearchSpace(()),
         runs=runs,
-        data_hash=data_hash(first.config),
+        data_hash=stored.content_hash,
         rungs=(),
         probe=config.probe if needs_probe([config.metric, *config.report]) else None,
         metric=config.metric,

@@ -89,6 +89,11 @@ class Cell:
         return max((run.state for run in self.runs), key=STATES.index)
 
     @property
+    def num_done(self) -> int:
+        """Runs that its numbers are means over."""
+        return sum(run.is_done for run in self.runs)
+
+    @property
     def verdict(self) -> str:
         """What a table says of the cell beside its numbers."""
         if self.state in ("failed", "to do", "running"):
@@ -161,8 +166,7 @@ def named(row: Cell | Baseline) -> str:
 
 def num_done(cell: Cell) -> str:
     """How many runs a cell's numbers are means over: `3`, or `2 of 3`."""
-    done = sum(run.is_done for run in cell.runs)
-    return str(done) if done == len(cell.runs) else f"{done} of {len(cell.runs)}"
+    return str(cell.num_done) if cell.num_done == len(cell.runs) else f"{cell.num_done} of {len(cell.runs)}"
 
 
 def short(value: Any) -> str:
@@ -302,7 +306,7 @@ def to_csv(table: Table, differences: Mapping[str, Mapping[str, Number]] | None 
     for row in table.rows:
         numbers = [row.numbers.get(name, Number(None)) for name in metrics]
         if isinstance(row, Cell):
-            head = [row.rank or "", *table.place(row), row.verdict, sum(run.is_done for run in row.runs)]
+            head = [row.rank or "", *table.place(row), row.verdict, row.num_done]
             numbers += [row.gains.get(name, Number(None)) for name in gains]
         else:
             head = ["", *table.place(row), "baseline", ""]

@@ -48,11 +48,6 @@ class Choices:
         """The options of `pretrain` that it sets."""
         return {text.partition("=")[0] for overrides in self.options.values() for text in overrides}
 
-    @property
-    def first(self) -> Any:
-        """Any of its values."""
-        return next(iter(self.options))
-
     def shown(self, name: Any) -> Any:
         """An option in a table: a number where its name is one, so that tables sort and figures have a scale."""
         try:
@@ -75,11 +70,6 @@ class Range:
     def sets(self) -> set[str]:
         """The option of `pretrain` that it sets."""
         return {self.key}
-
-    @property
-    def first(self) -> Any:
-        """Any of its values."""
-        return self.at(0.0)
 
     def shown(self, value: Any) -> Any:
         """A value in a table."""

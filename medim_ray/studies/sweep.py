@@ -26,7 +26,7 @@ from medim_ray.studies.page import Study
 from medim_ray.studies.pbt import PbtConfig, Population
 from medim_ray.studies.results import Table
 from medim_ray.studies.runner import Group, RunnerConfig, Search
-from medim_ray.studies.space import MAX_CHECKED, Choices, SearchSpace, Trial, distinct, steps_of
+from medim_ray.studies.space import MAX_CHECKED, SearchSpace, Trial, distinct, steps_of
 from medim_ray.studies.trials import TrialJob, rung_steps
 from medim_ray.train.checks import check
 
@@ -221,11 +221,12 @@ def check_sweep(config: SweepConfig) -> Sweep:
     base = load(RunConfig, config.recipe, [*config.overrides, *([f"data.shards={shards}"] if shards else [])])
     space = SearchSpace.parse(config.space)
     probe = config.probe if needs_probe([config.metric, *config.report]) else None
+    stored = open_shards(base)
     job = TrialJob(
         base=to_tree(base),
         space=space,
         runs=absolute(config.runs or f"{config.out.rstrip('/')}/runs"),
-        data_hash=data_hash(base),
+        data_hash=stored.content_hash,
         rungs=rung_steps(base.train.steps, config.asha.first, config.asha.reduction) if config.asha.first else (),
         probe=probe,
         metric=config.metric,
@@ -240,16 +241,16 @@ def check_sweep(config: SweepConfig) -> Sweep:
     if len({trial.config.train.steps for trial in corners}) > 1 and config.asha.first is not None:
         raise ValueError("asha.first is set, but space has train.steps: rungs need one number of steps for all trials")
     for axis in space.axes:
-        if isinstance(axis, Choices) and len(axis.options) > 1:
-            first = {each.key: each.first for each in space.axes}
-            if len({job.trial(space.point({**first, axis.key: name})).name for name in axis.options}) == 1:
-                raise ValueError(f"space.{axis.key}: its values change nothing that a run reports, leave it out")
+        rest = {key: value for key, value in corners[0].point.values.items() if key != axis.key}
+        along = [trial for trial in corners if rest.items() <= trial.point.values.items()]
+        if len(along) > 1 and len({trial.name for trial in along}) == 1:
+            raise ValueError(f"space.{axis.key}: its values change nothing that a run reports, leave it out")
     checked: set[str] = set()
     for trial in corners:
         if trial.name not in checked:
             check(trial.config)
             checked.add(trial.name)
-    check_reported([config.metric, *config.report], config.probe, ShardSet.open(base.data.shards))
+    check_reported([config.metric, *config.report], config.probe, stored)
     trials, left_out = _within_budget(config, _points(config, job))
     most_steps = max(trial.config.train.steps for trial in corners)
     if config.max_steps is not None and not (trials or config.max_steps >= most_steps):
@@ -268,12 +269,12 @@ def check_sweep(config: SweepConfig) -> Sweep:
     )
 
 
-def data_hash(base: RunConfig) -> str:
-    """The content hash of the shards; ValueError where none are given, or they can't be read."""
+def open_shards(base: RunConfig) -> ShardSet:
+    """The shards of every run; ValueError where none are given, or they can't be read."""
     if not base.data.shards:
         raise ValueError("shards is empty: give what `medim-ray prepare` wrote, e.g. shards=shards/cxr")
     with storage_faults(f"shards={base.data.shards}"):
-        return ShardSet.open(base.data.shards).content_hash
+        return ShardSet.open(base.data.shards)
 
 
 def _points(config: SweepConfig, job: TrialJob) -> list[Trial]:
