@@ -127,23 +127,21 @@ def bare(config: RunConfig, work: Work, workers: int) -> Iterator[Columns]:
 
 def medim(config: RunConfig, work: Work, workers: int) -> Iterator[Columns]:
     """MedIM's stream as a rank gets it."""
-    import ray
-
     from medim_ray.data.collate import steps_of_rank
     from medim_ray.data.pipeline import execution_options, train_stream
+    from medim_ray.session import ray_session
     from medim_ray.train.stream import reader_factory
 
     os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
     shards = ShardSet.open(config.data.shards)
     plan, factory = stream_plan(config, shards), reader_factory(config, shards)
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    ray.init(address="local", num_cpus=2, object_store_memory=512 << 20, **quiet)
-    yield {}  # Ray is up: from here on the clock runs
-    stream = train_stream(plan, factory, 0, 4000, workers)
-    stream.context.execution_options.preserve_order = execution_options().preserve_order
-    (split,) = stream.streaming_split(1, equal=True)
-    blocks = split.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=config.data.prefetch_blocks)
-    yield from steps_of_rank(blocks, plan.granules_per_step)
+    with ray_session(num_cpus=2):
+        yield {}  # Ray is up: from here on the clock runs
+        stream = train_stream(plan, factory, 0, 4000, workers)
+        stream.context.execution_options.preserve_order = execution_options().preserve_order
+        (split,) = stream.streaming_split(1, equal=True)
+        blocks = split.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=config.data.prefetch_blocks)
+        yield from steps_of_rank(blocks, plan.granules_per_step)
 
 
 def _tensors(columns: Columns) -> dict[str, Any]:
