@@ -21,15 +21,16 @@ _TOO_SLOW = "timed out during startup"
 @contextlib.contextmanager
 def ray_session(
     address: str = "", num_cpus: int | None = None, object_store_memory: int | None = 512 << 20
-) -> Iterator[None]:
+) -> Iterator[bool]:
     """Joins the cluster at `address` or RAY_ADDRESS, or starts Ray here and ends it afterwards; leaves a session that
-    runs alone. RuntimeError where Ray does not come up.
+    runs alone. Yields whether it was started here, so that nobody else uses it, adds nodes or takes them away.
+    RuntimeError where Ray does not come up.
 
     Of a Ray that is started here: logical CPUs (None: those of the machine), bytes of its object store (None: Ray's
     share of the memory).
     """
     if ray.is_initialized():
-        yield
+        yield False
         return
     address = address or os.environ.get("RAY_ADDRESS", "")
     if address:
@@ -37,7 +38,7 @@ def ray_session(
     else:
         _start(num_cpus=num_cpus, object_store_memory=object_store_memory)
     try:
-        yield
+        yield not address
     finally:
         ray.shutdown()
 

@@ -25,6 +25,7 @@ import ray
 import ray.train
 from ray.train import DataConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from rich.console import Console
 from rich.markup import escape
 
@@ -132,7 +133,7 @@ def _launch(
         # Looks at encoder and tokenizer, for which it loads timm: seconds that Ray takes to start.
         reader = pool.submit(reader_factory, config, shards)
         plan = pool.submit(estimate, config)
-        with ray_session(config.run.ray_address, _cpus(config)):
+        with ray_session(config.run.ray_address, _cpus(config)) as is_ours:
             startup.mark("starting Ray")
             _look_at_resources(config, console)
             make_reader = reader.result()
@@ -143,7 +144,10 @@ def _launch(
                 "flops_per_image": flops_per_image,
                 "watch": watch and pickle.dumps(watch),  # the processes on its way to the workers load none of it
             }
-            signal_number = _attempts(config, shards, make_reader, newest, console, validate, startup, pace)
+            trainer_class = _LoneTrainer if is_ours else TorchTrainer
+            signal_number = _attempts(
+                config, shards, make_reader, newest, console, validate, startup, pace, trainer_class
+            )
     step = _store(config).committed_step()
     if step < config.train.last_step and not signal_number:
         raise RuntimeError(
@@ -223,6 +227,7 @@ def _attempts(
     validate: Validate | None,
     startup: Startup,
     pace: dict[str, Any],
+    trainer_class: type[TorchTrainer],
 ) -> int:
     """Groups of workers, one after the other, until the run is where it should be; the signal that ended it before.
 
@@ -241,7 +246,8 @@ def _attempts(
     ):
         while True:
             try:
-                trainer = _trainer(config, shards, reader, tracker, {"start": start, "startup": startup, **pace})
+                settings = {"start": start, "startup": startup, **pace}
+                trainer = _trainer(trainer_class, config, shards, reader, tracker, settings)
                 failure = of_outcome(_fit(trainer, tracker, received, growth))
             except ray.train.TrainingFailedError as error:
                 failure, cause = of_error(error), error
@@ -313,8 +319,22 @@ def _cpus(config: RunConfig) -> int:
     return max(os.cpu_count() or 1, math.ceil(config.train.max_workers * config.train.cpus_per_worker) + beside)
 
 
+class _LoneTrainer(TorchTrainer):
+    """In a Ray that ends with this command, so that no node of it is taken away and nothing outlives the controller:
+    without the actors that watch for either (one by an option, see below), each a process that loads Ray Train."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
 def _trainer(
-    config: RunConfig, shards: ShardSet, reader: ReaderFactory, tracker: Any, settings: dict[str, Any]
+    trainer_class: type[TorchTrainer],
+    config: RunConfig,
+    shards: ShardSet,
+    reader: ReaderFactory,
+    tracker: Any,
+    settings: dict[str, Any],
 ) -> TorchTrainer:
     """One group of workers; settings: for each, beside the configuration. Ray Train retries nothing by itself:
     attempts.py tells failures apart."""
@@ -336,10 +356,11 @@ def _trainer(
     # Read by Ray Train's controller, and passed on to it, when it starts.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(trainer_class is not _LoneTrainer))
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(train.hang_timeout_s)
     # Ray Train takes as many workers as there is room for; when to grow is decided here (growth.py).
     elastic = {} if isinstance(train.num_workers, int) else {"elastic_resize_monitor_interval_s": _NEVER_S}
-    return TorchTrainer(
+    return trainer_class(
         run_worker,
         train_loop_config={"config": to_tree(config), "tracker": tracker, **settings},
         torch_config=WorkerBackend("nccl" if train.use_gpu else "gloo"),
