@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import medim_ray
 from medim_ray.data import shards
 from medim_ray.data.duplicates import Hashed, judge, to_json
-from medim_ray.data.encode import RowCounts, pooled
+from medim_ray.data.encode import RowCounts, mean_std, pixel_sums, pooled
 from medim_ray.data.fingerprint import parse_hashes
+from medim_ray.data.images import decode
 from medim_ray.data.output import STORED_COLUMNS, refuse_occupied, remove
 from medim_ray.data.shards import HashingFile, Manifest, OtherFile, ShardFile, ShardSet
 from medim_ray.data.splits import SPLITS
@@ -100,12 +101,14 @@ def sample(one: ShardSet, out: str, fs: fsspec.AbstractFileSystem, root: str, *,
 
 
 def _write_sample(one: ShardSet, rows: pa.Table, fs: fsspec.AbstractFileSystem, root: str, seed: int) -> Manifest:
-    counts = RowCounts()
+    counts, pixels = RowCounts(), list[tuple[int, int, int, int]]()
     files = []
     for split in SPLITS:
         wanted = rows.filter(pc.equal(rows["split"], split))["image_id"].combine_chunks()
         if len(wanted):
             groups = _chosen(one, split, wanted, counts)
+            if split == "train":
+                groups = _noting(groups, pixels)
             files.append(shards.write_shard(fs, root, f"{split}/00000.parquet", split, groups))
     others = [
         shards.write_table(fs, root, shards.QUARANTINE, shards.QUARANTINE_SCHEMA.empty_table()),
@@ -129,11 +132,19 @@ def _write_sample(one: ShardSet, rows: pa.Table, fs: fsspec.AbstractFileSystem, 
         flags=dict(sorted(counts.flags.items())),
         patients=_patients(rows),
         labels={name: dict(sorted(values.items())) for name, values in sorted(counts.labels.items())},
+        intensity=mean_std(np.array(pixels, dtype=np.int64).reshape(-1, 4)),
         files=tuple(files),
         other_files=tuple(others),
     )
     shards.write_bytes(fs, root, shards.MANIFEST, manifest.to_json().encode())
     return manifest
+
+
+def _noting(groups: Iterator[pa.Table], pixels: list[tuple[int, int, int, int]]) -> Iterator[pa.Table]:
+    """The same row groups; notes `pixel_sums` of their images."""
+    for table in groups:
+        pixels.extend(pixel_sums(decode(data)) for data in table["image"].to_pylist())
+        yield table
 
 
 def _chosen(one: ShardSet, split: str, image_ids: pa.Array, counts: RowCounts) -> Iterator[pa.Table]:

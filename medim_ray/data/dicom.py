@@ -250,7 +250,8 @@ def _stored(dataset: Any) -> tuple[NDArray[Any], bool]:
         values = pydicom.pixels.apply_color_lut(values, dataset)
         values = (values >> 8 if values.dtype == np.uint16 else values).astype(np.uint8)
     if values.ndim == 3 and values.shape[2] == 3:
-        return cv2.cvtColor(np.ascontiguousarray(values.astype(np.uint8)), cv2.COLOR_RGB2GRAY), False
+        kind = np.uint8 if values.dtype.itemsize == 1 else np.uint16
+        return cv2.cvtColor(np.ascontiguousarray(values.astype(kind)), cv2.COLOR_RGB2GRAY), False
     if values.ndim != 2:
         raise BadImageError(f"pixels of {values.ndim} dimensions")
     if values.dtype.kind == "u" and int(values.max()) >= 1 << bits:
@@ -315,8 +316,17 @@ def _voi(dataset: Any, values_HW: NDArray[Any]) -> tuple[NDArray[Any], bool]:
         windowed_HW: NDArray[Any] = apply_voi_lut(values_HW, dataset)
     except Exception:  # a width of 0, text for a number, a LUT shorter than it says
         return values_HW, True
-    flat = float(windowed_HW.min()) == float(windowed_HW.max())
-    return (values_HW, True) if flat and values_HW.min() != values_HW.max() else (windowed_HW, False)
+    # One gray, or two as a window of width 1 leaves of many: what was meant is not known.
+    num_left, num_before = (_num_grays(image_HW) for image_HW in (windowed_HW, values_HW))
+    return (values_HW, True) if num_left < min(3, num_before) else (windowed_HW, False)
+
+
+def _num_grays(image_HW: NDArray[Any]) -> int:
+    """1, 2, or 3 for more."""
+    low, high = image_HW.min(), image_HW.max()
+    if low == high:
+        return 1
+    return 2 if ((image_HW == low) | (image_HW == high)).all() else 3
 
 
 def _to_unsigned(values_HW: NDArray[Any], bits: int) -> Gray:

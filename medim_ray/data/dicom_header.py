@@ -15,7 +15,7 @@ from typing import Any
 
 import pydicom
 
-from medim_ray.data.images import BadImageError
+from medim_ray.data.images import BadImageError, is_dicom
 
 # pydicom would quote odd values, which may be a patient's, in warnings and logs. Set for the process, because headers
 # are read by threads, in which warnings.catch_warnings is not safe.
@@ -82,7 +82,7 @@ def open_dataset(file: Any, keywords: Sequence[str | int], *, stop_before_pixels
     """
     start = file.read(132)
     file.seek(0)
-    if start[128:] != b"DICM" and not _starts_like_dicom(start):
+    if not is_dicom(start):
         raise BadImageError("not a DICOM file")
     try:
         dataset = pydicom.dcmread(file, force=True, stop_before_pixels=stop_before_pixels, specific_tags=list(keywords))
@@ -105,14 +105,6 @@ def _parses(dataset: Any, name: str | int) -> bool:
     except Exception:
         return False
     return True
-
-
-def _starts_like_dicom(start: bytes) -> bool:
-    """The first tag of a dataset without preamble: group 0002 or 0008, little or big endian, with a small element."""
-    return len(start) >= 8 and (
-        (start[:2] in (b"\x02\x00", b"\x08\x00") and start[3:4] == b"\x00")
-        or (start[:2] == b"\x00\x08" and start[2:3] == b"\x00")
-    )
 
 
 def _text(value: Any) -> str:

@@ -171,12 +171,15 @@ def decode_mask(data: bytes) -> NDArray[np.bool_]:
 def fetch(url: str) -> bytes:
     """The bytes of one row's file at any fsspec URL; remote storage that stumbles is asked again.
 
-    BadImageError: the file can't be read. RuntimeError: its storage keeps failing.
+    BadImageError: the file can't be read. RuntimeError: its storage keeps failing, or needs a package that is not
+    installed.
     """
     if not url:
         raise BadImageError("no image path")
     try:
         return read_bytes(url)
+    except ImportError as error:  # it is the same for every image there, and a package mends it
+        raise RuntimeError(f"images on {url.partition('://')[0]}:// can't be read: {error}") from None
     except FileNotFoundError:
         raise BadImageError("file not found") from None
     except PermissionError:
@@ -185,6 +188,18 @@ def fetch(url: str) -> bytes:
         raise BadImageError("a folder, not a file") from None
     except (OSError, ValueError) as error:  # a name too long or with NUL, a broken disk or link
         raise BadImageError(f"file can't be read: {type(error).__name__}") from None
+
+
+def is_dicom(start: bytes) -> bool:
+    """Whether a file that begins with these bytes (132 of them, if it has as many) is DICOM, perhaps without preamble:
+    then it begins with the first tag of a dataset, group 0002 or 0008 with a small element, little or big endian."""
+    return start[128:132] == b"DICM" or (
+        len(start) >= 8
+        and (
+            (start[:2] in (b"\x02\x00", b"\x08\x00") and start[3:4] == b"\x00")
+            or (start[:2] == b"\x00\x08" and start[2:3] == b"\x00")
+        )
+    )
 
 
 def decode_file(data: bytes) -> Gray:

@@ -111,7 +111,7 @@ def sources_open_with(config: StorageConfig) -> Iterator[None]:
         conf.update(before)
 
 
-def retried(url: str, read: Callable[[], bytes]) -> bytes:
+def retried(url: str, read: Callable[[], T]) -> T:
     """What `read` returns; where the storage of `url` is remote and fails for a moment, it is asked again.
 
     FileNotFoundError, PermissionError and other OSErrors of the file itself; RuntimeError where the storage keeps

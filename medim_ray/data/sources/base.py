@@ -9,14 +9,17 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from medim_ray.data.images import Gray, decode_file, fetch
+from medim_ray.data.images import Gray, decode_file, fetch, is_dicom
 from medim_ray.registry import Registry
+
+if TYPE_CHECKING:
+    from medim_ray.data.dicom import Radiograph
 
 PLAN_COLUMNS = ("image_id", "patient_id", "location", "view", "report", "split", "labels")
 """Columns of a plan: strings, '' where unknown (report: large_string), and `labels`, a struct of strings or null."""
@@ -121,38 +124,57 @@ def plan_rows(rows: Sequence[Row]) -> pa.Table:
     )
 
 
+class Picture(NamedTuple):
+    """Decoded pixels [H, W] and what is odd about their file."""
+
+    image_HW: Gray
+    flags: tuple[str, ...] = ()
+
+
 def plain_sample(
     row: Mapping[str, Any],
-    image_HW: Gray,
+    picture: Picture,
     *,
     more_labels: Mapping[str, str] | None = None,
     truth: tuple[Truth, ...] = (),
     flags: tuple[str, ...] = (),
 ) -> Sample:
-    """The sample of a plan's row and its pixels; `more_labels` add to those of the plan, they change none."""
+    """The sample of a plan's row and its picture; `more_labels` add to those of the plan, they change none."""
     known = {name: value for name, value in row["labels"].items() if value is not None}
     labels = {**{name: value for name, value in (more_labels or {}).items() if value}, **known}
     view = row["view"] or labels.get("view", "")
-    return Sample(image_HW=image_HW, view=view, report=row["report"], labels=labels, truth=truth, flags=flags)
+    flags = (*picture.flags, *flags)
+    return Sample(image_HW=picture.image_HW, view=view, report=row["report"], labels=labels, truth=truth, flags=flags)
 
 
-def read_image(url: str) -> Gray:
-    """[H, W] uint8 or uint16 of an image or DICOM file (window `voi`) at any fsspec URL.
+def read_image(url: str) -> Picture:
+    """An image or DICOM file at any fsspec URL, [H, W] uint8 or uint16.
 
-    BadImageError: it can't be read, or its DICOM header says that text is burned into the pixels.
+    BadImageError: it can't be read, or is a DICOM file that source `dicom` would not take with its defaults.
     """
     return decode_image(fetch(url))
 
 
-def decode_image(data: bytes) -> Gray:
-    """[H, W] uint8 or uint16 of the bytes of an image or DICOM file, as `read_image`."""
-    if data[128:132] == b"DICM":
-        from medim_ray.data.dicom import decode_dicom, refuse_burned_in  # pydicom: only where it is used
+def decode_image(data: bytes) -> Picture:
+    """The bytes of an image or DICOM file, as `read_image`."""
+    if is_dicom(data[:132]):
+        radiograph = chest_radiograph(data)
+        return Picture(radiograph.image_HW, radiograph.flags)
+    return Picture(decode_file(data))
 
-        radiograph = decode_dicom(data, window="voi")
-        refuse_burned_in(radiograph.header)
-        return radiograph.image_HW
-    return decode_file(data)
+
+def chest_radiograph(data: bytes) -> Radiograph:
+    """A DICOM file that another source lists, by the defaults of source `dicom`.
+
+    BadImageError: no image, text burned into it, another part of the body, no radiograph.
+    """
+    from medim_ray.data.dicom import decode_dicom, refuse_burned_in, refuse_other  # pydicom: only where it is used
+
+    wanted = SOURCES["dicom"].Config()
+    radiograph = decode_dicom(data, window=wanted.window)
+    refuse_burned_in(radiograph.header)
+    refuse_other(radiograph.header, body_parts=wanted.body_parts, modalities=wanted.modalities)
+    return radiograph
 
 
 def absolute(url: str) -> str:

@@ -16,9 +16,10 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medim_ray.data.images import BadImageError, Gray
+from medim_ray.data.images import BadImageError
 from medim_ray.data.sources.base import (
     SOURCES,
+    Picture,
     Row,
     Sample,
     absolute,
@@ -191,7 +192,7 @@ def _beside(url: str, path: str) -> str:
     return path if not path or path.startswith("/") or "://" in path else join(url.rpartition("/")[0], path)
 
 
-def _pixels(location: str, config: ColumnConfig) -> Gray:
+def _pixels(location: str, config: ColumnConfig) -> Picture:
     """The image of a row. BadImageError: null, damaged, or a file that can't be read any more."""
     place = _PLACE.fullmatch(location)
     if place is None:

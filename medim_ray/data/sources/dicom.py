@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import fsspec
 import pyarrow as pa
 
-from medim_ray.data.images import fetch
-from medim_ray.data.sources.base import SOURCES, Row, Sample, absolute, described, plain_sample, plan_rows
+from medim_ray.data.images import BadImageError, fetch
+from medim_ray.data.sources.base import SOURCES, Picture, Row, Sample, absolute, described, plain_sample, plan_rows
 from medim_ray.data.sources.files import extension, join, list_files, read_text
+from medim_ray.data.storage import retried
 
 if TYPE_CHECKING:
     from medim_ray.data.dicom_header import Header
@@ -103,7 +104,7 @@ class DicomSource:
             flags.append("burned_in_annotation")
         if header.sop_uid and row["image_id"] != header.sop_uid:
             flags.append(SHARED_UID)
-        return plain_sample(row, radiograph.image_HW, flags=tuple(flags))
+        return plain_sample(row, Picture(radiograph.image_HW, tuple(flags)))
 
     def _row(self, name: str, url: str) -> Row:
         header = _header_of(url)
@@ -125,7 +126,7 @@ class DicomSource:
             names = list(dict.fromkeys(name for name in names if name and not name.startswith("#")))
             folder = absolute(path).rpartition("/")[0]
             urls = [name if "://" in name or name.startswith("/") else join(folder, name) for name in names]
-        elif extension(path) in ("dcm", "dicom", "dic", "ima"):
+        elif _is_file(path):
             names, urls = [path.rpartition("/")[2]], [absolute(path)]
         else:
             found = list_files(path)
@@ -142,15 +143,25 @@ class DicomSource:
 
 
 def _header_of(url: str) -> Header | None:
-    """None where the file or its header can't be read; the row's sample finds out why."""
+    """None where the file or its header can't be read; the row's sample finds out why. RuntimeError where its storage
+    keeps failing: the row would lose its name and its patient."""
     from medim_ray.data.dicom_header import read_header
 
-    try:
+    def read() -> Header:
         remote = {"block_size": _HEADER_BLOCK} if "://" in url else {}
         with fsspec.open(url, "rb", **remote) as file:
             return read_header(file)
-    except Exception:  # whatever it is, the sample meets it again and says it
+
+    try:
+        return retried(url, read)
+    except (BadImageError, OSError, ValueError):
         return None
+
+
+def _is_file(path: str) -> bool:
+    """Whatever its ending: DICOM files often have none."""
+    fs, at = fsspec.core.url_to_fs(absolute(path))
+    return bool(fs.isfile(at))
 
 
 def _unique(sop_uid: str, name: str) -> str:

@@ -75,14 +75,14 @@ class NihSource:
 
     def sample(self, row: Mapping[str, Any]) -> Sample:
         """See `Source`."""
-        image_HW = read_image(row["location"])
-        height, width = image_HW.shape
+        picture = read_image(row["location"])
+        height, width = picture.image_HW.shape
         truth = [
             lesion
             for finding, boxes in _boxes(self.config.path).get(row["image_id"], {}).items()
             for lesion in region(finding, box_mask(boxes, (height, width)))
         ]
-        return plain_sample(row, image_HW, truth=tuple(truth))
+        return plain_sample(row, picture, truth=tuple(truth))
 
 
 @lru_cache(maxsize=2)

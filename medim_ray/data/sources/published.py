@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medim_ray.data.images import BadImageError, fetch
-from medim_ray.data.sources.base import Row, Sample, Truth, described, plain_sample
+from medim_ray.data.sources.base import Picture, Row, Sample, Truth, chest_radiograph, described, plain_sample
 from medim_ray.data.sources.files import exists, join
 from medim_ray.data.splits import SplitConfig, split_of
 
@@ -162,15 +162,15 @@ def region(finding: str, mask_HW: NDArray[np.bool_]) -> tuple[Truth, ...]:
 
 
 def dicom_sample(row: Mapping[str, Any], regions: Mapping[str, Any] | None = None) -> Sample:
-    """The sample of a DICOM file (window `voi`), view, sex and age from its header where the plan has none.
+    """The sample of a DICOM file by the defaults of source `dicom`; view, sex and age of its header where the plan has
+    none.
 
     regions: finding -> function of the image's (height, width) that gives its mask.
     """
-    from medim_ray.data.dicom import decode_dicom  # pydicom: only where it is used
-
-    radiograph = decode_dicom(fetch(row["location"]), window="voi")
+    radiograph = chest_radiograph(fetch(row["location"]))
     height, width = radiograph.image_HW.shape
     truth = [t for finding, mask in (regions or {}).items() for t in region(finding, mask((height, width)))]
     fields = radiograph.header.fields
     labels = person(view_of(fields.get("view", "")), fields.get("sex", ""), fields.get("age", ""))
-    return plain_sample(row, radiograph.image_HW, more_labels=labels, truth=tuple(truth), flags=radiograph.flags)
+    picture = Picture(radiograph.image_HW, radiograph.flags)
+    return plain_sample(row, picture, more_labels=labels, truth=tuple(truth))

@@ -12,6 +12,7 @@ import pytest
 from medim_ray.cli import main
 from medim_ray.config.loader import load
 from medim_ray.config.schema import RunConfig
+from medim_ray.data.images import decode
 from medim_ray.data.shards import SCHEMA, ShardSet, verify
 from medim_ray.train.build import stream_plan
 from tests.unit.data.test_shards import write_set
@@ -103,6 +104,9 @@ def test_a_sample_keeps_the_shares_and_is_a_function_of_the_seed(tmp_path: Path)
         full = {row["image_id"]: row for row in ShardSet.open(str(one)).read_rows(None, SCHEMA.names).to_pylist()}
         rows = part.read_rows(None, SCHEMA.names).to_pylist()
         assert all(full[row["image_id"]] == row for row in rows)
+        pixels = np.concatenate([decode(row["image"]).ravel() for row in rows if row["split"] == "train"]) / 255
+        assert part.manifest.intensity["pixels"] == pixels.size
+        assert part.manifest.intensity["mean"] == pytest.approx(pixels.mean())
         ids.append([row["image_id"] for row in rows])
     assert ids[0] == ids[1] != ids[2]
     assert (tmp_path / "x/train/00000.parquet").read_bytes() == (tmp_path / "y/train/00000.parquet").read_bytes()

@@ -347,3 +347,16 @@ def test_implicit_files_with_preamble() -> None:
     ds = dataset(TWELVE, bits=12)
     ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
     assert np.array_equal(decoded(ds), TWELVE)
+
+
+def test_colour_of_16_bits_becomes_luma_of_16_bits() -> None:
+    ramp_HW = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (48, 1))
+    ds = dataset(np.stack([ramp_HW] * 3, axis=2), SamplesPerPixel=3, PlanarConfiguration=0)
+    ds.PhotometricInterpretation = "RGB"
+    assert np.array_equal(decoded(ds), ramp_HW)
+
+
+def test_a_window_of_width_1_is_left_out_and_flagged() -> None:
+    """It leaves two grays of all."""
+    radiograph = decode_dicom(file_of(dataset(TWELVE, bits=12, WindowCenter=2000, WindowWidth=1)), window="voi")
+    assert radiograph.flags == (WINDOW_IGNORED,) and np.array_equal(radiograph.image_HW, TWELVE)

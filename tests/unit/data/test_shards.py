@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,7 +28,7 @@ def rows(first: int, num: int, split: str = "train") -> pa.Table:
             "split": split,
             "source": "test",
             "view": "PA",
-            "image": bytes([k % 256]) * 500,
+            "image": cv2.imencode(".png", np.full((4, 5), k % 256, np.uint8))[1].tobytes(),
             "height": 4,
             "width": 5,
             "bits": 8,
