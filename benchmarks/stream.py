@@ -40,6 +40,7 @@ class Contender:
         self.name, self.workers = name, workers
         command = [python, "-m", "benchmarks.stream_contenders", name, str(args.shards), args.recipe, str(workers)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.pid = self._process.pid
         self.start = self._answer()  # {"missing": why} where it is not installed
 
     @property
