@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections import Counter
+from collections import defaultdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def main() -> None:
         before = thread_seconds(ours.pid)
         answer = ours.take(args.samples)
         own = answer["stages_s"]["cpu"]
-        cost: Counter[str] = Counter()
+        cost: dict[str, float] = defaultdict(float)
         for key, (part, seconds) in thread_seconds(ours.pid).items():
             cost[part] += seconds - before.get(key, (part, 0.0))[1]
         cost[READERS] -= own

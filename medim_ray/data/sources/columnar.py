@@ -29,8 +29,9 @@ from medim_ray.data.sources.base import (
     plan_rows,
     read_image,
 )
-from medim_ray.data.sources.files import exists, extension, join, list_files, read_bytes, readable
+from medim_ray.data.sources.files import exists, extension, is_file, join, list_files, read_bytes, readable
 from medim_ray.data.sources.roles import ColumnConfig, choose_roles
+from medim_ray.data.storage import retried
 
 _PARQUET = ("parquet", "pq")
 _MAX_GROUP = 256 << 20  # bytes of images in a row group
@@ -59,7 +60,7 @@ class ParquetSource:
     def plan(self) -> pa.Table:
         """See `Source`. ValueError: no Parquet file, a damaged one, a column that is not there."""
         path = self.config.path
-        if extension(path) in _PARQUET:
+        if extension(path) in _PARQUET and is_file(path):
             files = [("", absolute(path))]
         else:
             files = [(f"{name}:", join(path, name)) for name in list_files(path) if extension(name) in _PARQUET]
@@ -193,15 +194,24 @@ def _beside(url: str, path: str) -> str:
 
 
 def _pixels(location: str, config: ColumnConfig) -> Picture:
-    """The image of a row. BadImageError: null, damaged, or a file that can't be read any more."""
+    """The image of a row. BadImageError: null, damaged, or a file that can't be read any more. RuntimeError: its
+    storage keeps failing."""
     place = _PLACE.fullmatch(location)
     if place is None:
         return read_image(location)
     url, group, row = place[1], int(place[2]), int(place[3])
+
+    def read() -> Any:
+        try:
+            schema, _ = _shape_of(url)
+            image = choose_roles(config, schema.names, url).image
+            return _read(url, group, (image,))[image][row].as_py()
+        except OSError:
+            _parquet.cache_clear()  # an open file may be that of a connection which is gone
+            raise
+
     try:
-        schema, _ = _shape(url)
-        image = choose_roles(config, schema.names, url).image
-        value = _read(url, group, (image,))[image][row].as_py()
+        value = retried(url, read)
     except (pa.ArrowException, OSError, ValueError, IndexError) as error:
         raise BadImageError(f"row can't be read from its file: {type(error).__name__}") from None
     if isinstance(value, dict):
@@ -228,19 +238,24 @@ def _class_name(names: Sequence[str], value: Any) -> Any:
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
-@lru_cache(maxsize=16)
 def _shape(url: str) -> tuple[pa.Schema, tuple[int, ...]]:
     """Schema and rows of each row group (or record batch). ValueError: no such file, damaged."""
     with readable(url):
-        try:
-            if extension(url) == "arrow":
-                batches = _arrow(url)
-                return batches.schema, tuple(len(chunk) for chunk in batches.column(0).chunks)
-            metadata = _parquet(url).metadata
-            groups = range(metadata.num_row_groups)
-            return _parquet(url).schema_arrow, tuple(metadata.row_group(g).num_rows for g in groups)
-        except pa.ArrowInvalid:
-            raise ValueError(f"{url} is no Parquet or Arrow file, or was cut off") from None
+        return _shape_of(url)
+
+
+@lru_cache(maxsize=16)
+def _shape_of(url: str) -> tuple[pa.Schema, tuple[int, ...]]:
+    """`_shape` with the errors of the storage as they are."""
+    try:
+        if extension(url) == "arrow":
+            batches = _arrow(url)
+            return batches.schema, tuple(len(chunk) for chunk in batches.column(0).chunks)
+        metadata = _parquet(url).metadata
+        groups = range(metadata.num_row_groups)
+        return _parquet(url).schema_arrow, tuple(metadata.row_group(g).num_rows for g in groups)
+    except pa.ArrowInvalid:
+        raise ValueError(f"{url} is no Parquet or Arrow file, or was cut off") from None
 
 
 @lru_cache(maxsize=1)  # the rows of a task come from many row groups: more would cost memory and save nothing

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from medim_ray.data.images import BadImageError, fetch
 from medim_ray.data.sources.base import SOURCES, Picture, Row, Sample, absolute, described, plain_sample, plan_rows
-from medim_ray.data.sources.files import extension, join, list_files, read_text
+from medim_ray.data.sources.files import exists, extension, is_file, join, list_files, read_text
 from medim_ray.data.storage import retried
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class DicomSource:
             names = list(dict.fromkeys(name for name in names if name and not name.startswith("#")))
             folder = absolute(path).rpartition("/")[0]
             urls = [name if "://" in name or name.startswith("/") else join(folder, name) for name in names]
-        elif _is_file(path):
+        elif is_file(path) and exists(path):
             names, urls = [path.rpartition("/")[2]], [absolute(path)]
         else:
             found = list_files(path)
@@ -156,12 +156,6 @@ def _header_of(url: str) -> Header | None:
         return retried(url, read)
     except (BadImageError, OSError, ValueError):
         return None
-
-
-def _is_file(path: str) -> bool:
-    """Whatever its ending: DICOM files often have none."""
-    fs, at = fsspec.core.url_to_fs(absolute(path))
-    return bool(fs.isfile(at))
 
 
 def _unique(sop_uid: str, name: str) -> str:

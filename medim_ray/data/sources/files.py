@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import lzma
 import os
 import stat
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,8 +23,14 @@ def readable(url: str, option: str = "source.path") -> Iterator[None]:
     """ValueError that names the option for whatever keeps a file or folder of the job from being read."""
     try:
         yield
-    except FileNotFoundError:
-        raise ValueError(f"{option}={url}: there is no such file or folder") from None
+    except FileNotFoundError as error:
+        # fsspec's HTTP calls whatever a server refuses "not found", and keeps what it was as the cause.
+        status = getattr(error.__cause__, "status", 404)
+        if status in (404, 410):
+            raise ValueError(f"{option}={url}: there is no such file or folder") from None
+        raise ValueError(f"{option}={url} can't be read: the server answers {status}") from None
+    except (EOFError, zlib.error, lzma.LZMAError):
+        raise ValueError(f"{option}={url} is cut off or damaged: download or copy it again") from None
     except IsADirectoryError:
         raise ValueError(f"{option}={url} is a folder: name the file in it") from None
     except NotADirectoryError:
@@ -51,6 +59,13 @@ def exists(url: str) -> bool:
         fs, path = fsspec.core.url_to_fs(absolute(url))
         found: bool = fs.exists(path)
     return found
+
+
+def is_file(url: str) -> bool:
+    """Whether it is a file, whatever its ending; what is not there counts as one, so that its reader says so."""
+    with readable(url):
+        fs, path = fsspec.core.url_to_fs(absolute(url))
+        return not fs.isdir(path)
 
 
 def list_files(root: str, option: str = "source.path") -> list[str]:

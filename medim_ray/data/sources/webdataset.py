@@ -6,6 +6,7 @@ The plan reads headers and texts; a task reads the bytes of one image at its pla
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from medim_ray.data.images import BadImageError
 from medim_ray.data.sources.base import SOURCES, Sample, absolute, decode_image, described, plain_sample, plan_rows
-from medim_ray.data.sources.files import decode_text, extension, join, list_files, readable
+from medim_ray.data.sources.files import decode_text, extension, is_file, join, list_files, readable
 from medim_ray.data.sources.folder import IMAGE_EXTENSIONS
 from medim_ray.data.sources.roles import ColumnConfig, choose_roles
 from medim_ray.data.storage import retried
@@ -32,6 +33,7 @@ class _Group:
     key: str
     image: str = ""
     fields: dict[str, Any] = field(default_factory=dict)
+    unnamed: list[str] = field(default_factory=list)  # members that may be images, but have longer endings
 
 
 @SOURCES.register("webdataset")
@@ -59,7 +61,7 @@ class WebDatasetSource:
     def plan(self) -> pa.Table:
         """See `Source`. A tar that ends too early gives the rows before its end, the last of them unreadable."""
         path = self.config.path
-        if extension(path) in ("tar", "gz", "tgz"):
+        if extension(path) in ("tar", "gz", "tgz") and is_file(path):
             tars = [(path.rpartition("/")[2], absolute(path))]
         else:
             tars = [(name, join(path, name)) for name in list_files(path) if extension(name) == "tar"]
@@ -106,35 +108,74 @@ def _bytes_at(url: str, offset: int, size: int) -> bytes:
 
 
 def _groups(url: str, endings: tuple[str, ...]) -> list[_Group]:
-    """The samples of a tar in its order; of a tar that was cut off, the last one is marked."""
+    """The samples of a tar in its order; of a tar that was cut off, the last one is marked. ValueError: a tar that is
+    damaged in its middle, or members of which an image would be lost."""
     groups: dict[str, _Group] = {}
-    last, end = "", 0
     with readable(url), fsspec.open(url, "rb") as file:
         if file.read(2) == b"\x1f\x8b":
             raise ValueError(f"{url} is compressed, and samples are read at their place: unpack it with gunzip")
-        file.seek(0)
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                    folder, slash, base = member.name.rpartition("/")
-                    stem, _, ending = base.partition(".")
-                    if member.isfile() and stem and ending:
-                        last = f"{folder}{slash}{stem}"
-                        _add(tar, member, ending.lower(), groups.setdefault(last, _Group(key=last)), endings)
-        except (tarfile.ReadError, EOFError):
-            if not end:
-                raise ValueError(f"{url} is no tar file") from None
-        file.seek(end)
-        if groups and file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # no end mark
-            groups[last].image = "0:-1"
+        at: int | None = 0
+        while at is not None:  # one archive after the other, where they were put together with `cat`
+            at = _archive(url, file, at, endings, groups)
+    for group in groups.values():
+        if len(group.unnamed) > 1 and not group.image:
+            raise ValueError(
+                f"{url}: {group.unnamed[0]!r} and {group.unnamed[1]!r} are of one key, {group.key!r} (a key ends at the "
+                "first dot), and none is its image: name the files without dots in their keys"
+            )
     return list(groups.values())
 
 
-def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, group: _Group, images: tuple[str, ...]) -> None:
+def _archive(url: str, file: Any, start: int, endings: tuple[str, ...], groups: dict[str, _Group]) -> int | None:
+    """Adds the samples of the archive at `start`; where the next one begins, None for no other."""
+    last, end = "", start
+    file.seek(start)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                folder, slash, base = member.name.rpartition("/")
+                stem, ending = _key(base)
+                if member.isfile() and stem and ending:
+                    last = f"{folder}{slash}{stem}"
+                    _add(url, tar, member, ending.lower(), groups.setdefault(last, _Group(key=last)), endings)
+    except (tarfile.ReadError, EOFError):
+        if end == start == 0:
+            raise ValueError(f"{url} is no tar file") from None
+    file.seek(end)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) == tarfile.BLOCKSIZE and any(block):
+        raise ValueError(
+            f"{url} is damaged at byte {end}, and what is behind it can't be found: restore or pack it anew"
+        )
+    if len(block) < tarfile.BLOCKSIZE and last:  # no end mark
+        groups[last].image = "0:-1"
+    while len(block) == tarfile.BLOCKSIZE and not any(block):
+        end += tarfile.BLOCKSIZE
+        block = file.read(tarfile.BLOCKSIZE)
+    return end if len(block) == tarfile.BLOCKSIZE else None
+
+
+def _key(base: str) -> tuple[str, str]:
+    """Key and ending of a member's name: at the first dot, as WebDataset has it, but behind a DICOM UID."""
+    uid = re.match(r"\d+(\.\d+)+(?=\.[A-Za-z])", base)
+    stem = uid[0] if uid else base.partition(".")[0]
+    return stem, base[len(stem) + 1 :]
+
+
+def _add(
+    url: str, tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, group: _Group, images: tuple[str, ...]
+) -> None:
     if ending in images:
-        group.image = group.image or f"{member.offset_data}:{member.size}"
+        if group.image:
+            raise ValueError(
+                f"{url}: the key {group.key!r} has a second image, {member.name!r}, and one would be lost: give each a "
+                "key of its own (a key ends at the first dot), or name the ending in source.image_column"
+            )
+        group.image = f"{member.offset_data}:{member.size}"
         return
+    if ending.rpartition(".")[2] in images and "." in ending:
+        group.unnamed.append(member.name)
     if ending in _IMAGES or member.size > _MAX_TEXT:
         return
     if ending not in ("txt", "json", "cls", "text", "id"):
@@ -149,5 +190,5 @@ def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str, group: _Gro
     try:
         tree = json.loads(data)
     except ValueError:
-        raise ValueError(f"{member.name} is no JSON") from None
+        raise ValueError(f"{url}: {member.name} is no JSON") from None
     group.fields.update(tree if isinstance(tree, dict) else {"json": tree})
