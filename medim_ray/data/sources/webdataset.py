@@ -120,7 +120,7 @@ def _groups(url: str, endings: tuple[str, ...]) -> list[_Group]:
     for group in groups.values():
         if len(group.unnamed) > 1 and not group.image:
             raise ValueError(
-                f"{url}: {group.unnamed[0]!r} and {group.unnamed[1]!r} are of one key, {group.key!r} (a key ends at the "
+                f"{url}: {group.unnamed[0]!r} and {group.unnamed[1]!r} are of one key, {group.key!r} (it ends at the "
                 "first dot), and none is its image: name the files without dots in their keys"
             )
     return list(groups.values())
