@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import lzma
 import os
 import stat
@@ -29,7 +30,7 @@ def readable(url: str, option: str = "source.path") -> Iterator[None]:
         if status in (404, 410):
             raise ValueError(f"{option}={url}: there is no such file or folder") from None
         raise ValueError(f"{option}={url} can't be read: the server answers {status}") from None
-    except (EOFError, zlib.error, lzma.LZMAError):
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile):
         raise ValueError(f"{option}={url} is cut off or damaged: download or copy it again") from None
     except IsADirectoryError:
         raise ValueError(f"{option}={url} is a folder: name the file in it") from None
