@@ -32,8 +32,8 @@ _GROUP_ROWS = 64
 def merge(sets: Sequence[ShardSet], out: str, fs: fsspec.AbstractFileSystem, root: str) -> Manifest:
     """Writes all samples of `sets` into the empty folder `root` on `fs`; every byte is checked on its way.
 
-    ValueError: fewer than two sets, one of an older schema, an image id in two of them, a patient in two splits,
-    copies of an image in two splits, a damaged file, an output that is not empty.
+    ValueError: fewer than two sets, one of an older schema, sets of different salts, an image id in two of them, a
+    patient in two splits, copies of an image in two splits, a damaged file, an output that is not empty.
     """
     if len(sets) < 2:
         raise ValueError("shards merge: name at least two shard sets")
@@ -43,6 +43,7 @@ def merge(sets: Sequence[ShardSet], out: str, fs: fsspec.AbstractFileSystem, roo
                 f"{one.url} has schema version {one.manifest.schema_version}, made by an earlier medim-ray: "
                 "run `medim-ray prepare` again into a new folder"
             )
+    _refuse_salts(sets)
     rows = pa.concat_tables([one.read_rows(None, STORED_COLUMNS) for one in sets])
     _refuse_conflicts(rows)
     copies = _list_of_copies(rows)
@@ -79,6 +80,8 @@ def sample(one: ShardSet, out: str, fs: fsspec.AbstractFileSystem, root: str, *,
     if not 1 <= num_rows <= total:
         raise ValueError(f"rows={num_rows}: between 1 and the {total} rows of {one.url}")
     rows = one.read_rows(None, STORED_COLUMNS)
+    of_files = [name for file in one.files() for name in [file.origin] * file.rows]
+    rows = rows.append_column("origin", pa.array(of_files, type=pa.string()))
     key = hashlib.blake2b(f"medim-ray sample {seed}".encode()).digest()
     ranks = [hashlib.blake2b(name.encode(), key=key, digest_size=8).digest() for name in rows["image_id"].to_pylist()]
     # Rows of equal share: the k-th of n rows of a split is at (k + 1/2) / n, whatever the split.
@@ -104,12 +107,14 @@ def _write_sample(one: ShardSet, rows: pa.Table, fs: fsspec.AbstractFileSystem, 
     counts, pixels = RowCounts(), list[tuple[int, int, int, int]]()
     files = []
     for split in SPLITS:
-        wanted = rows.filter(pc.equal(rows["split"], split))["image_id"].combine_chunks()
-        if len(wanted):
-            groups = _chosen(one, split, wanted, counts)
+        here = rows.filter(pc.equal(rows["split"], split))
+        for number, origin in enumerate(pc.unique(here["origin"]).to_pylist()):  # of a merged set, a file an origin
+            wanted = here.filter(pc.equal(here["origin"], origin))["image_id"].combine_chunks()
+            groups = _chosen([f for f in one.files(split) if f.origin == origin], one, wanted, counts)
             if split == "train":
                 groups = _noting(groups, pixels)
-            files.append(shards.write_shard(fs, root, f"{split}/00000.parquet", split, groups))
+            file = shards.write_shard(fs, root, f"{split}/{number:05d}.parquet", split, groups)
+            files.append(replace(file, origin=origin))
     others = [
         shards.write_table(fs, root, shards.QUARANTINE, shards.QUARANTINE_SCHEMA.empty_table()),
         shards.write_bytes(fs, root, shards.DUPLICATES, _list_of_copies(rows).encode()),
@@ -147,10 +152,10 @@ def _noting(groups: Iterator[pa.Table], pixels: list[tuple[int, int, int, int]])
         yield table
 
 
-def _chosen(one: ShardSet, split: str, image_ids: pa.Array, counts: RowCounts) -> Iterator[pa.Table]:
-    """Row groups of the samples with these ids, in the order of the shards."""
+def _chosen(files: Sequence[ShardFile], one: ShardSet, image_ids: pa.Array, counts: RowCounts) -> Iterator[pa.Table]:
+    """Row groups of the samples with these ids, in the order of the files."""
     held = shards.SCHEMA.empty_table()
-    for file in one.files(split):
+    for file in files:
         with one.arrow_fs().open_input_file(one.path(file)) as raw:
             parquet = pq.ParquetFile(raw)
             for group in range(parquet.num_row_groups):
@@ -167,6 +172,17 @@ def _chosen(one: ShardSet, split: str, image_ids: pa.Array, counts: RowCounts) -
                     yield held.slice(0, _GROUP_ROWS)
                     held = held.slice(_GROUP_ROWS)
     yield held
+
+
+def _refuse_salts(sets: Sequence[ShardSet]) -> None:
+    """One patient would have two ids, and could be in two splits; what an earlier medim-ray wrote can't be told."""
+    known = {one.manifest.salt_mark: one.url for one in sets if one.manifest.salt_mark}
+    if len(known) > 1:
+        first, second, *_ = known.values()
+        raise ValueError(
+            f"{first} and {second} were prepared with different salts, so one patient may have two ids and be in two "
+            "splits: prepare the sources with one salt"
+        )
 
 
 def _refuse_conflicts(rows: pa.Table) -> None:
@@ -268,6 +284,7 @@ def _sum_of(
         intensity=pooled([manifest.intensity for manifest in manifests]),
         files=files,
         other_files=others,
+        salt_mark=manifests[0].salt_mark if len({manifest.salt_mark for manifest in manifests}) == 1 else "",
     )
 
 

@@ -149,6 +149,7 @@ class Identity:
     source: str
     config_hash: str
     input_hash: str
+    salt_mark: str
     rule: str
     vocabulary: VocabularyConfig
 
@@ -191,6 +192,7 @@ def finish(
         intensity=_intensity(plan, old),
         files=tuple(files),
         other_files=tuple(_others(identity, plan, quarantined, files, stored, work)),
+        salt_mark=identity.salt_mark,
     )
     kept, gone = manifest.rows_out, manifest.rows_quarantined + manifest.rows_skipped
     assert manifest.rows_in == kept + gone, "rows went missing"

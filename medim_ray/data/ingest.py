@@ -36,7 +36,7 @@ from medim_ray.data.progress import progress_bar
 from medim_ray.data.shards import Manifest, ShardSet
 from medim_ray.data.sources import SOURCES
 from medim_ray.data.sources.base import Source, absolute
-from medim_ray.data.splits import SplitConfig, hash_patient
+from medim_ray.data.splits import SplitConfig, salt_mark
 from medim_ray.data.storage import StorageConfig, filesystem, missing_packages, sources_open_with, storage_faults
 from medim_ray.data.summary import SALT_VARIABLE, PrepareSummary, notices_of_copies, summarize
 from medim_ray.data.vocabulary import VocabularyConfig
@@ -165,10 +165,9 @@ def _job(config: PrepareConfig, rows: pa.Table, salt: str) -> dict[str, Any]:
     """What an unfinished job is known by."""
     options = {key: value for key, value, meta in leaves(config) if meta.get("hashed", True)}
     options = json.loads(json.dumps(options))
-    # The salt enters through what it makes of a fixed word.
-    tree = {**options, "format": {"schema": shards.ROW_VERSION, "salt": hash_patient("medim-ray", salt)}}
+    tree = {**options, "format": {"schema": shards.ROW_VERSION, "salt": salt_mark(salt)}}
     digest = hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=8).hexdigest()
-    return {"config_hash": digest, "input_hash": rows_hash(rows), "options": options}
+    return {"config_hash": digest, "input_hash": rows_hash(rows), "salt_mark": salt_mark(salt), "options": options}
 
 
 def _already(config: PrepareConfig, work: WorkFolder, manifest: Manifest, salt: str) -> PrepareSummary:
@@ -213,6 +212,7 @@ def _run(
         source=config.source.name,
         config_hash=job["config_hash"],
         input_hash=job["input_hash"],
+        salt_mark=job["salt_mark"],
         rule=config.duplicates,
         vocabulary=config.vocabulary,
     )

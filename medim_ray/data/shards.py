@@ -22,9 +22,10 @@ import xxhash
 
 from medim_ray.data.storage import committed, missing_packages, sizes
 
-SCHEMA_VERSION = 4  # 2: hashes of the pixels, duplicates; 3: a checksum a row; 4: XXH3 of the files
+# 2: hashes of the pixels, duplicates; 3: a checksum a row; 4: XXH3 of the files; 5: mark of the salt
+SCHEMA_VERSION = 5
 ROW_VERSION = 3  # of what the Parquet files hold: sets from here on can be added to and merged
-READABLE = (1, 2, 3, 4)
+READABLE = (1, 2, 3, 4, 5)
 # Chance finds no collision, and it takes a tenth of BLAKE2b's time, which was 2 % of all that `prepare` does.
 CHECKSUM = "xxh3_128"
 _CHECKSUMS: dict[str, Callable[[], Any]] = {
@@ -128,7 +129,8 @@ class Manifest:
 
     rows_in = rows_out + rows_quarantined + rows_skipped (copies that `duplicates=skip` leaves out); quarantine: rows by
     reason; labels: name -> value -> rows; intensity also has `pixels`, their number; config_hash: options that shape
-    the rows; input_hash: the rows of the source as listed (not the image files).
+    the rows; input_hash: the rows of the source as listed (not the image files); salt_mark: a hash under the salt of
+    the patient ids, equal where one patient has one id ('' before version 5).
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -148,6 +150,7 @@ class Manifest:
     files: tuple[ShardFile, ...]
     other_files: tuple[OtherFile, ...] = field(default=())
     rows_skipped: int = 0
+    salt_mark: str = ""
 
     def to_json(self) -> str:
         """Text of manifest.json; `checksum` covers every other key."""

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import errno
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,8 @@ from typing import Any, TypeVar
 
 import fsspec
 from fsspec.config import conf
-from fsspec.core import split_protocol
+from fsspec.core import OpenFile, get_compression, split_protocol
+from fsspec.implementations.local import LocalFileSystem
 
 S3, GCS, AZURE = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss", "adl")
 _OBJECT_STORES = (*S3, *GCS, *AZURE)
@@ -28,8 +30,13 @@ _ENVIRONMENT = copy.deepcopy(conf)  # what fsspec took from files and FSSPEC_…
 _ATTEMPTS = 4  # of ours; clients of object stores try several times themselves
 _LASTING = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # waiting makes no room
+_NO_CREDENTIALS = re.compile("Credential|Profile|Token|Auth")  # in names of errors that asking again does not mend
 _LONGEST_PAUSE_S = 5.0
 T = TypeVar("T")
+
+
+class StorageFailingError(RuntimeError):
+    """Remote storage that keeps failing: its files may be fine, so a job must not go on without them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +121,7 @@ def sources_open_with(config: StorageConfig) -> Iterator[None]:
 def retried(url: str, read: Callable[[], T]) -> T:
     """What `read` returns; where the storage of `url` is remote and fails for a moment, it is asked again.
 
-    FileNotFoundError, PermissionError and other OSErrors of the file itself; RuntimeError where the storage keeps
-    failing: the file may be fine, so the job must not go on without it.
+    FileNotFoundError, PermissionError and other OSErrors of the file itself; StorageFailingError: it keeps failing.
     """
     is_remote = (split_protocol(url)[0] or "file") not in ("file", "local")
     for attempt in range(_ATTEMPTS):
@@ -124,7 +130,7 @@ def retried(url: str, read: Callable[[], T]) -> T:
         except Exception as error:
             # fsspec's HTTP calls whatever went wrong "not found", and keeps what it was as the cause.
             cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-            status = _status(cause)
+            status = http_status(cause)
             if status in (404, 410):
                 raise FileNotFoundError(url) from None
             if status in (401, 403):
@@ -132,7 +138,7 @@ def retried(url: str, read: Callable[[], T]) -> T:
             if not is_remote or not _passing(cause):
                 raise
             if attempt == _ATTEMPTS - 1:
-                raise RuntimeError(f"the storage of the images keeps failing ({_words(cause)})") from None
+                raise StorageFailingError(f"the storage keeps failing ({_words(cause)})") from None
             time.sleep(0.2 * 3**attempt)
     raise AssertionError
 
@@ -152,44 +158,59 @@ def patiently(do: Callable[[], T], patience_s: float) -> T:
         pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
-def read_bytes(url: str) -> bytes:
+def opened(url: str, *, compression: str | None = None, **options: Any) -> OpenFile:
+    """`fsspec.open` for reading; without a protocol it is a local file, also where its name holds "::"."""
+    if "://" in url:
+        return fsspec.open(url, "rb", compression=compression, **options)
+    return OpenFile(LocalFileSystem(), url, "rb", compression=get_compression(url, compression))
+
+
+def located(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """`fsspec.core.url_to_fs`, with local files as `opened` has them."""
+    if "://" in url:
+        fs, path = fsspec.core.url_to_fs(url)
+        return fs, path
+    return LocalFileSystem(), url
+
+
+def read_bytes(url: str, *, compression: str | None = None) -> bytes:
     """The whole file at any URL; see `retried`."""
 
     def read() -> bytes:
-        with fsspec.open(url, "rb") as file:
+        with opened(url, compression=compression) as file:
             data: bytes = file.read()
             return data
 
     return retried(url, read)
 
 
-def _status(error: BaseException) -> int | None:
+def http_status(error: BaseException) -> int | None:
     """The HTTP status behind an error of aiohttp, if there is one."""
     status = getattr(error, "status", None)
     return status if isinstance(status, int) and status else None
 
 
-def _foreign(error: BaseException) -> bool:
+def is_clients(error: BaseException) -> bool:
     """Errors of the clients of servers that are no OSError."""
     return type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp", "gcsfs", "azure")
 
 
 def _passing(error: BaseException) -> bool:
     """Whether asking again may help: time-outs, cut connections, overloaded servers."""
-    status = _status(error)
+    status = http_status(error)
     if status is not None:
         return status == 429 or status >= 500
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         return False
     if isinstance(error, OSError):
         return error.errno not in _LASTING
-    return _foreign(error)
+    return is_clients(error) and not _NO_CREDENTIALS.search(type(error).__name__)
 
 
 def _words(error: BaseException) -> str:
     """An error in few words, without paths."""
     text = getattr(error, "strerror", None) or ""
-    return str(text) or (f"HTTP status {_status(error)}" if _status(error) else type(error).__name__)
+    return str(text) or (f"HTTP status {http_status(error)}" if http_status(error) else type(error).__name__)
 
 
 @contextlib.contextmanager
@@ -204,11 +225,11 @@ def storage_faults(option: str, kept: str = "") -> Iterator[None]:
         cause: Any = getattr(error, "cause", None) or error  # where Ray wrapped it
         if isinstance(cause, RuntimeError) and cause is not error:
             raise RuntimeError(f"{str(cause).splitlines()[0]}{kept}") from None  # Ray adds lines of advice
-        if not isinstance(cause, OSError) and not _foreign(cause):
+        if not isinstance(cause, OSError) and not is_clients(cause):
             raise
         if isinstance(cause, PermissionError):
             reason = f"no permission ({cause.strerror or cause})"
-        elif _foreign(cause) or not getattr(cause, "strerror", None):
+        elif is_clients(cause) or not getattr(cause, "strerror", None):
             reason = next(iter(str(cause).splitlines()), "") or type(cause).__name__
         else:
             reason = str(cause.strerror)

@@ -190,9 +190,7 @@ def test_a_source_on_the_web_stumbles_goes_down_and_comes_back(
     try:
         with FaultyProxy("127.0.0.1", server.server_address[1]).running() as web:
             web.judge = down
-            with pytest.raises(
-                RuntimeError, match=r"storage of the images keeps failing \(HTTP status 503\); .* go on"
-            ):
+            with pytest.raises(RuntimeError, match=r"the storage keeps failing \(HTTP status 503\); .* go on"):
                 prepare(config(web.url, str(out)))
             web.judge, before = stumble, web.seen.copy()
             summary = prepare(config(web.url, str(out)))

@@ -80,10 +80,19 @@ def plan_table(
     split: Any,
     labels: Mapping[str, Any],
 ) -> pa.Table:
-    """A plan from arrays or sequences of strings of equal length; `labels` holds one a label name."""
+    """A plan from arrays or sequences of strings of equal length; `labels` holds one a label name. ValueError: a name
+    that is no UTF-8."""
 
     def column(values: Any, kind: pa.DataType) -> Any:
-        return values.cast(kind) if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, type=kind)
+        if isinstance(values, pa.Array | pa.ChunkedArray):
+            return values.cast(kind)
+        try:
+            return pa.array(values, type=kind)
+        except UnicodeEncodeError as error:  # names of files are bytes, and Python has strings for all of them
+            raise ValueError(
+                f"the name {error.object!r} is not UTF-8: rename it, or all of a tree with "
+                "`convmv -f latin1 -t utf8 -r --notest FOLDER`"
+            ) from None
 
     def whole(values: Any) -> pa.Array:
         return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
@@ -178,8 +187,12 @@ def chest_radiograph(data: bytes) -> Radiograph:
 
 
 def absolute(url: str) -> str:
-    """A local path from the root of the file system (a task's working folder is not the driver's); URLs stay."""
-    return url if "://" in url or "::" in url else str(Path(url).expanduser().absolute())
+    """A local path from the root of the file system (a task's working folder is not the driver's), also that of an
+    archive (zip://name::path); URLs stay."""
+    if "://" not in url:
+        return str(Path(url).expanduser().absolute())
+    head, chain, archive = url.partition("::")
+    return f"{head}{chain}{absolute(archive)}" if archive else url
 
 
 def missing_column(option: str, value: str, present: Sequence[str], where: str) -> ValueError:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -31,8 +30,9 @@ from medim_ray.data.sources.base import (
 )
 from medim_ray.data.sources.files import exists, extension, is_file, join, list_files, read_bytes, readable
 from medim_ray.data.sources.roles import ColumnConfig, choose_roles
-from medim_ray.data.storage import retried
+from medim_ray.data.storage import opened, retried
 
+T = TypeVar("T")
 _PARQUET = ("parquet", "pq")
 _MAX_GROUP = 256 << 20  # bytes of images in a row group
 _PLACE = re.compile(r"(.+)#(\d+):(\d+)")  # file, row group, row in it
@@ -161,7 +161,10 @@ def _table_rows(config: ColumnConfig, url: str, prefix: str, split: str = "") ->
     wanted = [*roles.text_columns(), *([roles.image] if is_path else [])]
     at = 0
     for group, size in enumerate(sizes):
-        columns = _read(url, group, tuple(wanted)).to_pylist() if wanted else [{}] * size
+        columns: list[dict[str, Any]] = [{}] * size
+        if wanted:
+            with readable(url):
+                columns = _again(url, partial(_read, url, group, tuple(wanted))).to_pylist()
         for place, values in enumerate(columns):
             for column in names.keys() & values.keys():
                 values[column] = _class_name(names[column], values[column])
@@ -202,16 +205,12 @@ def _pixels(location: str, config: ColumnConfig) -> Picture:
     url, group, row = place[1], int(place[2]), int(place[3])
 
     def read() -> Any:
-        try:
-            schema, _ = _shape_of(url)
-            image = choose_roles(config, schema.names, url).image
-            return _read(url, group, (image,))[image][row].as_py()
-        except OSError:
-            _parquet.cache_clear()  # an open file may be that of a connection which is gone
-            raise
+        schema, _ = _shape_of(url)
+        image = choose_roles(config, schema.names, url).image
+        return _read(url, group, (image,))[image][row].as_py()
 
     try:
-        value = retried(url, read)
+        value = _again(url, read)
     except (pa.ArrowException, OSError, ValueError, IndexError) as error:
         raise BadImageError(f"row can't be read from its file: {type(error).__name__}") from None
     if isinstance(value, dict):
@@ -221,6 +220,19 @@ def _pixels(location: str, config: ColumnConfig) -> Picture:
     if not value:
         raise BadImageError("no image in this row")
     return decode_image(value)
+
+
+def _again(url: str, read: Callable[[], T]) -> T:
+    """`retried`, with the file opened anew: one that is open may be that of a connection which is gone."""
+
+    def fresh() -> T:
+        try:
+            return read()
+        except Exception:
+            _parquet.cache_clear()
+            raise
+
+    return retried(url, fresh)
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
@@ -241,7 +253,7 @@ def _class_name(names: Sequence[str], value: Any) -> Any:
 def _shape(url: str) -> tuple[pa.Schema, tuple[int, ...]]:
     """Schema and rows of each row group (or record batch). ValueError: no such file, damaged."""
     with readable(url):
-        return _shape_of(url)
+        return _again(url, lambda: _shape_of(url))
 
 
 @lru_cache(maxsize=16)
@@ -270,7 +282,7 @@ def _read(url: str, group: int, columns: tuple[str, ...]) -> pa.Table:
 
 @lru_cache(maxsize=16)
 def _parquet(url: str) -> pq.ParquetFile:
-    return pq.ParquetFile(url, memory_map=True) if "://" not in url else pq.ParquetFile(fsspec.open(url, "rb").open())
+    return pq.ParquetFile(url, memory_map=True) if "://" not in url else pq.ParquetFile(opened(url).open())
 
 
 @lru_cache(maxsize=16)

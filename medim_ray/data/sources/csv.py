@@ -101,5 +101,5 @@ class CsvSource:
     def _locations(self, files: Any) -> Any:
         root = self.config.image_root or absolute(self.config.path).rpartition("/")[0]
         prefix = absolute(root).rstrip("/") + "/"
-        is_whole = pc.match_substring_regex(files, r"^/|^$|://|::")
+        is_whole = pc.match_substring_regex(files, r"^/|^$|://")
         return pc.if_else(is_whole, files, pc.binary_join_element_wise(prefix, files, ""))

@@ -10,13 +10,12 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any, Literal
 
-import fsspec
 import pyarrow as pa
 
 from medim_ray.data.images import BadImageError, fetch
 from medim_ray.data.sources.base import SOURCES, Picture, Row, Sample, absolute, described, plain_sample, plan_rows
 from medim_ray.data.sources.files import exists, extension, is_file, join, list_files, read_text
-from medim_ray.data.storage import retried
+from medim_ray.data.storage import opened, retried
 
 if TYPE_CHECKING:
     from medim_ray.data.dicom_header import Header
@@ -148,8 +147,8 @@ def _header_of(url: str) -> Header | None:
     from medim_ray.data.dicom_header import read_header
 
     def read() -> Header:
-        remote = {"block_size": _HEADER_BLOCK} if "://" in url else {}
-        with fsspec.open(url, "rb", **remote) as file:
+        remote: dict[str, Any] = {"block_size": _HEADER_BLOCK} if "://" in url else {}
+        with opened(url, **remote) as file:
             return read_header(file)
 
     try:
@@ -159,4 +158,5 @@ def _header_of(url: str) -> Header | None:
 
 
 def _unique(sop_uid: str, name: str) -> str:
-    return f"{sop_uid}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
+    path = name.encode(errors="surrogateescape")
+    return f"{sop_uid}-{hashlib.blake2b(path, digest_size=4).hexdigest()}"

@@ -8,14 +8,16 @@ import lzma
 import os
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
-import fsspec
-
+from medim_ray.data import storage
 from medim_ray.data.sources.base import absolute
+from medim_ray.data.storage import StorageFailingError, http_status, is_clients, located, retried
 
+T = TypeVar("T")
 _READERS = 16  # threads that wait for storage while the plan is made
 
 
@@ -24,6 +26,8 @@ def readable(url: str, option: str = "source.path") -> Iterator[None]:
     """ValueError that names the option for whatever keeps a file or folder of the job from being read."""
     try:
         yield
+    except StorageFailingError as error:
+        raise ValueError(f"{option}={url} can't be read: {error}; try again when it answers") from None
     except FileNotFoundError as error:
         # fsspec's HTTP calls whatever a server refuses "not found", and keeps what it was as the cause.
         status = getattr(error.__cause__, "status", 404)
@@ -36,37 +40,55 @@ def readable(url: str, option: str = "source.path") -> Iterator[None]:
         raise ValueError(f"{option}={url} is a folder: name the file in it") from None
     except NotADirectoryError:
         raise ValueError(f"{option}={url} is a file: name the folder") from None
-    except PermissionError:
+    except PermissionError as error:
+        inner = error.filename if isinstance(error.filename, str) and error.filename != absolute(url) else "it"
         raise ValueError(
-            f"{option}={url}: no permission to read it; check the file's rights or the bucket's credentials"
+            f"{option}={url}: no permission to read {inner}; check the file's rights or the bucket's credentials"
         ) from None
     except OSError as error:
         raise ValueError(f"{option}={url} can't be read: {error.strerror or type(error).__name__}") from None
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "aiohttp", "gcsfs", "azure"):
+        if not is_clients(error):
             raise
-        raise ValueError(f"{option}={url} can't be read: {type(error).__name__}; check the credentials") from None
+        status = http_status(error)
+        why = f"the server answers {status}" if status else f"{type(error).__name__}; check the credentials"
+        raise ValueError(f"{option}={url} can't be read: {why}") from None
+
+
+def asked(url: str, read: Callable[[], T], option: str = "source.path") -> T:
+    """What `read` returns; remote storage that stumbles is asked again. ValueError: see `readable`."""
+    with readable(url, option):
+        return retried(url, read)
 
 
 def join(root: str, name: str) -> str:
     """The URL of `name` (relative, with slashes) in the folder `root`; archives (zip://::…) are folders too."""
-    head, chain, tail = absolute(root).partition("::")
+    root = absolute(root)
+    if "://" not in root:
+        return f"{root.rstrip('/')}/{name}"
+    head, chain, tail = root.partition("::")
     return f"{head if head.endswith('://') else head.rstrip('/') + '/'}{name}{chain}{tail}"
 
 
 def exists(url: str) -> bool:
     """Whether a file or folder is there. ValueError: not allowed to look."""
-    with readable(url):
-        fs, path = fsspec.core.url_to_fs(absolute(url))
+
+    def look() -> bool:
+        fs, path = located(absolute(url))
         found: bool = fs.exists(path)
-    return found
+        return found
+
+    return asked(url, look)
 
 
 def is_file(url: str) -> bool:
     """Whether it is a file, whatever its ending; what is not there counts as one, so that its reader says so."""
-    with readable(url):
-        fs, path = fsspec.core.url_to_fs(absolute(url))
+
+    def look() -> bool:
+        fs, path = located(absolute(url))
         return not fs.isdir(path)
+
+    return asked(url, look)
 
 
 def list_files(root: str, option: str = "source.path") -> list[str]:
@@ -75,14 +97,18 @@ def list_files(root: str, option: str = "source.path") -> list[str]:
     Links are followed, each folder once, so that a link to a folder above ends. A broken link is listed: it is a
     row that can't be read. ValueError: no such folder, no permission, a file.
     """
-    with readable(root, option):
-        if "://" not in root and "::" not in root:
-            return sorted(_walk(Path(absolute(root))))
-        fs, path = fsspec.core.url_to_fs(root)
+
+    def find() -> list[str]:
+        if "://" not in root:
+            return list(_walk(Path(absolute(root))))
+        fs, path = located(absolute(root))
         path = path.rstrip("/")
         names = [name[len(path) :].lstrip("/") for name in fs.find(path) if name != path]
         if not names and not fs.exists(path):
             raise FileNotFoundError
+        return names
+
+    names = asked(root, find, option)
     # object stores may hold an empty object "folder/" for a folder
     return sorted(n for n in names if n and n[-1] != "/" and not any(part.startswith(".") for part in n.split("/")))
 
@@ -111,9 +137,8 @@ def _walk(root: Path) -> Iterator[str]:
 
 def read_bytes(url: str, option: str = "source.path") -> bytes:
     """The content of a file that the whole job needs; .gz, .bz2 and .xz are unpacked. ValueError: it can't be read."""
-    with readable(url, option), fsspec.open(absolute(url), "rb", compression="infer") as file:
-        data: bytes = file.read()
-    return data
+    with readable(url, option):
+        return storage.read_bytes(absolute(url), compression="infer")
 
 
 def read_text(url: str, option: str = "source.path") -> str:

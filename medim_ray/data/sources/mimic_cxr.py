@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import fsspec
 import pyarrow as pa
 
 from medim_ray.data.sources.base import SOURCES, Row, Sample, absolute, described, plain_sample, plan_rows, read_image
-from medim_ray.data.sources.files import decode_text, exists, join, list_files, read_texts, readable
+from medim_ray.data.sources.files import asked, decode_text, exists, join, list_files, read_texts
 from medim_ray.data.sources.published import (
     CHEXPERT_LABELS,
     UncertainConfig,
@@ -21,6 +20,7 @@ from medim_ray.data.sources.published import (
     view_of,
 )
 from medim_ray.data.sources.tables import columns
+from medim_ray.data.storage import opened
 
 _TABLE = "mimic-cxr-2.0.0-{}.csv"
 _REPORTS_ZIP = "mimic-cxr-reports.zip"
@@ -96,7 +96,7 @@ class MimicCxrSource:
             return {}
         places = [given] if given else [join(root, _REPORTS_ZIP), join(root, "mimic-cxr-reports"), root]
         for place in places:
-            found = _zipped(place, studies) if place.endswith(".zip") else _in_folder(place, studies)
+            found = _zipped(place, studies) if place.partition("::")[0].endswith(".zip") else _in_folder(place, studies)
             if found:
                 return found
         raise ValueError(
@@ -114,20 +114,23 @@ def _study(patient: str, study: str) -> str:
 
 
 def _study_of(row: Row) -> str:
-    return "/".join(row.location.split("/")[-4:-1])
+    return "/".join(row.location.partition("::")[0].split("/")[-4:-1])
 
 
 def _zipped(url: str, studies: list[str]) -> dict[str, str]:
     if not exists(url):
         return {}
-    with readable(url, "source.reports_path"), fsspec.open(absolute(url), "rb") as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                present = {name.partition("files/")[2]: name for name in archive.namelist() if name.endswith(".txt")}
-                wanted = {study: present[f"{study}.txt"] for study in studies if f"{study}.txt" in present}
-                return {study: decode_text(archive.read(name)) for study, name in wanted.items()}
-        except zipfile.BadZipFile:
-            raise ValueError(f"{url} is no zip file, or was cut off: download it again") from None
+
+    def read() -> dict[str, str]:
+        with opened(absolute(url)) as file, zipfile.ZipFile(file) as archive:
+            present = {name.partition("files/")[2]: name for name in archive.namelist() if name.endswith(".txt")}
+            wanted = {study: present[f"{study}.txt"] for study in studies if f"{study}.txt" in present}
+            return {study: decode_text(archive.read(name)) for study, name in wanted.items()}
+
+    try:
+        return asked(url, read, "source.reports_path")
+    except zipfile.BadZipFile:
+        raise ValueError(f"{url} is no zip file, or was cut off: download it again") from None
 
 
 def _in_folder(url: str, studies: list[str]) -> dict[str, str]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
 from medim_ray.data.sources.base import absolute, missing_column
 from medim_ray.data.sources.files import read_bytes, readable
+from medim_ray.data.storage import opened, retried
 
 
 def read_table(
@@ -30,8 +31,9 @@ def read_tables(
     url: str, wanted: Sequence[tuple[str, str]], optional: Sequence[str] = (), option: str = "source.path"
 ) -> Iterator[pa.Table]:
     """What `read_table` returns, piece by piece: a table of millions of rows need not be in memory as it is."""
-    with readable(url, option), fsspec.open(absolute(url), "rb", compression="infer") as file:
-        yield from _read(_Rejoined(file), url, wanted, optional, option)
+    with readable(url, option), contextlib.ExitStack() as files:
+        file = opened(absolute(url), compression="infer")
+        yield from _read(retried(url, lambda: _Rejoined(files.enter_context(file))), url, wanted, optional, option)
 
 
 class _Rejoined:

@@ -12,18 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 
 from medim_ray.data.images import BadImageError
 from medim_ray.data.sources.base import SOURCES, Sample, absolute, decode_image, described, plain_sample, plan_rows
-from medim_ray.data.sources.files import decode_text, extension, is_file, join, list_files, readable
+from medim_ray.data.sources.files import asked, decode_text, extension, is_file, join, list_files
 from medim_ray.data.sources.folder import IMAGE_EXTENSIONS
 from medim_ray.data.sources.roles import ColumnConfig, choose_roles
-from medim_ray.data.storage import retried
+from medim_ray.data.storage import opened, retried
 
 _IMAGES = (*IMAGE_EXTENSIONS, "dcm")
 _MAX_TEXT = 1 << 24  # bytes of a text member; more is no report
+_MAGIC, _FIRST_LOOK = b"\0ustar", 1 << 22  # in every header of a tar; bytes in which one is looked for
 
 
 @dataclass(kw_only=True)
@@ -96,7 +96,7 @@ class WebDatasetSource:
 
 def _bytes_at(url: str, offset: int, size: int) -> bytes:
     def read() -> bytes:
-        with fsspec.open(url, "rb", **({"cache_type": "none"} if "://" in url else {})) as file:
+        with opened(url, **({"cache_type": "none"} if "://" in url else {})) as file:
             file.seek(offset)
             data: bytes = file.read(size)
             return data
@@ -110,19 +110,30 @@ def _bytes_at(url: str, offset: int, size: int) -> bytes:
 def _groups(url: str, endings: tuple[str, ...]) -> list[_Group]:
     """The samples of a tar in its order; of a tar that was cut off, the last one is marked. ValueError: a tar that is
     damaged in its middle, or members of which an image would be lost."""
-    groups: dict[str, _Group] = {}
-    with readable(url), fsspec.open(url, "rb") as file:
-        if file.read(2) == b"\x1f\x8b":
-            raise ValueError(f"{url} is compressed, and samples are read at their place: unpack it with gunzip")
-        at: int | None = 0
-        while at is not None:  # one archive after the other, where they were put together with `cat`
-            at = _archive(url, file, at, endings, groups)
-    for group in groups.values():
+    groups = asked(url, lambda: _scanned(url, endings))
+    for group in groups:
         if len(group.unnamed) > 1 and not group.image:
             raise ValueError(
                 f"{url}: {group.unnamed[0]!r} and {group.unnamed[1]!r} are of one key, {group.key!r} (it ends at the "
                 "first dot), and none is its image: name the files without dots in their keys"
             )
+    dotted = [group.unnamed[0] for group in groups if group.unnamed]
+    if dotted and not any(group.image for group in groups):
+        raise ValueError(
+            f"{url}: the ending of {dotted[0]!r} begins at its first dot, so it is no image, as no other member is: "
+            "name the files without dots in their keys"
+        )
+    return groups
+
+
+def _scanned(url: str, endings: tuple[str, ...]) -> list[_Group]:
+    groups: dict[str, _Group] = {}
+    with opened(url) as file:
+        if file.read(2) == b"\x1f\x8b":
+            raise ValueError(f"{url} is compressed, and samples are read at their place: unpack it with gunzip")
+        at: int | None = 0
+        while at is not None:  # one archive after the other, where they were put together with `cat`
+            at = _archive(url, file, at, endings, groups)
     return list(groups.values())
 
 
@@ -141,7 +152,9 @@ def _archive(url: str, file: Any, start: int, endings: tuple[str, ...], groups: 
                     _add(url, tar, member, ending.lower(), groups.setdefault(last, _Group(key=last)), endings)
     except (tarfile.ReadError, EOFError):
         if end == start == 0:
-            raise ValueError(f"{url} is no tar file") from None
+            file.seek(0)
+            if _MAGIC not in file.read(_FIRST_LOOK):
+                raise ValueError(f"{url} is no tar file") from None
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) == tarfile.BLOCKSIZE and any(block):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from medim_ray.cli import main
@@ -73,10 +74,32 @@ def test_sets_that_share_images_or_leak_are_not_merged(tmp_path: Path, capsys: p
     assert not (tmp_path / "out").exists()
 
 
+def test_sets_of_different_salts_are_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    salts = {"a": "one", "b": "two", "c": "one", "old": ""}
+    sets = [write_set(tmp_path / name, 100 * k, salt) for k, (name, salt) in enumerate(salts.items())]
+    assert run("merge", *sets[:2], f"out={tmp_path}/out") == 2
+    assert "were prepared with different salts, so one patient may have two ids" in capsys.readouterr().err
+    for others, mark in ((sets[2], "one"), (sets[3], "")):
+        assert run("merge", sets[0], others, f"out={tmp_path}/out{mark}") == 0
+        assert ShardSet.open(f"{tmp_path}/out{mark}").manifest.salt_mark == mark
+
+
+def test_a_sample_of_a_merged_set_knows_its_origins(tmp_path: Path) -> None:
+    parts = [write_set(tmp_path / name, 100 * k) for k, name in enumerate(("mimic", "own", "third"))]
+    assert run("merge", *parts, f"out={tmp_path}/all") == 0
+    assert run("sample", f"{tmp_path}/all", f"out={tmp_path}/part", "rows=24") == 0
+    part = ShardSet.open(f"{tmp_path}/part")
+    assert verify(part.url) == [] and part.num_rows() == 24
+    assert {file.origin for file in part.files("train")} == {"mimic", "own", "third"}
+    for file in part.files():
+        with part.arrow_fs().open_input_file(part.path(file)) as raw:
+            ids = pq.read_table(raw, columns=["image_id"])["image_id"].to_pylist()
+        assert len(ids) == file.rows > 0
+        assert {int(name[1:]) // 100 for name in ids} == {("mimic", "own", "third").index(file.origin)}
+
+
 def _rewrite(root: Path, column: str, values: dict[str, str]) -> None:
     """Other values in the test file; merge looks at checksums when it copies, after the conflicts."""
-    import pyarrow.parquet as pq
-
     path = root / "test/00000.parquet"
     table = pq.read_table(path)
     changed = pa.array([values.get(value, value) for value in table[column].to_pylist()])

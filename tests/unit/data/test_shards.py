@@ -46,7 +46,7 @@ def rows(first: int, num: int, split: str = "train") -> pa.Table:
     return pa.Table.from_pylist(values, schema=shards.SCHEMA)
 
 
-def write_set(root: Path, first: int = 0) -> Path:
+def write_set(root: Path, first: int = 0, salt_mark: str = "") -> Path:
     """13 training and 3 test rows, numbered from `first` and `first` + 20."""
     fs = fsspec.filesystem("file")
     train = [rows(first, 8), rows(first + 8, 0), rows(first + 8, 5)]
@@ -71,6 +71,7 @@ def write_set(root: Path, first: int = 0) -> Path:
         intensity={"mean": 0.1, "std": 0.2, "pixels": 1000},
         files=files,
         other_files=(quarantine,),
+        salt_mark=salt_mark,
     )
     (root / shards.MANIFEST).write_text(manifest.to_json())
     return root
@@ -139,11 +140,13 @@ def test_a_changed_manifest_is_found(tmp_path: Path) -> None:
         ShardSet.open(str(tmp_path))
 
 
-@pytest.mark.parametrize(("version", "fix"), [(5, "update medim-ray"), (0, "run `medim-ray prepare` again")])
+@pytest.mark.parametrize(
+    ("version", "fix"), [(shards.SCHEMA_VERSION + 1, "update medim-ray"), (0, "run `medim-ray prepare` again")]
+)
 def test_another_schema_version_says_what_to_do(tmp_path: Path, version: int, fix: str) -> None:
     path = write_set(tmp_path) / shards.MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": version}))
-    with pytest.raises(ValueError, match=rf"schema version {version}.*reads 1, 2, 3 and 4: {fix}"):
+    with pytest.raises(ValueError, match=rf"schema version {version}.*reads 1, 2, 3, 4 and 5: {fix}"):
         ShardSet.open(str(tmp_path))
 
 
@@ -155,11 +158,11 @@ def test_a_set_with_the_checksums_of_earlier_versions_is_read_and_verified(tmp_p
         assert file.pop("checksum").startswith("xxh3_128:")
         file["blake2b"] = hashlib.blake2b((root / file["path"]).read_bytes(), digest_size=32).hexdigest()
     tree["schema_version"] = 3
-    del tree["checksum"]
+    del tree["checksum"], tree["salt_mark"]
     tree["checksum"] = shards._checksum(tree)
     path.write_text(json.dumps(tree))
     found = ShardSet.open(str(tmp_path))
-    assert verify(str(tmp_path)) == []
+    assert verify(str(tmp_path)) == [] and found.manifest.salt_mark == ""
     files = sorted((file["path"], file["blake2b"]) for file in tree["files"])
     assert found.content_hash == hashlib.blake2b(json.dumps(files).encode(), digest_size=6).hexdigest(), "as it was"
     (root / "train/00000.parquet").write_bytes(b"x" * found.files("train")[0].bytes)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import lzma
+import os
 import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from medim_ray.data.sources import SOURCES, columnar
+from medim_ray.data.sources.base import Sample
 from tests.unit.data.test_dicom_everywhere import StumblingFileSystem
 from tests.unit.data.test_sources_generic import png, rows_of, samples_of, source
 
@@ -105,7 +109,7 @@ def test_parquet_on_storage_that_stumbles_loses_no_row(tmp_path: Path) -> None:
     for function in (columnar._parquet, columnar._shape_of, columnar._read):
         function.cache_clear()
     StumblingFileSystem.num_faults = 99
-    with pytest.raises(RuntimeError, match="the storage of the images keeps failing"):
+    with pytest.raises(RuntimeError, match="the storage keeps failing"):
         made.sample(rows[1])
     StumblingFileSystem.num_faults = 0
 
@@ -118,3 +122,116 @@ def test_a_folder_with_the_ending_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "t.tar").mkdir()
     (tmp_path / "t.tar/a.tar").write_bytes(tar_of("k.png"))
     assert len(rows_of(source("webdataset", tmp_path / "t.tar"))) == 1
+
+
+def test_plans_on_storage_that_stumbles(tmp_path: Path) -> None:
+    """Each opening fails once, or for ever."""
+    pq.write_table(pa.table({"image": [png()], "txt": ["Clear."]}), tmp_path / "t.parquet")
+    (tmp_path / "t.csv").write_text("image_id,file\n1,1.png\n")
+    (tmp_path / "t.tar").write_bytes(tar_of("k.png", "k.txt"))
+    plain = {"patient_column": "", "report_column": "", "view_column": "", "label_columns": ()}
+    for name, ending, options in (("parquet", "parquet", {}), ("csv", "csv", plain), ("webdataset", "tar", {})):
+        url = f"stumbling://plans/t.{ending}"
+        with fsspec.open(url, "wb") as file:
+            file.write((tmp_path / f"t.{ending}").read_bytes())
+        for num_faults in (1, 99):
+            for function in (columnar._parquet, columnar._shape_of, columnar._read):
+                function.cache_clear()
+            StumblingFileSystem.num_faults = num_faults
+            try:
+                made = SOURCES[name](SOURCES[name].Config(path=url, **options))
+                if num_faults == 1:
+                    assert len(rows_of(made)) == 1 and StumblingFileSystem.num_faults == 0
+                else:
+                    with pytest.raises(ValueError, match=rf"{url} can't be read: the storage keeps failing"):
+                        made.plan()
+            finally:
+                StumblingFileSystem.num_faults = 0
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A web server that answers every request with its `status`."""
+
+    status = 503
+
+    def _answer(self) -> None:
+        self.send_response(Answers.status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD = _answer
+
+    def log_message(self, *args: Any) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (503, r"can't be read: the storage keeps failing \(HTTP status 503\); try again when it answers"),
+        (400, "can't be read: the server answers 400"),
+        (403, "no permission to read it"),
+        (404, "there is no such file or folder"),
+    ],
+)
+@pytest.mark.parametrize(("name", "ending"), [("csv", "csv"), ("parquet", "parquet"), ("webdataset", "tar")])
+def test_what_a_web_server_answers(
+    name: str, ending: str, status: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(Answers, "status", status)
+    try:
+        with pytest.raises(ValueError, match=message):
+            SOURCES[name](SOURCES[name].Config(path=f"http://127.0.0.1:{server.server_port}/t.{ending}")).plan()
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("name", ["folder", "dicom"])
+def test_names_that_are_not_utf_8(name: str, tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"Th\xf6rax.png" if name == "folder" else b"Th\xf6rax.dcm")
+    file.write_bytes(png())
+    with pytest.raises(ValueError, match=r"the name .*Th\\udcf6rax.* is not UTF-8: rename it"):
+        source(name, tmp_path).plan()
+    file.rename(tmp_path / f"Th\xf6rax{file.suffix}")
+    assert len(rows_of(source(name, tmp_path))) == 1
+
+
+def test_a_local_name_may_hold_what_chains_urls(tmp_path: Path) -> None:
+    (tmp_path / "PACS::2").mkdir()
+    (tmp_path / "PACS::2/a::b.png").write_bytes(png(7))
+    (sample,) = samples_of(source("folder", tmp_path / "PACS::2"))
+    assert isinstance(sample, Sample) and int(sample.image_HW[0, 0]) == 7
+    (tmp_path / "PACS::2/t.csv").write_text("image_id,file\n1,a::b.png\n")
+    plain = {"patient_column": "", "report_column": "", "view_column": "", "label_columns": ()}
+    (sample,) = samples_of(source("csv", tmp_path / "PACS::2/t.csv", **plain))
+    assert isinstance(sample, Sample)
+    (tmp_path / "PACS::2/t.tar").write_bytes(tar_of("k.png"))
+    (sample,) = samples_of(source("webdataset", tmp_path / "PACS::2/t.tar"))
+    assert isinstance(sample, Sample)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_closed_folder_in_a_tree_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a/closed").mkdir(parents=True)
+    (tmp_path / "a/closed").chmod(0)
+    with pytest.raises(ValueError, match=rf"no permission to read {tmp_path}/a/closed; check"):
+        source("folder", tmp_path).plan()
+
+
+def test_a_tar_of_dotted_names_only(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the ending of 'a\.left\.png' begins at its first dot, so it is no image"):
+        dataset_of(tmp_path / "a.tar", tar_of("a.left.png", "b.left.png")).plan()
+
+
+def test_a_tar_whose_first_header_is_damaged(tmp_path: Path) -> None:
+    data = tar_of("a.png", "b.png")
+    with pytest.raises(ValueError, match=r"a\.tar is damaged at byte 0, .*: restore or pack it anew"):
+        dataset_of(tmp_path / "a.tar", b"\xff" * 200 + data[200:]).plan()
+
+
+def test_json_that_is_none_names_its_tar(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a\.tar: k\.json is no JSON"):
+        dataset_of(tmp_path / "a.tar", tar_of("k.png", "k.json")).plan()

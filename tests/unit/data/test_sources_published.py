@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,18 @@ def test_mimic_cxr_with_reports_from_the_zip(mimic: Path) -> None:
     assert {row["view"] for row in frontal.values()} == {"PA", "AP"} and {row["split"] for row in frontal.values()} == {
         ""
     }
+
+
+def test_mimic_cxr_in_an_archive(mimic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named as a relative path, and read from another folder, as tasks are."""
+    put(mimic / "mimic-cxr-reports/files/p10/p10000032/s50414267.txt", REPORT)
+    shutil.make_archive(str(tmp_path / "mimic"), "zip", mimic)
+    monkeypatch.chdir(tmp_path)
+    made = source("mimic_cxr", "zip://::mimic.zip")
+    rows = by_id(made)
+    assert [bool(row["report"]) for row in rows.values()] == [True, True, False, False]
+    monkeypatch.chdir("/")
+    assert isinstance(made.sample(rows["02aa804e-bde0afdd"]), Sample)
 
 
 def test_mimic_cxr_reports_in_folders_or_none(mimic: Path, tmp_path: Path) -> None:

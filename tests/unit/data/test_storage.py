@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import fsspec
 import pytest
+from botocore.exceptions import NoCredentialsError
 from fsspec.config import conf
 from yarl import URL
 
@@ -95,7 +96,7 @@ def test_what_is_called_not_found_is_looked_into() -> None:
 
 
 def test_what_does_not_pass_stops_the_job_instead_of_losing_the_row() -> None:
-    with pytest.raises(RuntimeError, match="the storage of the images keeps failing"):
+    with pytest.raises(RuntimeError, match="the storage keeps failing"):
         retried("http://x/1.png", failing(9, status(500)))
 
 
@@ -107,6 +108,7 @@ def test_what_does_not_pass_stops_the_job_instead_of_losing_the_row() -> None:
         ("s3://x/1.png", FileNotFoundError("x"), FileNotFoundError),
         ("s3://x/1.png", PermissionError("x"), PermissionError),
         ("/x/1.png", TimeoutError("a broken disk"), TimeoutError),
+        ("s3://x/1.png", NoCredentialsError(), NoCredentialsError),
     ],
 )
 def test_what_lasts_is_told_at_once(url: str, error: Exception, raised: type[Exception]) -> None:

@@ -27,7 +27,12 @@ from medim_ray.data.work import WorkFolder
 NUM, PART = 50, 4
 CONFIG = ShardConfig(rows_per_file=8, row_group_rows=4)
 IDENTITY = Identity(
-    source="rows", config_hash="c", input_hash="i", rule="keep", vocabulary=VocabularyConfig(min_patients=2)
+    source="rows",
+    config_hash="c",
+    input_hash="i",
+    salt_mark="s",
+    rule="keep",
+    vocabulary=VocabularyConfig(min_patients=2),
 )
 
 
