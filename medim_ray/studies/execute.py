@@ -25,7 +25,7 @@ from medim_ray.studies.results import Run, Table, make_run, make_table
 from medim_ray.studies.runner import Group, RunnerConfig, Search, run_trials, trials_at_once
 from medim_ray.studies.space import Trial, steps_of
 from medim_ray.studies.trials import Record, TrialJob
-from medim_ray.train.launch import LEASE
+from medim_ray.train.runs import LEASE
 from medim_ray.train.signals import exit_code, stop_signals
 
 

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import fsspec
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from medim_ray.train.runs import open_config
+from medim_ray.data.lease import Lease
+from medim_ray.train.runs import LEASE, open_config
 from medim_ray.train.store import CheckpointStore
+from medim_ray.train.validation import read_best
 
 
 def run_checkpoint(action: str, run_dir: str, keep: int = 2) -> int:
-    """Exit code: 1 where `verify` finds a checkpoint that can't be used, otherwise 0. ValueError: `run_dir` is no run.
+    """Exit code: 1 where `verify` finds a checkpoint that can't be used, otherwise 0. ValueError: `run_dir` is no run,
+    or `prune` while a job trains there.
 
-    list: facts from the manifests; verify: every file against its checksum; prune: all but the newest `keep` that can
-    be used, with whatever was never committed.
+    list: facts from the manifests; verify: every file against its checksum; prune: removes all but the newest `keep`
+    that can be used and the best one, with whatever was never committed.
     """
     open_config(run_dir)
     store = CheckpointStore(run_dir)
     if action == "prune":
-        return _prune(store, keep)
+        if keep < 1:
+            raise ValueError(f"--keep {keep}: must be at least 1, the run goes on from what is kept")
+        fs, root = fsspec.core.url_to_fs(run_dir)
+        with Lease(fs, f"{root.rstrip('/')}/{LEASE}", what=f"run.dir={run_dir}"):
+            return _prune(store, read_best(run_dir), keep)
     table = Table("checkpoint", "steps", "workers", "ZeRO", "size", "state", title=run_dir)
     problems = 0
     for name in store.names():
         problem = store.problem(name) if action == "verify" or not store.is_committed(name) else None
+        facts = None
+        if store.is_committed(name):
+            try:
+                facts = store.open(name).manifest
+            except ValueError as error:
+                problem = str(error)
         problems += problem is not None
-        facts = store.open(name).manifest if store.is_committed(name) else None
         if facts is None:
             table.add_row(name, "", "", "", "", str(problem))
             continue
@@ -36,15 +49,17 @@ def run_checkpoint(action: str, run_dir: str, keep: int = 2) -> int:
     return 1 if action == "verify" and problems else 0
 
 
-def _prune(store: CheckpointStore, keep: int) -> int:
-    if keep < 1:
-        raise ValueError(f"--keep {keep}: must be at least 1, the run goes on from what is kept")
-    newest = store.newest(print)
-    if newest is None:
+def _prune(store: CheckpointStore, best: str, keep: int) -> int:
+    names, usable = store.names(), list[str]()
+    for name in names:
+        if problem := store.problem(name):
+            print(f"{name}: {problem}")
+        else:
+            usable.append(name)
+    if not usable:
         print("no checkpoint can be used: nothing is removed")
         return 0
-    before = set(store.names())
-    store.prune(keep, newest.name)
-    for name in sorted(before - set(store.names())):
+    for name in sorted(set(names) - {*usable[:keep], best}):
+        store.remove(name)
         print(f"removed {name}")
     return 0

@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from medim_ray.data.collate import Columns
 from medim_ray.data.reader import IMAGE_ID
 from medim_ray.data.storage import committed
 from medim_ray.draws import name_key
+from medim_ray.train.metrics import read_metrics
 
 BAD_STEPS = "bad_steps.jsonl"
 _WINDOW = 64  # gradient norms behind the median
@@ -45,17 +46,24 @@ class NumberGuard:
     """Judges the reduced numbers of a step, so that every rank comes to the same verdict.
 
     omitted: steps that pass without an update, with the reason; a step that is skipped is added. report: told of each
-    bad step and this rank's columns in it.
+    bad step and this rank's columns in it. norms: of the gradients of the steps before, so that a run that goes on
+    calls the same ones a spike.
     """
 
-    def __init__(self, train: TrainConfig, omitted: dict[int, str], report: Callable[[BadStep, Columns], None]) -> None:
+    def __init__(
+        self,
+        train: TrainConfig,
+        omitted: dict[int, str],
+        report: Callable[[BadStep, Columns], None],
+        norms: Sequence[float] = (),
+    ) -> None:
         self.omitted = omitted
         self._report = report
         self._spike_factor = train.spike_factor
         self._has_loss_scale = train.precision == "fp16"
         # With accumulation, gradients of earlier micro-batches are in the engine already: then the run goes back.
         self._skips = train.on_bad_step == "skip" and train.accumulation == 1
-        self._norms: deque[float] = deque(maxlen=_WINDOW)
+        self._norms: deque[float] = deque(norms, maxlen=_WINDOW)
 
     def passes(self, step: int, logs: Mapping[str, float], samples_key: float, columns: Columns) -> bool:
         """Called before the backward pass: False where the step is to be skipped, BadStep where the run goes back or
@@ -89,6 +97,12 @@ class NumberGuard:
 def omitted_steps(run_dir: str) -> dict[int, str]:
     """The steps that a run leaves out, with the reason: those that its policy skipped or went back for."""
     return {record["step"]: record["reason"] for record in read_bad_steps(run_dir) if record["omitted"]}
+
+
+def norms_before(run_dir: str, step: int) -> list[float]:
+    """The gradient norms that a run which goes on at `step` judges by, as metrics.jsonl has them."""
+    recorded = (record.get("grad_norm") for record in read_metrics(run_dir) if record["step"] < step)
+    return [norm for norm in recorded if isinstance(norm, float) and math.isfinite(norm)][-_WINDOW:]
 
 
 def read_bad_steps(run_dir: str) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ from medim_ray.train.control import RESIZE, STOP, Outcome
 from medim_ray.train.fit import Estimate, estimate, resolve_stage
 from medim_ray.train.growth import Growth
 from medim_ray.train.progress import progress
-from medim_ray.train.runs import write_config
+from medim_ray.train.runs import LEASE, write_config
 from medim_ray.train.signals import aside, stop_signals
 from medim_ray.train.snapshots import snapshot_every
 from medim_ray.train.startup import Startup
@@ -55,7 +55,6 @@ from medim_ray.train.store import Checkpoint, CheckpointStore, Start
 from medim_ray.train.stream import StreamFactory, attend_factory, reader_factory, run_worker
 from medim_ray.train.validation import Validate, unvalidated, validation
 
-LEASE = ".lease"  # in the run folder, while a job trains there
 _NEVER_S = 1e9
 _START_S = 30.0  # seconds after a stop signal in which workers that are starting may make their first step
 
@@ -301,16 +300,22 @@ def _fit(trainer: TorchTrainer, tracker: Any, received: list[int], growth: Growt
         if received and asked_at is None:
             tracker.ask.remote(STOP)
             asked_at = time.monotonic()
-        elif (
-            asked_at is not None and time.monotonic() > asked_at + _START_S and ray.get(tracker.latest.remote()) is None
-        ):
+        elif asked_at is not None and time.monotonic() > asked_at + _START_S and _latest(tracker) is None:
             return Outcome(kind="stopped", step=0, message="no worker has started")  # there is no state to commit
         elif asked_at is None and growth.is_due():
-            with contextlib.suppress(ray.exceptions.RayError):
-                record = ray.get(tracker.latest.remote(), timeout=20)
-                if record is not None and growth.look(record["num_workers"]):
-                    tracker.ask.remote(RESIZE)
+            record = _latest(tracker)
+            if record and growth.look(record["num_workers"]):
+                tracker.ask.remote(RESIZE)
     return future.result()
+
+
+def _latest(tracker: Any) -> dict[str, Any] | None:
+    """The newest record of this group of workers, None before their first step; {} where the tracker can't tell."""
+    try:
+        record: dict[str, Any] | None = ray.get(tracker.latest.remote(), timeout=20)
+    except ray.exceptions.RayError:
+        return {}
+    return record
 
 
 def _cpus(config: RunConfig) -> int:

@@ -22,6 +22,7 @@ from medim_ray.train.store import CheckpointStore
 from medim_ray.train.validation import read_best
 
 CONFIG = "config.yaml"
+LEASE = ".lease"  # in the run folder, while a job trains there
 
 
 def write_config(config: RunConfig, data_hash: str) -> None:

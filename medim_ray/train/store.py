@@ -6,6 +6,7 @@ RUN/checkpoints/step-SSSSSSSS-ATTEMPT/{rank-RRRRR.safetensors, manifest.json}
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import re
@@ -27,6 +28,7 @@ MANIFEST = "manifest.json"
 # BLAKE2b, of which a checkpoint of ViT-B with its moments took 1.4 s; earlier checkpoints have that.
 _CHECKSUM = "xxh3_128"
 _CHECKSUMS: dict[str, Callable[[], Any]] = {_CHECKSUM: xxhash.xxh3_128, "blake2b": hashlib.blake2b}
+_OWN = "checksum"  # key of the manifest: of all its others
 _NAME = re.compile(r"step-(\d{8})-(\d+)$")
 T = TypeVar("T")
 
@@ -91,10 +93,10 @@ class CheckpointStore:
         folder = f"{self.root}/{name}"
         try:
             manifest = self._manifest(name)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return "it was never committed (no manifest)"
-        except ValueError:
-            return "its manifest is not valid JSON"
+        except ValueError as error:
+            return str(error)
         if manifest.get("schema_version") != SCHEMA_VERSION:
             return f"its schema version is {manifest.get('schema_version')}, this package reads {SCHEMA_VERSION}"
         for file, facts in manifest["files"].items():
@@ -105,12 +107,29 @@ class CheckpointStore:
                 digest = self._ask(partial(self._digest, f"{folder}/{file}", kind))
             except FileNotFoundError:
                 return f"{file} is missing"
+            except OSError as error:
+                if error.errno != errno.EIO:  # anything else may be no fault of this checkpoint
+                    raise
+                return f"{file} can't be read ({error.strerror})"
             if digest != facts[kind]:
                 return f"{file} differs from its checksum"
         return None
 
     def _manifest(self, name: str) -> dict[str, Any]:
-        return dict(json.loads(self._ask(lambda: self._fs.cat_file(f"{self.root}/{name}/{MANIFEST}"))))
+        """ValueError, as a sentence on the checkpoint, where it is not as it was written."""
+        text = self._ask(lambda: self._fs.cat_file(f"{self.root}/{name}/{MANIFEST}"))
+        try:
+            manifest = json.loads(text)
+        except ValueError:
+            raise ValueError("its manifest is not valid JSON") from None
+        if not isinstance(manifest, dict):
+            raise ValueError("its manifest is not valid JSON")
+        own = manifest.pop(_OWN, None)
+        if own is not None and own != _digest_of(manifest):  # there is none in those of earlier code
+            raise ValueError("its manifest differs from its checksum")
+        if own is None and not (_step(name) == manifest.get("step") and isinstance(manifest.get("files"), dict)):
+            raise ValueError("its manifest lacks its step or its files")
+        return manifest
 
     def _digest(self, path: str, kind: str) -> str:
         with self._fs.open(path, "rb") as stream:
@@ -131,15 +150,15 @@ class CheckpointStore:
 
     def committed_at(self, step: int) -> str:
         """The name of the newest committed checkpoint of a step, "" where there is none; no file is looked at."""
-        found = (name for name in self.names() if int(name.split("-")[1]) == step)
+        found = (name for name in self.names() if _step(name) == step)
         return next((name for name in found if self.is_committed(name)), "")
 
     def committed_step(self) -> int:
         """Optimizer steps behind the newest committed checkpoint, 0 where there is none; no file is looked at."""
-        return next((self.open(name).step for name in self.names() if self.is_committed(name)), 0)
+        return next((_step(name) for name in self.names() if self.is_committed(name)), 0)
 
     def open(self, name: str) -> Checkpoint:
-        """A committed checkpoint by its name; its files are not looked at."""
+        """A committed checkpoint by its name; its files are not looked at. ValueError: its manifest is damaged."""
         manifest = self._manifest(name)
         return Checkpoint(name, manifest["step"], manifest)
 
@@ -163,7 +182,7 @@ class CheckpointStore:
 
         def gone() -> None:
             for path, recursive in ((f"{self.root}/{name}/{MANIFEST}", False), (f"{self.root}/{name}", True)):
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     self._fs.rm(path, recursive=recursive)
 
         self._ask(gone)
@@ -200,14 +219,24 @@ class CheckpointStore:
         return self._ask(once)
 
     def commit(self, name: str, manifest: dict[str, Any]) -> None:
-        """Writes the manifest: from here on the checkpoint exists."""
-        folder, text = f"{self.root}/{name}", json.dumps(manifest, indent=1).encode()
+        """Writes the manifest, with a checksum of its own: from here on the checkpoint exists."""
+        folder = f"{self.root}/{name}"
+        text = json.dumps({**manifest, _OWN: _digest_of(manifest)}, indent=1).encode()
 
         def once() -> None:
             with committed(self._fs, f"{folder}/{MANIFEST}", folder) as out:
                 out.write(text)
 
         self._ask(once)
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    """Of what a manifest says, however it is laid out."""
+    return xxhash.xxh3_128(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _step(name: str) -> int:
+    return int(name.split("-")[1])
 
 
 def _attempt(name: str) -> int:

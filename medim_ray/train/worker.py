@@ -36,7 +36,14 @@ from medim_ray.train.before import BeforeStep
 from medim_ray.train.build import build_crop, build_objective, stream_plan
 from medim_ray.train.control import Outcome, RunControl
 from medim_ray.train.feed import BrokenRows
-from medim_ray.train.health import BadStep, NumberGuard, omitted_steps, write_bad_step, write_batch_plan
+from medim_ray.train.health import (
+    BadStep,
+    NumberGuard,
+    norms_before,
+    omitted_steps,
+    write_bad_step,
+    write_batch_plan,
+)
 from medim_ray.train.loop import Trainer, train
 from medim_ray.train.metrics import METRICS, JsonLinesFile, read_metrics
 from medim_ray.train.saver import Saver
@@ -224,7 +231,7 @@ def train_worker(settings: dict[str, Any], blocks: Iterable[Columns]) -> Outcome
             warmup_steps=round(config.train.warmup_ratio * config.train.steps),
         ),
         weight_decay=cosine(config.train.weight_decay, _end_of_decay(config.train), config.train.steps),
-        guard=NumberGuard(config.train, _omitted(config.run.dir), BadStepReport(config, rank)),
+        guard=_guard(config, first_step, rank),
         control=RunControl(recorder.tracker),
         broken=BrokenRows(config.run.dir, shards.num_rows(config.data.split), config.data.max_broken_ratio),
         recorder=recorder,
@@ -279,11 +286,16 @@ def _end_of_decay(train: TrainConfig) -> float:
     return train.weight_decay if train.weight_decay_end is None else train.weight_decay_end
 
 
-def _omitted(run_dir: str) -> dict[int, str]:
-    """Collective: the steps that the run leaves out, as rank 0 reads them."""
-    steps = [omitted_steps(run_dir) if dist.get_rank() == 0 else {}]
-    dist.broadcast_object_list(steps)
-    return steps[0]
+def _guard(config: RunConfig, first_step: int, rank: int) -> NumberGuard:
+    """Collective: with the steps that the run leaves out and the norms before `first_step`, as rank 0 reads them."""
+    known: list[Any] = [{}, []]
+    if rank == 0:
+        known[0] = omitted_steps(config.run.dir)
+        if config.train.spike_factor:
+            known[1] = norms_before(config.run.dir, first_step)
+    dist.broadcast_object_list(known)
+    omitted, norms = known
+    return NumberGuard(config.train, omitted, BadStepReport(config, rank), norms)
 
 
 def _steps(blocks: Iterable[Columns], first_step: int, slots_per_rank: int) -> Iterator[Columns]:

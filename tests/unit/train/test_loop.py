@@ -24,8 +24,9 @@ from medim_ray.train.attempts import Budgets, of_outcome
 from medim_ray.train.before import BeforeStep
 from medim_ray.train.control import PREEMPTION, RESIZE, STOP, WARNED, RunControl
 from medim_ray.train.feed import BrokenRows, read_quarantine
-from medim_ray.train.health import BadStep, NumberGuard
+from medim_ray.train.health import BadStep, NumberGuard, norms_before
 from medim_ray.train.loop import Trainer, train
+from medim_ray.train.metrics import METRICS, JsonLinesFile
 from medim_ray.train.zero import build_engine
 from medim_ray.types import Batch, StepOutput
 from tests.unit.train.ranks import on_ranks
@@ -196,6 +197,22 @@ def test_a_spike_is_measured_against_the_median_of_what_came_before() -> None:
     guard.check_norm(15, 9.0, 7, {})
     with pytest.raises(BadStep, match="grad_norm 11 is over 10 times the median 1"):
         guard.check_norm(16, 11.0, 7, {})
+
+
+def test_a_run_that_goes_on_calls_the_same_norms_a_spike(tmp_path: Path) -> None:
+    config = replace(CONFIG, spike_factor=10.0)
+    straight = NumberGuard(config, {}, lambda bad, columns: None)
+    norms = [1.0 + 0.1 * (step % 7) for step in range(80)]
+    file = JsonLinesFile(str(tmp_path), METRICS, [])
+    for step, norm in enumerate(norms):
+        straight.check_norm(step, norm, 7, {})
+        file.write({"step": step, "grad_norm": norm} if step != 5 else {"step": 5, "grad_norm": None})
+    file.write({"step": 80, "grad_norm": float("inf")})
+    file.write({"step": 90, "grad_norm": 1.0})  # of an attempt that was rolled back
+    resumed = NumberGuard(config, {}, lambda bad, columns: None, norms_before(str(tmp_path), 81))
+    assert list(resumed._norms) == list(straight._norms) == norms[-64:]
+    with pytest.raises(BadStep, match=r"grad_norm 14 is over 10 times the median 1\.3"):
+        resumed.check_norm(81, 14.0, 7, {})
 
 
 def test_wishes_are_summed_by_name() -> None:
