@@ -51,8 +51,8 @@ def run_plain(shards: str, out: Path, workers: int, steps: int) -> None:
     _run([*torchrun, *script, *options], out)
 
 
-def run_ours(shards: str, out: Path, workers: int, steps: int, zero: int) -> None:
-    """`medim-ray pretrain`, Ray included."""
+def command_of(shards: str, out: Path, workers: int, steps: int, zero: int, **more: Any) -> list[str]:
+    """`medim-ray pretrain`; more: of its options under `train`."""
     options = {
         "data.shards": shards,
         "run.dir": out,
@@ -64,16 +64,20 @@ def run_ours(shards: str, out: Path, workers: int, steps: int, zero: int) -> Non
         "train.zero": zero,
         "train.global_batch": MICRO * workers,
         "train.checkpoint_every": CHECKPOINT_EVERY,
+        **{f"train.{key}": value for key, value in more.items()},
     }
-    command = [sys.executable, "-m", "medim_ray.cli", "pretrain", *(f"{key}={value}" for key, value in options.items())]
-    _run(command, out)
+    return [sys.executable, "-m", "medim_ray.cli", "pretrain", *(f"{key}={value}" for key, value in options.items())]
+
+
+def environment() -> dict[str, str]:
+    """Of every run that is measured."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def _run(command: Sequence[str], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with (out / "output.log").open("w") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment(), cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{(out / 'output.log').read_text()[-3000:]}")
 
@@ -85,7 +89,7 @@ def measure(shards: str, side: str, workers: int, steps: int) -> dict[str, Any]:
         if side == PLAIN:
             run_plain(shards, out, workers, WARM + steps)
         else:
-            run_ours(shards, out, workers, WARM + steps, int(side.removeprefix("zero")))
+            _run(command_of(shards, out, workers, WARM + steps, int(side.removeprefix("zero"))), out)
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         seconds = records[-1]["ended_at"] - records[WARM - 1]["ended_at"]
         row = {
