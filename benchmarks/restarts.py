@@ -4,10 +4,10 @@
     python -m benchmarks.restarts --compare         the table, from the file
 
 MAE, ViT-Small at 224 px, ZeRO 0, a checkpoint every two steps, Ray included. A turn: torchrun + DDP to its first step
-(the plain loop of engine_peer.py); `medim-ray pretrain` to its first step; one of its workers is killed (SIGKILL) behind
-a committed checkpoint, and the next step counts that the new workers make; SIGTERM, and the same command to its first
-step. The ratio to the plain loop is what a machine does not change; the parts are those of `startup_s`. The files that
-a process loads are in the page cache.
+(the plain loop of engine_peer.py); `medim-ray pretrain` to its first step; one of its workers is killed (SIGKILL)
+behind a committed checkpoint, and the next step counts that the new workers make; SIGTERM, and the same command to its
+first step. The ratio to the plain loop is what a machine does not change; the parts are those of `startup_s`. The files
+that a process loads are in the page cache.
 """
 
 from __future__ import annotations
