@@ -11,6 +11,7 @@ import ray
 import ray._private.node
 from ray._private.node import Node
 
+STORE_BYTES = 512 << 20  # object store of a Ray that is started here, where nobody asks for more
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
 # Of a Ray that is started here nobody reads metrics, event statistics or the list of tasks.
 _UNWATCHED = {"enable_metrics_collection": False, "event_stats": False, "task_events_report_interval_ms": 0}
@@ -20,7 +21,7 @@ _TOO_SLOW = "timed out during startup"
 
 @contextlib.contextmanager
 def ray_session(
-    address: str = "", num_cpus: int | None = None, object_store_memory: int | None = 512 << 20
+    address: str = "", num_cpus: int | None = None, object_store_memory: int | None = STORE_BYTES
 ) -> Iterator[bool]:
     """Joins the cluster at `address` or RAY_ADDRESS, or starts Ray here and ends it afterwards; leaves a session that
     runs alone. Yields whether it was started here, so that nobody else uses it, adds nodes or takes them away.

@@ -9,7 +9,7 @@ import pytest
 
 from medim_ray.config.loader import load
 from medim_ray.config.schema import RunConfig
-from medim_ray.train.build import build_crop, build_masking, check_crops, check_ratio
+from medim_ray.train.build import build_crop, build_masking, check_crops, check_ratio, stream_bytes
 from medim_ray.train.checks import check_numbers
 from medim_ray.types import Grid
 
@@ -40,6 +40,16 @@ def test_numbers_that_are_not_finite_are_refused(key: str, value: str) -> None:
     check_numbers(config)
     with pytest.raises(ValueError, match=rf"{re.escape(key)}={value}: must be a finite number"):
         check_numbers(load(RunConfig, None, ["objective.name=medim", "masking.name=kdm", f"{key}={value}"]))
+
+
+def test_large_crops_ask_for_a_larger_object_store() -> None:
+    options = ["encoder.image_size=518", "crop.num_local=8", "crop.local_size=98", "train.global_batch=64"]
+    config = load(RunConfig, ROOT / "configs/debug/rad_dino-vit_tiny-2w-z1.yaml", options)
+    rows = config.data.window_steps * 64 // config.granules_per_step
+    block = rows * (2 * 518**2 + 8 * 98**2)
+    assert stream_bytes(config) == 12 * (config.data.num_actors + config.train.max_workers) * block
+    small = load(RunConfig, ROOT / "configs/debug/mae-vit_tiny-2w-z1.yaml", [])
+    assert stream_bytes(small) < 512 << 20 < stream_bytes(config)
 
 
 def test_local_crops_are_whole_patches() -> None:
