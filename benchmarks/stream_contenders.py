@@ -31,7 +31,7 @@ from medim_ray.data.texts import ReportEncoder, text_rows
 from medim_ray.draws import Draws
 from medim_ray.masking.base import Samples
 from medim_ray.models.vit import ImageEncoder
-from medim_ray.train.build import build_crop, build_masking, needs_text, open_tokenizer, stream_plan
+from medim_ray.train.build import build_crop, build_masking, needs_text, open_tokenizer, stream_bytes, stream_plan
 from medim_ray.types import BOX
 
 Columns = Mapping[str, NDArray[Any]]
@@ -129,14 +129,13 @@ def medim(config: RunConfig, work: Work, workers: int) -> Iterator[Columns]:
     """MedIM's stream as a rank gets it."""
     from medim_ray.data.collate import steps_of_rank
     from medim_ray.data.pipeline import execution_options, train_stream
-    from medim_ray.session import ray_session
-    from medim_ray.train.launch import store_bytes
+    from medim_ray.session import ray_session, store_of
     from medim_ray.train.stream import reader_factory
 
     os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
     shards = ShardSet.open(config.data.shards)
     plan, factory = stream_plan(config, shards), reader_factory(config, shards)
-    with ray_session(num_cpus=2, object_store_memory=store_bytes(config)):
+    with ray_session(num_cpus=2, object_store_memory=store_of(stream_bytes(config))):
         yield {}  # Ray is up: from here on the clock runs
         stream = train_stream(plan, factory, 0, 4000, workers)
         stream.context.execution_options.preserve_order = execution_options().preserve_order

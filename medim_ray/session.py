@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import ray
 import ray._private.node
 from ray._private.node import Node
@@ -42,6 +43,12 @@ def ray_session(
         yield not address
     finally:
         ray.shutdown()
+
+
+def store_of(wanted: int) -> int:
+    """Bytes of the object store of a Ray that is started here for a stream that wants so many: at least those of
+    `ray_session`, at most Ray's own share of the memory. Memory is taken as it fills."""
+    return max(STORE_BYTES, min(wanted, int(0.3 * psutil.virtual_memory().total)))
 
 
 class _BareNode(Node):

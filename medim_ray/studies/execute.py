@@ -80,7 +80,9 @@ def execute(experiment: Experiment, console: Console) -> tuple[Table, int]:
         fs, root = fsspec.core.url_to_fs(out)
         with (
             Lease(fs, f"{root.rstrip('/')}/{LEASE}", what=f"out={experiment.config.out}"),
-            ray_session(experiment.config.runner.ray_address, experiment.group.logical_cpus),
+            ray_session(
+                experiment.config.runner.ray_address, experiment.group.logical_cpus, experiment.group.store_bytes
+            ),
             stop_signals() as received,  # after Ray's start, which puts a handler of its own over ours
         ):
             at_once = trials_at_once(experiment.group, experiment.config.runner)

@@ -27,9 +27,11 @@ from ray.tune.search.optuna import OptunaSearch
 from medim_ray.config.loader import from_tree, to_tree
 from medim_ray.config.schema import RunConfig
 from medim_ray.data.storage import storage_faults
+from medim_ray.session import store_of
 from medim_ray.studies.outcome import better_is_higher
 from medim_ray.studies.space import Choices, Range, Trial, distinct
 from medim_ray.studies.trials import Record, State, TrialJob, trainable, write_record
+from medim_ray.train.build import stream_bytes
 from medim_ray.train.signals import aside
 
 _TRIAL_CPUS = 0.1  # a trial's own actor only waits for its workers
@@ -60,12 +62,14 @@ class RunnerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """What one run asks of the cluster. workers x (cpus, gpus), and the processes beside them."""
+    """What one run asks of the cluster. workers x (cpus, gpus), the processes beside them, and bytes of the object
+    store for its stream."""
 
     workers: int
     cpus: float
     gpus: float
     beside: float
+    stream: int = 0
 
     @classmethod
     def of(cls, configs: Sequence[RunConfig]) -> Group:
@@ -76,13 +80,22 @@ class Group:
             cpus=max(train.cpus_per_worker for train in trains),
             gpus=max(float(train.use_gpu) for train in trains),
             beside=_TRIAL_CPUS + _DECODE_CPUS * max(config.data.num_actors for config in configs),
+            stream=max(stream_bytes(config) for config in configs),
         )
 
     @property
     def logical_cpus(self) -> int:
         """CPUs of a Ray that is started here, so that as many groups fit as there are cores for their workers."""
-        at_once = max(1, int((os.cpu_count() or 1) // (self.workers * self.cpus)))
-        return math.ceil(at_once * (self.workers * self.cpus + self.beside)) + 1
+        return math.ceil(self._at_once * (self.workers * self.cpus + self.beside)) + 1
+
+    @property
+    def store_bytes(self) -> int:
+        """Object store of a Ray that is started here, for the streams of those groups."""
+        return store_of(self._at_once * self.stream)
+
+    @property
+    def _at_once(self) -> int:
+        return max(1, int((os.cpu_count() or 1) // (self.workers * self.cpus)))
 
 
 def concurrency(group: Group, nodes: Sequence[Mapping[str, float]]) -> int:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import psutil
 import pyarrow.fs as pafs
 import ray
 import ray.train
@@ -36,7 +35,7 @@ from medim_ray.data.lease import Lease
 from medim_ray.data.pipeline import ReaderFactory, execution_options
 from medim_ray.data.shards import ShardSet
 from medim_ray.data.storage import is_local, storage_faults
-from medim_ray.session import STORE_BYTES, ray_session
+from medim_ray.session import ray_session, store_of
 from medim_ray.track.aim_run import repo_of
 from medim_ray.track.tracker import start_tracker
 from medim_ray.train.attempts import Budgets, of_error, of_outcome
@@ -133,7 +132,7 @@ def _launch(
         # Looks at encoder and tokenizer, for which it loads timm: seconds that Ray takes to start.
         reader = pool.submit(reader_factory, config, shards)
         plan = pool.submit(estimate, config)
-        with ray_session(config.run.ray_address, _cpus(config), store_bytes(config)) as is_ours:
+        with ray_session(config.run.ray_address, _cpus(config), store_of(stream_bytes(config))) as is_ours:
             startup.mark("starting Ray")
             _look_at_resources(config, console)
             make_reader = reader.result()
@@ -323,12 +322,6 @@ def _cpus(config: RunConfig) -> int:
     """Logical CPUs for a Ray that is started here: the workers, the decoding actors, a validation."""
     beside = 1 + (math.ceil(config.validate.num_cpus) if config.validate.is_asked else 0)
     return max(os.cpu_count() or 1, math.ceil(config.train.max_workers * config.train.cpus_per_worker) + beside)
-
-
-def store_bytes(config: RunConfig) -> int:
-    """Object store of a Ray that is started here: what the stream needs, and at most Ray's own share of the memory."""
-    most = int(0.3 * psutil.virtual_memory().total)
-    return max(STORE_BYTES, min(stream_bytes(config), most))
 
 
 class _LoneTrainer(TorchTrainer):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import psutil
 import pytest
+
+from medim_ray.session import STORE_BYTES, store_of
 
 pytestmark = pytest.mark.system
 _COMMAND = """
@@ -17,6 +20,13 @@ with ray_session(num_cpus=1):
     print([" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)])
 assert ray._private.node.Node.__name__ == "Node"
 """
+
+
+def test_the_object_store_is_as_large_as_the_stream_asks_for_within_bounds() -> None:
+    share = int(0.3 * psutil.virtual_memory().total)
+    assert store_of(1) == STORE_BYTES == 512 << 20
+    assert store_of(600 << 20) == 600 << 20
+    assert store_of(1 << 60) == max(share, STORE_BYTES)
 
 
 def test_it_starts_no_process_that_nobody_needs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medim_ray.config.loader import to_tree
+from medim_ray.config.loader import load, to_tree
 from medim_ray.config.probe import ProbeConfig
+from medim_ray.config.schema import RunConfig
+from medim_ray.session import store_of
 from medim_ray.studies.runner import Group, Search, _what, concurrency
 from medim_ray.studies.space import Point, SearchSpace, make_trial
 from medim_ray.studies.trials import Record, Report, TrialJob, write_record
+from medim_ray.train.build import stream_bytes
 
 RECIPE = Path(__file__).parents[3] / "configs/debug/medim-vit_tiny-2w-z1.yaml"
 
@@ -27,6 +31,13 @@ def test_a_group_never_counts_parts_of_nodes_that_hold_no_whole_worker() -> None
     assert concurrency(_group(2, cpus=4.0), nodes) == 1, "14 CPUs, but one worker of four a node"
     assert concurrency(_group(1, cpus=4.0), nodes) == 2
     assert concurrency(_group(1, cpus=8.0), nodes) == 0
+
+
+def test_the_streams_of_all_groups_have_room_in_the_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(RunConfig, RECIPE, ["encoder.image_size=448"])
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    group = Group.of([load(RunConfig, RECIPE, []), config])
+    assert group.stream == stream_bytes(config) and group.store_bytes == store_of(8 // group.workers * group.stream)
 
 
 def test_gpus_bound_it_where_workers_ask_for_them() -> None:
