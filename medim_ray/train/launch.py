@@ -134,7 +134,7 @@ def _launch(
         plan = pool.submit(estimate, config)
         with ray_session(config.run.ray_address, _cpus(config), store_of(stream_bytes(config))) as is_ours:
             startup.mark("starting Ray")
-            _look_at_resources(config, console)
+            look_at_resources(config, console)
             make_reader = reader.result()
             config, flops_per_image = _with_stage(config, plan, console)
             startup.mark("looking at the model")
@@ -184,10 +184,17 @@ def _with_stage(config: RunConfig, plan: Future[Estimate], console: Console) -> 
     return config, need.flops_per_image
 
 
-def _look_at_resources(config: RunConfig, console: Console) -> None:
+def look_at_resources(config: RunConfig, console: Console) -> None:
     """ValueError where the Ray that was started here can never hold the workers; a note where a cluster may still grow
-    to what they need (Ray would wait without a word)."""
+    to what they need (Ray would wait without a word), and where its object store is small for the stream."""
     have = ray.cluster_resources()
+    room, wanted = have.get("object_store_memory", 0.0), stream_bytes(config)
+    if room < 0.95 * wanted:
+        console.print(
+            f"[yellow]the object store of this Ray holds {room / 2**20:.0f} MiB, the stream has up to "
+            f"{wanted / 2**20:.0f} MiB on its way: decoding may wait for room. Start Ray with --object-store-memory="
+            f"{wanted}, or lower data.window_steps={config.data.window_steps}"
+        )
     num = config.train.min_workers
     need = {"CPU": num * config.train.cpus_per_worker, "GPU": float(num * config.train.use_gpu)}
     lacking = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModel
 
 from medim_ray.cli import main
@@ -26,8 +28,9 @@ from medim_ray.data.shards import ShardSet
 from medim_ray.objectives.rad_dino import RadDino
 from medim_ray.probes.watch import MapWatch
 from medim_ray.studies.gallery import write_gallery
+from medim_ray.train.build import stream_bytes
 from medim_ray.train.feed import read_quarantine
-from medim_ray.train.launch import Watch, launch
+from medim_ray.train.launch import Watch, launch, look_at_resources
 from medim_ray.train.metrics import read_lines, read_metrics
 from medim_ray.train.runs import load_run, open_config
 from medim_ray.train.snapshot_store import SnapshotStore
@@ -48,6 +51,21 @@ def after_steps(run_dir: Path, num_steps: int, do: Callable[[], None]) -> thread
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     return thread
+
+
+def test_an_object_store_that_starves_the_stream_is_told(phantom_shards: str, tmp_path: Path) -> None:
+    """The Ray of the tests has 150 MB."""
+    sizes = ["train.num_workers=1", "train.global_batch=64", "encoder.image_size=518"]
+    for options, is_told in (([], False), (sizes, True)):
+        said = io.StringIO()
+        config = config_of(RAD_DINO, phantom_shards, tmp_path / "run", *options)
+        look_at_resources(config, Console(file=said, width=400))
+        told = re.search(
+            r"holds 1(?:43|50) MiB, the stream has up to (\d+) MiB .*--object-store-memory=(\d+)", said.getvalue()
+        )
+        assert bool(told) == is_told
+        if told:
+            assert int(told[2]) == stream_bytes(config) and int(told[1]) > 150
 
 
 def train_workers() -> list[psutil.Process]:
