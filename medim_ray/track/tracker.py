@@ -63,7 +63,8 @@ class Tracker:
                 self._told.setdefault(words, record["step"])
         self._latest, self._dropped = record, dropped
         if self._ready() and record["step"] > self._last_step:
-            self._track(record)
+            with contextlib.suppress(Exception):  # Aim is a view, and the answer below is not
+                self._track(record)
         news, self._news = self._news, {}
         return self._wish, news
 
@@ -126,6 +127,7 @@ class TrackerClient:
 
     def wish(self) -> str:
         """What the newest answer asked the workers for, "" where nothing."""
+        self._hear()
         return self._wish
 
     def news(self) -> dict[str, Any]:
@@ -135,12 +137,18 @@ class TrackerClient:
 
     def log(self, record: dict[str, Any]) -> None:
         """Fire and forget."""
-        if self._pending:
-            answered, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
-            with contextlib.suppress(ray.exceptions.RayError):  # the actor is a view: it may die and be started again
-                for wish, news in ray.get(answered):
-                    self._wish, self._news = wish, self._news | news
+        self._hear()
         if len(self._pending) >= _MAX_PENDING:
             self.dropped += 1
             return
         self._pending.append(self._tracker.log.remote(record, self.dropped))
+
+    def _hear(self) -> None:
+        """Takes the answers that are there."""
+        if not self._pending:
+            return
+        answered, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
+        for answer in answered:
+            with contextlib.suppress(ray.exceptions.RayError):  # the actor is a view: it may die and be started again
+                wish, news = ray.get(answer)
+                self._wish, self._news = wish, self._news | news

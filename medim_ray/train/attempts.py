@@ -15,6 +15,7 @@ from ray.train import PreemptionError, TrainingFailedError
 from medim_ray.config.schema import TrainConfig
 from medim_ray.train.control import Outcome
 
+_MOST_REWINDS = 8  # to one checkpoint, each for another bad step
 Kind = Literal["preemption", "loss", "error", "numbers", "data", "growth"]
 
 
@@ -90,6 +91,7 @@ class Budgets:
     train: TrainConfig
     _spent: dict[Kind, int] = field(default_factory=dict)
     _error_step: int = -1
+    _gone_back: dict[int, int] = field(default_factory=dict)
 
     def exhausted_by(self, failure: Failure, step: int) -> str | None:
         """Counts `failure` after `step` committed steps; why the run ends now, or None: once more."""
@@ -98,8 +100,11 @@ class Budgets:
             self._error_step, self._spent["error"] = step, 0
         self._spent[failure.kind] = spent = self._spent.get(failure.kind, 0) + 1
         if failure.kind == "numbers":
-            # A step that is left out can't fail again, so policies other than stop need no bound.
-            return "train.on_bad_step=stop" if self.train.on_bad_step == "stop" else None
+            if self.train.on_bad_step == "stop":
+                return "train.on_bad_step=stop"
+            # A step that is left out can't fail again; but where each one after it does, the checkpoint is to blame.
+            self._gone_back[step] = num = self._gone_back.get(step, 0) + 1
+            return None if num < _MOST_REWINDS else f"the run went back to step {step} {num} times: it has diverged"
         if failure.kind == "data":
             return "trying again would meet the same shards"
         if failure.kind == "growth":

@@ -35,16 +35,20 @@ def run_checkpoint(action: str, run_dir: str, keep: int = 2) -> int:
         facts = None
         if store.is_committed(name):
             try:
-                facts = store.open(name).manifest
+                facts = store.manifest(name)
             except ValueError as error:
                 problem = str(error)
         problems += problem is not None
         if facts is None:
             table.add_row(name, "", "", "", "", str(problem))
             continue
-        size = decimal(sum(file["bytes"] for file in facts["files"].values()))
+        if store.is_newer(name):
+            table.add_row(name, "", "", "", "", problem or "of a newer medim-ray")
+            continue
+        size = decimal(sum(file.get("bytes", 0) for file in facts["files"].values()))
         state = problem or ("every checksum holds" if action == "verify" else "committed")
-        table.add_row(name, str(facts["step"]), str(facts["world_size"]), str(facts["zero"]), size, state)
+        told = (str(facts.get(key, "")) for key in ("step", "world_size", "zero"))
+        table.add_row(name, *told, size, state)
     Console().print(table if table.row_count else f"{run_dir} has no checkpoint")
     return 1 if action == "verify" and problems else 0
 
@@ -54,6 +58,9 @@ def _prune(store: CheckpointStore, best: str, keep: int) -> int:
     for name in names:
         if problem := store.problem(name):
             print(f"{name}: {problem}")
+            if store.is_newer(name):
+                print("nothing is removed: update medim-ray first")
+                return 0
         else:
             usable.append(name)
     if not usable:

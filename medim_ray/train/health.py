@@ -16,6 +16,8 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from medim_ray.config.schema import TrainConfig
 from medim_ray.data.collate import Columns
@@ -73,6 +75,17 @@ class NumberGuard:
             return True
         self._tell(BadStep(step, ", ".join(bad), int(samples_key)), columns, may_skip=self._skips)
         return False
+
+    def state_before(self, module: nn.Module) -> dict[str, Tensor]:
+        """What the forward of a step changes and a skipped step must not: statistics of batch norms, where the policy
+        may skip."""
+        return {name: buffer.clone() for name, buffer in module.named_buffers()} if self._skips else {}
+
+    @torch.no_grad()
+    def put_back(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """After a forward whose step is skipped."""
+        for name, buffer in module.named_buffers():
+            buffer.copy_(state[name])
 
     def check_norm(self, step: int, norm: float | None, samples_key: float, columns: Columns) -> None:
         """BadStep where the gradient norm is not finite or spikes; called after the update, which going back undoes."""

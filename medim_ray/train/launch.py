@@ -259,11 +259,18 @@ def _attempts(
                 failure, cause = of_error(error), error
             else:
                 cause = None
+            if failure is not None and received:
+                console.print(f"[yellow]{escape(str(failure))}: what was not committed before is lost")
             if failure is None or received:
                 return received[0] if received else 0
             startup = Startup()
             newest = store.newest(lambda text: console.print(f"[yellow]{escape(text)}", highlight=False))
             start = _start(newest, max(start.attempt + 1, store.next_attempt()))
+            if start.step >= config.train.last_step:
+                console.print(
+                    f"[yellow]{escape(str(failure))}: after the last step was committed, which changes nothing"
+                )
+                return 0
             why_enough = budgets.exhausted_by(failure, start.step)
             if why_enough:
                 console.print(failure.details, markup=False, highlight=False)
@@ -304,8 +311,9 @@ def _fit(trainer: TorchTrainer, tracker: Any, received: list[int], growth: Growt
     future: Future[Outcome] = aside(lambda: trainer.fit().return_value)
     asked_at: float | None = None
     while not wait([future], timeout=0.2).done:
+        if received:
+            tracker.ask.remote(STOP)  # again and again: the actor may have been started anew
         if received and asked_at is None:
-            tracker.ask.remote(STOP)
             asked_at = time.monotonic()
         elif asked_at is not None and time.monotonic() > asked_at + _START_S and _latest(tracker) is None:
             return Outcome(kind="stopped", step=0, message="no worker has started")  # there is no state to commit

@@ -92,9 +92,10 @@ def train_step(run: Trainer, step: int, columns: Columns) -> tuple[dict[str, flo
     for group in run.engine.optimizer.param_groups:
         group["lr"] = run.lr(step) * group["lr_ratio"] * (step >= group["frozen_steps"])
         group["weight_decay"] = run.weight_decay(step) * group["decay_ratio"]
-    sums = {**run.control.wishes(), **feed_sums(columns), "samples_key": samples_key(columns)}
+    sums = {**feed_sums(columns), "samples_key": samples_key(columns)}
     if step in run.guard.omitted:
-        return reduce_logs([], sums, run.device)
+        return reduce_logs([], {**sums, **run.control.wishes()}, run.device)
+    kept = run.guard.state_before(run.engine.module)
     logs: list[dict[str, Tensor]] = []
     parts = list(micro_batches(columns, run.config.local_micro_batch))
     for rows in parts:
@@ -103,8 +104,9 @@ def train_step(run: Trainer, step: int, columns: Columns) -> tuple[dict[str, flo
         output = run.engine(batch)
         logs.append({"loss": output.loss.detach(), **output.logs})
         if len(logs) == len(parts):
-            means, sums = reduce_logs(logs, sums, run.device)
+            means, sums = reduce_logs(logs, {**sums, **run.control.wishes()}, run.device)
             if not run.guard.passes(step, means, sums["samples_key"], columns):
+                run.guard.put_back(run.engine.module, kept)
                 return means, sums
         run.engine.backward(output.loss)
         run.engine.step()

@@ -50,6 +50,8 @@ class Saver:
 
     def save(self, engine: Any, step: int) -> None:
         """Copies the state after `step` optimizer steps and returns; waits before where `max_pending` are under way."""
+        if self._broken is not None:  # training alone would go on for hours without a checkpoint
+            raise RuntimeError("the ranks lost one another while they saved") from self._broken
         began = time.monotonic()
         self._room.acquire()
         waited = time.monotonic() - began

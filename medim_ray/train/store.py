@@ -92,8 +92,8 @@ class CheckpointStore:
         """Why a checkpoint can't be used, or None: the manifest is there and every file has its size and checksum."""
         folder = f"{self.root}/{name}"
         try:
-            manifest = self._manifest(name)
-        except (FileNotFoundError, NotADirectoryError):
+            manifest = self.manifest(name)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return "it was never committed (no manifest)"
         except ValueError as error:
             return str(error)
@@ -115,8 +115,8 @@ class CheckpointStore:
                 return f"{file} differs from its checksum"
         return None
 
-    def _manifest(self, name: str) -> dict[str, Any]:
-        """ValueError, as a sentence on the checkpoint, where it is not as it was written."""
+    def manifest(self, name: str) -> dict[str, Any]:
+        """What a committed checkpoint says of itself. ValueError, as a sentence on it, where it is not as written."""
         text = self._ask(lambda: self._fs.cat_file(f"{self.root}/{name}/{MANIFEST}"))
         try:
             manifest = json.loads(text)
@@ -127,8 +127,11 @@ class CheckpointStore:
         own = manifest.pop(_OWN, None)
         if own is not None and own != _digest_of(manifest):  # there is none in those of earlier code
             raise ValueError("its manifest differs from its checksum")
-        if own is None and not (_step(name) == manifest.get("step") and isinstance(manifest.get("files"), dict)):
-            raise ValueError("its manifest lacks its step or its files")
+        if manifest.get("schema_version") == SCHEMA_VERSION:
+            if not isinstance(manifest.get("files"), dict) or "step" not in manifest:
+                raise ValueError("its manifest lacks its step or its files")
+            if manifest["step"] != _step(name):
+                raise ValueError(f"its manifest is that of step {manifest['step']}: it was renamed")
         return manifest
 
     def _digest(self, path: str, kind: str) -> str:
@@ -136,13 +139,24 @@ class CheckpointStore:
             return hashlib.file_digest(stream, _CHECKSUMS[kind]).hexdigest()
 
     def newest(self, report: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
-        """The newest checkpoint that can be used; `report` is told which ones were passed over and why."""
+        """The newest checkpoint that can be used; `report` is told which ones were passed over and why. ValueError: a
+        newer medim-ray wrote it; passed over, it would be pruned as something that was rolled back."""
         for name in self.names():
             problem = self.problem(name)
             if problem is None:
                 return self.open(name)
+            if self.is_newer(name):
+                raise ValueError(f"{self.root}/{name}: {problem}: update medim-ray, or choose another run.dir")
             report(f"checkpoint {name} is passed over: {problem}")
         return None
+
+    def is_newer(self, name: str) -> bool:
+        """Whether a medim-ray wrote it whose checkpoints this one can't read."""
+        try:
+            version = self.manifest(name).get("schema_version")
+        except (OSError, ValueError):
+            return False
+        return isinstance(version, int) and version > SCHEMA_VERSION
 
     def is_committed(self, name: str) -> bool:
         """Its manifest is there; whether the files fit it is the question of `problem`."""
@@ -159,29 +173,35 @@ class CheckpointStore:
 
     def open(self, name: str) -> Checkpoint:
         """A committed checkpoint by its name; its files are not looked at. ValueError: its manifest is damaged."""
-        manifest = self._manifest(name)
+        manifest = self.manifest(name)
         return Checkpoint(name, manifest["step"], manifest)
 
     def prune(
         self, keep_last: int, current: str, also: Collection[str] = (), *, writing_attempt: int | None = None
     ) -> None:
-        """Keeps `current`, which was just committed, the `keep_last` - 1 committed ones before it, and `also`.
+        """Keeps `current`, which was just committed, the `keep_last` - 1 committed ones of earlier steps, and `also`.
 
-        Later steps belong to a time line that was rolled back (a damaged newest checkpoint was passed over): they go,
-        and so does whatever was never committed; but what the group of `writing_attempt` is still writing stays.
+        Later steps, and the same one of an earlier attempt, belong to a time line that was rolled back (a damaged
+        newest checkpoint was passed over): they go, and so does whatever was never committed; but what the group of
+        `writing_attempt` is still writing stays.
         """
         names = self.names()
         at = names.index(current)
-        usable = [name for name in names[at + 1 :] if self.is_committed(name)]
+        usable = [name for name in names[at + 1 :] if _step(name) < _step(current) and self.is_committed(name)]
         writing = [name for name in names[:at] if _attempt(name) == writing_attempt]
         for name in set(names) - {current, *usable[: keep_last - 1], *writing, *also}:
             self.remove(name)
 
     def remove(self, name: str) -> None:
-        """Removes a checkpoint, the manifest first: what is left of it if this is cut short does not count."""
+        """Removes a checkpoint, the manifest first: what is left of it if this is cut short does not count. Of a link
+        only the link goes."""
+        if self._is_local and Path(self.root, name).is_symlink():
+            Path(self.root, name).unlink(missing_ok=True)
+            return
 
         def gone() -> None:
-            for path, recursive in ((f"{self.root}/{name}/{MANIFEST}", False), (f"{self.root}/{name}", True)):
+            manifest = f"{self.root}/{name}/{MANIFEST}"
+            for path, recursive in ((manifest, self._is_local), (f"{self.root}/{name}", True)):
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     self._fs.rm(path, recursive=recursive)
 

@@ -56,7 +56,10 @@ def test_budgets_are_separate() -> None:
     assert "max_preemptions=2" in str(budgets.exhausted_by(taken, 6))
     assert "max_failures=1" in str(budgets.exhausted_by(loss, 6))
     assert Budgets(TrainConfig()).exhausted_by(Failure("numbers", None, ""), 1) == "train.on_bad_step=stop"
-    assert Budgets(TrainConfig(on_bad_step="rewind")).exhausted_by(Failure("numbers", None, ""), 1) is None
+    going_back = Budgets(TrainConfig(on_bad_step="rewind"))
+    numbers = Failure("numbers", None, "")
+    assert [going_back.exhausted_by(numbers, step) for step in (1, 1, 1, 1, 1, 1, 1, 9)] == [None] * 8
+    assert going_back.exhausted_by(numbers, 1) == "the run went back to step 1 8 times: it has diverged"
     for _ in range(50):
         assert Budgets(TrainConfig()).exhausted_by(taken, 1) is None
         assert Budgets(TrainConfig()).exhausted_by(Failure("growth", None, ""), 1) is None

@@ -79,15 +79,15 @@ def test_every_bit_of_a_manifest_counts(run: Path) -> None:
     [
         ("[]", "its manifest is not valid JSON"),
         ("7", "its manifest is not valid JSON"),
-        ("{}", "its manifest lacks its step or its files"),
+        ("{}", f"its schema version is None, this package reads {SCHEMA_VERSION}"),
         (json.dumps({"schema_version": SCHEMA_VERSION, "step": 8}), "its manifest lacks its step or its files"),
         (
             json.dumps({"schema_version": SCHEMA_VERSION, "step": 3, "files": {}}),
-            "its manifest lacks its step or its files",
+            "its manifest is that of step 3: it was renamed",
         ),
         (
-            json.dumps({"schema_version": 99, "step": 8, "files": {}}),
-            f"its schema version is 99, this package reads {SCHEMA_VERSION}",
+            json.dumps({"schema_version": 1, "step": 8, "files": {}}),
+            f"its schema version is 1, this package reads {SCHEMA_VERSION}",
         ),
     ],
 )
@@ -97,13 +97,45 @@ def test_manifests_that_are_none(run: Path, text: str, reason: str) -> None:
     assert CheckpointStore(str(run)).committed_step() == 8, "of the names alone"
 
 
+def test_what_a_newer_package_wrote_is_neither_passed_over_nor_removed(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = CheckpointStore(str(run))
+    store.commit(checkpoint_name(8, 0), {"schema_version": SCHEMA_VERSION + 1, "shards": "elsewhere"})
+    with pytest.raises(ValueError, match=rf"reads {SCHEMA_VERSION}: update medim-ray, or choose another run\.dir"):
+        store.newest()
+    assert main(["checkpoint", "prune", str(run), "--keep", "1"]) == 0
+    assert "update medim-ray first" in capsys.readouterr().out and len(store.names()) == 4
+    assert main(["checkpoint", "list", str(run)]) == 0 and main(["checkpoint", "verify", str(run)]) == 1
+
+
+def test_a_damaged_one_of_the_same_step_is_not_kept_in_place_of_a_good_one(run: Path) -> None:
+    store = CheckpointStore(str(run))
+    (run / "checkpoints" / checkpoint_name(8, 0) / FILE).write_bytes(b"other bytes")
+    again = {"schema_version": SCHEMA_VERSION, "step": 8, "files": {}}
+    store.commit(checkpoint_name(8, 1), again)
+    store.prune(2, checkpoint_name(8, 1))
+    assert store.names() == [checkpoint_name(8, 1), checkpoint_name(6, 0)]
+
+
+def test_of_a_link_only_the_link_goes(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    write(other, 3)
+    (run / "checkpoints" / checkpoint_name(3, 0)).symlink_to(other / "checkpoints" / checkpoint_name(3, 0))
+    store = CheckpointStore(str(run))
+    store.prune(1, checkpoint_name(8, 0))
+    assert store.names() == [checkpoint_name(8, 0)]
+    assert CheckpointStore(str(other)).problem(checkpoint_name(3, 0)) is None
+
+
 def test_other_things_among_the_checkpoints(run: Path) -> None:
     (run / "checkpoints/notes.txt").write_text("x")
     (run / "checkpoints" / checkpoint_name(9, 0)).write_text("a file where a folder should be")
     (run / "checkpoints" / checkpoint_name(10, 0)).symlink_to("nowhere")
     (run / "checkpoints" / checkpoint_name(11, 0)).mkdir()
+    (run / "checkpoints" / checkpoint_name(12, 0) / "manifest.json").mkdir(parents=True)
     never = "it was never committed (no manifest)"
-    assert newest(run) == (8, [never] * 3)
+    assert newest(run) == (8, [never] * 4)
     store = CheckpointStore(str(run))
     store.prune(1, checkpoint_name(8, 0))
     assert store.names() == [checkpoint_name(8, 0)] and (run / "checkpoints/notes.txt").exists()
