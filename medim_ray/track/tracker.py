@@ -18,7 +18,6 @@ from medim_ray.track.aim_run import open_aim_run
 _LOG = logging.getLogger(__name__)
 VALIDATION = "validation/"  # names of numbers of an earlier checkpoint in a record of metrics.jsonl
 _MAX_PENDING = 256  # records: Aim takes some seconds to open, and steps may be short
-_CONTROL = "control"  # calls that have a thread of their own: an Aim server that hangs holds up the others only
 _MAX_WORDS = 100  # different warnings that are kept for the screen
 
 
@@ -86,23 +85,15 @@ class Tracker:
                 with contextlib.suppress(Exception):
                     self._run.track(value, name=name, step=record["step"], epoch=record["epoch"])
 
-    @ray.method(concurrency_group=_CONTROL)
     def ask(self, wish: str) -> None:
         """The workers are to commit a checkpoint and end (train/control.py knows the reasons): the answers to `log`
         say so from now on."""
         self._wish = wish
 
-    @ray.method(concurrency_group=_CONTROL)
-    def wished(self) -> str:
-        """What the workers are asked for; the answers to `log` say so too, as long as Aim lets them."""
-        return self._wish
-
-    @ray.method(concurrency_group=_CONTROL)
     def begin(self) -> None:
         """A new group of workers starts: nothing is asked of it, and it has logged nothing."""
         self._wish, self._latest = "", None
 
-    @ray.method(concurrency_group=_CONTROL)
     def latest(self) -> dict[str, Any] | None:
         """The newest record of this group of workers, for the progress line, with what its start took; `told`: what any
         record warned of so far, with the first step of each."""
@@ -120,8 +111,7 @@ class Tracker:
 def start_tracker(aim_repo: str, run_dir: str, params: dict[str, Any]) -> Any:
     """A handle of a new Tracker actor on this node; it is restarted if it dies."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options = {"max_restarts": -1, "scheduling_strategy": here, "concurrency_groups": {_CONTROL: 1}}
-    actor = ray.remote(num_cpus=0, **options)(Tracker)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Tracker)
     return actor.remote(aim_repo, run_dir, params)
 
 
@@ -131,7 +121,6 @@ class TrackerClient:
     def __init__(self, tracker: Any) -> None:
         self._tracker = tracker
         self._pending: list[Any] = []
-        self._asked: Any = None
         self.dropped = 0  # records so far
         self._wish = ""
         self._news: dict[str, Any] = {}
@@ -139,12 +128,6 @@ class TrackerClient:
     def wish(self) -> str:
         """What the newest answer asked the workers for, "" where nothing."""
         self._hear()
-        if self._asked is None:
-            self._asked = self._tracker.wished.remote()
-        elif ray.wait([self._asked], timeout=0)[0]:
-            with contextlib.suppress(ray.exceptions.RayError):
-                self._wish = ray.get(self._asked) or self._wish
-            self._asked = None
         return self._wish
 
     def news(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 import statistics
 import subprocess
@@ -55,10 +54,7 @@ def test_a_dead_server_holds_up_no_step(tmp_path: Path) -> None:
         tracker = start_tracker(repo, str(tmp_path / "run"), {"seed": 1})
         client = TrackerClient(tracker)
         client.log({"step": 0, "epoch": 0, "loss": 1.0})
-        until = time.monotonic() + 120
-        while not (tmp_path / "run" / "aim_run").exists() and time.monotonic() < until:
-            time.sleep(0.1)
-        assert ray.get(tracker.latest.remote(), timeout=20)["step"] == 0
+        assert ray.get(tracker.latest.remote(), timeout=120)["step"] == 0
         assert (tmp_path / "run" / "aim_run").exists(), "the run was not opened on the server"
         alive = send(client, 1)
     finally:
@@ -69,31 +65,6 @@ def test_a_dead_server_holds_up_no_step(tmp_path: Path) -> None:
     assert statistics.median(dead) < max(0.05 * STEP_S, 3 * statistics.median(alive)) and max(dead) < 1.0
     assert len(client._pending) <= _MAX_PENDING
     ray.kill(tracker)
-
-
-def test_a_server_that_is_frozen_keeps_no_stop_from_the_workers(tmp_path: Path) -> None:
-    (tmp_path / "repo").mkdir()
-    (tmp_path / "run").mkdir()
-    process, repo = server(tmp_path / "repo")
-    tracker = None
-    try:
-        process.send_signal(signal.SIGSTOP)
-        tracker = start_tracker(repo, str(tmp_path / "run"), {"seed": 1})
-        client = TrackerClient(tracker)
-        client.log({"step": 0, "epoch": 0, "loss": 1.0})
-        assert client.wish() == ""
-        time.sleep(5.0)  # Aim waits for an answer by now
-        ray.get(tracker.ask.remote("stop"), timeout=20)
-        until = time.monotonic() + 20
-        while client.wish() != "stop" and time.monotonic() < until:
-            time.sleep(STEP_S)
-        assert client.wish() == "stop" and len(client._pending) == 1, "Aim has not answered"
-        assert ray.get(tracker.latest.remote(), timeout=20)["step"] == 0
-    finally:
-        process.kill()
-        process.wait()
-        if tracker is not None:
-            ray.kill(tracker)
 
 
 def test_a_tracker_that_hangs_is_dropped_from_and_the_losses_are_counted() -> None:
